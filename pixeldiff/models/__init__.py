@@ -1,0 +1,1 @@
+"""The models built on `pixeldiff.ops`: `pid` (a pixel diffusion decoder for latents)."""
