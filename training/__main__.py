@@ -17,7 +17,7 @@ from . import cache, train_autoencoder, train_pid
 ROOT = Path(__file__).resolve().parent
 ASSETS = ROOT.parent / "pixeldiff" / "assets" / "demo"
 PICTURES = 320
-AUTOENCODER_STEPS = 1600
+AUTOENCODER_STEPS = 1000
 
 
 def _command() -> str:
