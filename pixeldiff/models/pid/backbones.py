@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from pixeldiff.errors import UnknownNameError
+from ...errors import UnknownNameError
 
 
 @dataclass(frozen=True)

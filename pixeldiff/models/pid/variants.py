@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pixeldiff.errors import UnknownNameError
-from pixeldiff.models.pid.backbones import BACKBONES, backbone, family_members, unknown_name
-from pixeldiff.models.pid.config import PiDConfig
+from ...errors import UnknownNameError
+from .backbones import BACKBONES, backbone, family_members, unknown_name
+from .config import PiDConfig
 
 LICENCE_NOTE = (
     "The released PiD weights are under NVIDIA's non-commercial source code licence (NSCLv1): "
