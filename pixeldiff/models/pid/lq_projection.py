@@ -1,0 +1,132 @@
+"""From the latent to features on the patch grid, and the gates that let them into the network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, linear, pixel_shuffle, pixel_unshuffle
+
+from ... import ops
+from ...ops.registry import upcast
+from .config import PiDConfig
+
+
+class ResBlock(nn.Module):
+    def __init__(self, dim: int, padding_mode: str, **factory) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.GroupNorm(4, dim, eps=1e-5, **factory),
+            nn.SiLU(),
+            nn.Conv2d(dim, dim, 3, padding=1, padding_mode=padding_mode, **factory),
+            nn.GroupNorm(4, dim, eps=1e-5, **factory),
+            nn.SiLU(),
+            nn.Conv2d(dim, dim, 3, padding=1, padding_mode=padding_mode, **factory),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)
+
+
+class SigmaGate(nn.Module):
+    """x + sigmoid(W [x ; f] + b - exp(log_alpha) sigma) * f, the sigma-aware adapter of PiD."""
+
+    def __init__(self, dim: int, gate_type: str, **factory) -> None:
+        super().__init__()
+        outputs = dim if gate_type == "sigma_aware_per_token_per_dim" else 1
+        self.content_proj = nn.Linear(2 * dim, outputs, **factory)
+        self.log_alpha = nn.Parameter(torch.zeros((), **factory))
+
+    def lq_logit(self, feature: Tensor, sigma: Tensor) -> Tensor:
+        """The part of the logit that does not depend on x: (B, N, K)."""
+        weight = self.content_proj.weight[:, feature.shape[-1] :]
+        content = linear(feature, weight, self.content_proj.bias)
+        strength = upcast(self.log_alpha).exp()
+        logit = upcast(content) - strength * sigma[:, None, None]
+        # One logit a token stays in fp32; one a channel is as large as the feature itself.
+        return logit if logit.shape[-1] == 1 else logit.to(feature.dtype)
+
+    def forward(self, x: Tensor, feature: Tensor, lq_logit: Tensor) -> Tensor:
+        weight = self.content_proj.weight[:, : x.shape[-1]]
+        return ops.sigma_gate(x, feature, weight, lq_logit)
+
+
+class LQProjection(nn.Module):
+    """Latent [B, Cz, zh, zw] -> one feature [B, N, D] for each injection point.
+
+    PiD (arXiv 2605.23902), LQ projection. Everything here depends on the latent alone.
+    """
+
+    def __init__(self, config: PiDConfig, **factory) -> None:
+        super().__init__()
+        self.config = config
+        dim, out, mode = config.lq_hidden_dim, config.hidden_size, config.lq_conv_padding_mode
+        conv = {"kernel_size": 3, "padding": 1, "padding_mode": mode, **factory}
+        self.latent_proj = nn.Sequential(
+            nn.Conv2d(self._conv_channels(), dim, **conv),
+            nn.SiLU(),
+            nn.Conv2d(dim, dim, **conv),
+            *(ResBlock(dim, mode, **factory) for _ in range(config.lq_num_res_blocks)),
+        )
+        self.output_heads = nn.ModuleList(
+            nn.Linear(dim, out, **factory) for _ in range(config.num_injections)
+        )
+        if config.pit_lq_inject:
+            self.pit_head = nn.Linear(dim, out, **factory)
+        if config.lq_aux_rgb_head:
+            k = config.patch_size // config.sr_scale
+            self.lq_aux_rgb_head = nn.Sequential(
+                nn.LayerNorm(dim, eps=1e-5, **factory),
+                nn.Linear(dim, dim, **factory),
+                nn.SiLU(),
+                nn.Linear(dim, 3 * k * k, **factory),
+            )
+        self.gate_modules = nn.ModuleList(
+            SigmaGate(out, config.lq_gate_type, **factory) for _ in range(config.num_injections)
+        )
+
+    def _conv_channels(self) -> int:
+        c = self.config
+        channels = c.lq_latent_channels // c.lq_latent_unpatchify_factor**2
+        ratio = c.patches_per_latent_cell
+        return channels if ratio >= 1 else channels * round(1 / ratio) ** 2
+
+    def align(self, latent: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Bring the latent to the patch grid (h, w): unfold, then replicate, resize or fold."""
+        u = self.config.lq_latent_unpatchify_factor
+        if u > 1:
+            latent = pixel_shuffle(latent, u)
+        ratio = self.config.patches_per_latent_cell
+        if ratio > 1:
+            return interpolate(latent, size=grid, mode="nearest")
+        fold = round(1 / ratio)
+        size = (grid[0] * fold, grid[1] * fold)
+        if tuple(latent.shape[-2:]) != size:
+            latent = interpolate(latent, size=size, mode="bilinear", align_corners=False)
+        return pixel_unshuffle(latent, fold) if fold > 1 else latent
+
+    def features(self, latent: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, Q, h, w], the output of the conv stack."""
+        return self.latent_proj(self.align(latent, grid))
+
+    def heads(self, features: Tensor) -> list[Tensor]:
+        """One [B, N, D] tensor an injection point; the PiT feature last, when there is one."""
+        tokens = features.flatten(2).transpose(1, 2)
+        heads = [head(tokens) for head in self.output_heads]
+        if self.config.pit_lq_inject:
+            heads.append(self.pit_head(tokens))
+        return heads
+
+    def predict_lq_rgb(self, latent: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The training-only RGB head: [B, 3, H/sr_scale, W/sr_scale].
+
+        Raises:
+            ValueError: the network holds no such head.
+        """
+        if not self.config.lq_aux_rgb_head:
+            raise ValueError("predict_lq_rgb: this network has no RGB head (lq_aux_rgb_head=False)")
+        index = self.config.lq_aux_rgb_head_latent_block_idx
+        stack = self.latent_proj if index < 1 else self.latent_proj[: 3 + index]
+        features = stack(self.align(latent, grid))
+        rgb = self.lq_aux_rgb_head(features.flatten(2).transpose(1, 2))
+        k = self.config.patch_size // self.config.sr_scale
+        return pixel_shuffle(rgb.transpose(1, 2).unflatten(2, grid), k)

@@ -1,0 +1,324 @@
+"""The PiD network, written once against `pixeldiff.ops`.
+
+What does not depend on the noisy image is computed by `prepare`, once per image; `step` is the hot
+loop. `net(x, t, y, ...)` is `step(x, t, prepare(...))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from ... import ops
+from ...ops.registry import upcast
+from .config import PiDConfig
+from .layers import CaptionEmbedder, FinalLayer, Projection, TimeEmbedder
+from .lq_projection import LQProjection, SigmaGate
+from .mmdit_block import MMDiTBlock, Rope, Trace
+from .pit_block import PiTBlock
+from .positions import pixel_sincos, rope_1d, rope_2d
+
+
+@dataclass(frozen=True)
+class StepModulation:
+    """All that depends on the time alone: the time vector and every MMDiT modulation vector."""
+
+    time: Tensor  # (B, D)
+    image: list[Tensor]  # per block (B, 6, D)
+    text: list[Tensor]  # per block (B, 6, D)
+
+
+@dataclass(frozen=True)
+class PiDCondition:
+    """All that depends neither on the noisy image nor on the time. Made by `PiDNet.prepare`."""
+
+    size: tuple[int, int]
+    text: Tensor  # (B, T, D)
+    features: list[Tensor]  # per injection point (B, N, D); PiT's last; empty without a latent
+    logits: list[Tensor]  # the gates' x-independent logits, as `features`
+    rope: Rope
+    txt_rope: Rope
+    pixel_rope: Rope
+    pos_x: Tensor
+    pos_y: Tensor
+    modulations: dict[float, StepModulation] = field(default_factory=dict)
+
+
+class PiDNet(nn.Module):
+    """Pixel diffusion transformer that turns a latent into an image (PiD, arXiv 2605.23902).
+
+    Parameter names and shapes are those of the released checkpoints. A config without a latent
+    branch (`lq_latent_channels=None`) is the PixelDiT text-to-image backbone.
+
+    Args:
+        config: geometry.
+        device, dtype: of the parameters. fp32 and bf16 are supported; fp64 serves as an oracle.
+    """
+
+    def __init__(
+        self,
+        config: PiDConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = c = config
+        factory = {"device": device, "dtype": dtype}
+        dim = c.hidden_size
+        self.y_pos_embedding = nn.Parameter(torch.zeros(1, c.txt_max_length, dim, **factory))
+        self.pixel_embedder = Projection(c.in_channels, c.pixel_hidden_size, **factory)
+        self.s_embedder = Projection(c.in_channels * c.patch_size**2, dim, **factory)
+        self.t_embedder = TimeEmbedder(dim, **factory)
+        self.y_embedder = CaptionEmbedder(c.txt_embed_dim, dim, **factory)
+        self.patch_blocks = nn.ModuleList(
+            MMDiTBlock(dim, c.num_groups, c.ffn_size, **factory) for _ in range(c.patch_depth)
+        )
+        self.pixel_blocks = nn.ModuleList(
+            PiTBlock(
+                dim,
+                c.pixel_hidden_size,
+                c.patch_size,
+                c.pixel_attn_hidden_size,
+                c.pixel_num_groups,
+                **factory,
+            )
+            for _ in range(c.pixel_depth)
+        )
+        self.final_layer = FinalLayer(c.pixel_hidden_size, c.in_channels, **factory)
+        if c.lq_latent_channels is not None:
+            self.lq_proj = LQProjection(c, **factory)
+            if c.pit_lq_inject:
+                self.pit_lq_gate = SigmaGate(dim, c.lq_gate_type, **factory)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.s_embedder.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.s_embedder.proj.weight.device
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        *,
+        lq_latent: Tensor | None = None,
+        degrade_sigma: Tensor | None = None,
+        mask: None = None,
+        trace: Trace | None = None,
+    ) -> Tensor:
+        """The velocity eps - x0 at the noisy image x.
+
+        Args:
+            x: (B, 3, H, W) fp32, H and W multiples of the patch size.
+            t: (B,) network time, 1000 times the diffusion time in [0, 1].
+            y: (B, T, E) caption embeddings; tokens beyond `txt_max_length` are dropped.
+            lq_latent: (B, Cz, zh, zw) normalised latent, or None for no latent branch at all (not
+                the same as a latent of zeros).
+            degrade_sigma: (B,) noise level of the latent in [0, 1]; None is 0.
+            mask: must be None: every text token takes part in attention, padding included, as in
+                the released networks.
+            trace: called as trace(name, tensor) with intermediate values.
+
+        Returns:
+            (B, 3, H, W) fp32.
+
+        Raises:
+            ValueError: shapes that do not fit the network, or a mask.
+        """
+        if mask is not None:
+            raise ValueError(
+                "PiDNet: mask must be None; the network attends to every text token, padding too. "
+                "Shorten y instead"
+            )
+        condition = self.prepare(
+            lq_latent, y, degrade_sigma, size=tuple(x.shape[-2:]), trace=trace
+        )
+        return self.step(x, t, condition, trace=trace)
+
+    def prepare(
+        self,
+        lq_latent: Tensor | None,
+        y: Tensor,
+        degrade_sigma: Tensor | None = None,
+        *,
+        size: tuple[int, int],
+        timesteps: Sequence[float] = (),
+        trace: Trace | None = None,
+    ) -> PiDCondition:
+        """Everything that is the same for all steps of one image.
+
+        Args:
+            lq_latent, y, degrade_sigma: as in `forward`.
+            size: (H, W) of the output.
+            timesteps: network times whose modulation vectors to compute now; `step` then takes
+                them as plain floats.
+        """
+        c = self.config
+        grid = self._grid(size)
+        y = self._caption(y)
+        features, logits = [], []
+        if lq_latent is not None:
+            features, logits = self._latent_branch(lq_latent, degrade_sigma, grid, y, trace)
+        text = self.y_embedder(y)
+        if trace:
+            trace("y_proj_norm", text)
+        text = text + self.y_pos_embedding[:, : y.shape[1]]
+        reference = (c.rope_ref_h // c.patch_size, c.rope_ref_w // c.patch_size)
+        rope = {"mode": c.rope_mode, "reference": reference, "device": y.device}
+        return PiDCondition(
+            size=size,
+            text=text,
+            features=features,
+            logits=logits,
+            rope=rope_2d(grid, c.head_dim, **rope),
+            txt_rope=rope_1d(y.shape[1], c.head_dim, theta=c.text_rope_theta, device=y.device),
+            pixel_rope=rope_2d(grid, c.pixel_head_dim, **rope),
+            pos_x=pixel_sincos(size[1], c.pixel_hidden_size, device=y.device),
+            pos_y=pixel_sincos(size[0], c.pixel_hidden_size, device=y.device),
+            modulations={
+                t: self.modulation(torch.tensor([t], dtype=torch.float32, device=y.device))
+                for t in timesteps
+            },
+        )
+
+    def modulation(self, t: Tensor) -> StepModulation:
+        """The time vector and every MMDiT modulation vector for network times t (B,)."""
+        e = self.t_embedder(t)
+        c = silu(e)
+        image, text = zip(*(block.modulation(c) for block in self.patch_blocks), strict=True)
+        return StepModulation(time=e, image=list(image), text=list(text))
+
+    def step(
+        self, x: Tensor, t: Tensor | float, condition: PiDCondition, *, trace: Trace | None = None
+    ) -> Tensor:
+        """One network call of the sampling loop; arguments and result as in `forward`.
+
+        `t` may be a float: one that `prepare` was given as a timestep costs nothing here.
+        """
+        if tuple(x.shape[-2:]) != condition.size:
+            raise ValueError(
+                f"PiDNet.step: x must be (B, {self.config.in_channels}, H, W) with (H, W) = "
+                f"{condition.size} as prepared, got {tuple(x.shape)}"
+            )
+        batch = x.shape[0]
+        mod = self._modulation_for(t, batch, condition)
+        s = self.s_embedder(ops.patchify(x, self.config.patch_size).to(self.dtype))
+        if trace:
+            trace("s_embed", s)
+            trace("t_emb", mod.time)
+        s = self._patch_stream(s, mod, condition, trace)
+        u = silu(upcast(mod.time)[:, None] + upcast(s)).to(s.dtype)
+        if condition.features and self.config.pit_lq_inject:
+            u = self.pit_lq_gate(u, condition.features[-1], condition.logits[-1])
+        u = u.flatten(0, 1)
+        if trace:
+            trace("s_cond", u)
+        return self._pixel_stream(x, u, condition, trace)
+
+    def _patch_stream(self, s, mod, condition, trace):
+        y, c = condition.text, self.config
+        for i, block in enumerate(self.patch_blocks):
+            if condition.features and i % c.lq_interval == 0:
+                r = i // c.lq_interval
+                gate = self.lq_proj.gate_modules[r]
+                s = gate(s, condition.features[r], condition.logits[r])
+            if trace:
+                trace(f"patch_blocks.{i}.x_in", s)
+            # The text stream ends with its keys and values in the last block: nothing reads it.
+            last = i == c.patch_depth - 1 and trace is None
+            rope = (condition.rope, condition.txt_rope)
+            s, y = block(s, y, mod.image[i], mod.text[i], *rope, image_only=last)
+            if trace:
+                trace(f"patch_blocks.{i}.x", s)
+                trace(f"patch_blocks.{i}.y", y)
+        return s
+
+    def _pixel_stream(self, x, u, condition, trace):
+        patch, embed, final = self.config.patch_size, self.pixel_embedder.proj, self.final_layer
+        q = ops.pixel_embed(
+            x, embed.weight, embed.bias, condition.pos_x, condition.pos_y, patch=patch
+        )
+        if trace:
+            trace("pixel_embed", q)
+        for k, block in enumerate(self.pixel_blocks):
+            q = block(q, u, condition.pixel_rope, x.shape[0])
+            if trace:
+                trace(f"pixel_blocks.{k}", q)
+        return ops.pixel_head(
+            q,
+            final.norm.weight,
+            final.linear.weight,
+            final.linear.bias,
+            size=condition.size,
+            patch=patch,
+        )
+
+    def _latent_branch(self, latent, sigma, grid, y, trace):
+        c = self.config
+        if c.lq_latent_channels is None:
+            raise ValueError("PiDNet: this network has no latent branch; pass lq_latent=None")
+        if latent.dim() != 4 or latent.shape[1] != c.lq_latent_channels:
+            raise ValueError(
+                f"PiDNet: lq_latent must be (B, {c.lq_latent_channels}, zh, zw), got "
+                f"{tuple(latent.shape)}"
+            )
+        if latent.shape[0] != y.shape[0]:
+            raise ValueError(
+                f"PiDNet: lq_latent and y must have the same batch size, got {latent.shape[0]} "
+                f"and {y.shape[0]}"
+            )
+        if sigma is None:
+            sigma = torch.zeros(latent.shape[0], device=latent.device)
+        if tuple(sigma.shape) != (latent.shape[0],):
+            raise ValueError(
+                f"PiDNet: degrade_sigma must be (B,) = ({latent.shape[0]},), got "
+                f"{tuple(sigma.shape)}"
+            )
+        stack = self.lq_proj.features(latent.to(self.dtype), grid)
+        features = self.lq_proj.heads(stack)
+        if trace:
+            trace("lq_features", stack)
+            for r, feature in enumerate(features):
+                trace(f"lq.{r}", feature)
+        gates = list(self.lq_proj.gate_modules)
+        if c.pit_lq_inject:
+            gates.append(self.pit_lq_gate)
+        sigma = sigma.float()
+        return features, [g.lq_logit(f, sigma) for g, f in zip(gates, features, strict=True)]
+
+    def _caption(self, y: Tensor) -> Tensor:
+        c = self.config
+        if y.dim() != 3 or y.shape[-1] != c.txt_embed_dim or y.shape[1] == 0:
+            raise ValueError(
+                f"PiDNet: y must be (B, T, {c.txt_embed_dim}) caption embeddings with T >= 1, got "
+                f"{tuple(y.shape)}"
+            )
+        return y[:, : c.txt_max_length].to(self.dtype)
+
+    def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        patch = self.config.patch_size
+        if min(size) < patch or size[0] % patch or size[1] % patch:
+            raise ValueError(
+                f"PiDNet: H and W must be positive multiples of {patch}, got {size[0]}x{size[1]}"
+            )
+        return size[0] // patch, size[1] // patch
+
+    def _modulation_for(self, t, batch, condition) -> StepModulation:
+        if isinstance(t, Tensor):
+            return self.modulation(t)
+        mod = condition.modulations.get(t)
+        if mod is None:
+            mod = self.modulation(torch.tensor([t], device=self.device))
+        return StepModulation(
+            time=mod.time.expand(batch, -1),
+            image=[m.expand(batch, -1, -1) for m in mod.image],
+            text=[m.expand(batch, -1, -1) for m in mod.text],
+        )

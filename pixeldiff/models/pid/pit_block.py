@@ -1,0 +1,83 @@
+"""PiT block: one attention token per patch, everything else per pixel."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ... import ops
+from .layers import RMSNorm
+from .mmdit_block import Rope, Trace
+
+
+class RotaryAttention(nn.Module):
+    """Self-attention over the patch tokens of each image."""
+
+    def __init__(self, dim: int, heads: int, **factory) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **factory)
+        self.q_norm = RMSNorm(dim // heads, **factory)
+        self.k_norm = RMSNorm(dim // heads, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
+
+    def forward(self, a: Tensor, rope: Rope) -> Tensor:
+        """(B, N, A) -> (B, N, A)."""
+        qkv = ops.qk_norm_rope(
+            self.qkv(a), self.q_norm.weight, self.k_norm.weight, rope, heads=self.heads
+        )
+        return self.proj(ops.joint_attention(*qkv.unbind(0)).flatten(2))
+
+
+class PixelMLP(nn.Module):
+    """Weights of the pixel MLP p -> 4p -> p."""
+
+    def __init__(self, dim: int, hidden: int, **factory) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, **factory)
+        self.fc2 = nn.Linear(hidden, dim, **factory)
+
+
+class PiTBlock(nn.Module):
+    """PiD (arXiv 2605.23902), pixel stream block."""
+
+    def __init__(
+        self, context: int, dim: int, patch: int, attn_dim: int, heads: int, **factory
+    ) -> None:
+        super().__init__()
+        pixels = patch * patch
+        self.adaLN_modulation = nn.Sequential(nn.Linear(context, 6 * dim * pixels, **factory))
+        self.norm1 = RMSNorm(dim, **factory)
+        self.compress_to_attn = nn.Linear(dim * pixels, attn_dim, **factory)
+        self.attn = RotaryAttention(attn_dim, heads, **factory)
+        self.expand_from_attn = nn.Linear(attn_dim, dim * pixels, **factory)
+        self.norm2 = RMSNorm(dim, **factory)
+        self.mlp = PixelMLP(dim, 4 * dim, **factory)
+
+    def forward(
+        self, q: Tensor, u: Tensor, rope: Rope, batch: int, *, trace: Trace | None = None
+    ) -> Tensor:
+        """q (B*N, P*P, p), u (B*N, D) -> q."""
+        ada = self.adaLN_modulation[0]
+        a = ops.pixel_adaln_compress(
+            q,
+            u,
+            ada.weight,
+            ada.bias,
+            self.norm1.weight,
+            self.compress_to_attn.weight,
+            self.compress_to_attn.bias,
+        ).unflatten(0, (batch, -1))
+        o = self.attn(a, rope)
+        if trace:
+            trace("compressed", a.flatten(0, 1))
+            trace("attn", o)
+        return ops.pixel_adaln_mlp(
+            q,
+            u,
+            o.flatten(0, 1),
+            (self.expand_from_attn.weight, self.expand_from_attn.bias),
+            (ada.weight, ada.bias),
+            self.norm2.weight,
+            (self.mlp.fc1.weight, self.mlp.fc1.bias),
+            (self.mlp.fc2.weight, self.mlp.fc2.bias),
+        )

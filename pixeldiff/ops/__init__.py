@@ -1,0 +1,33 @@
+"""The ops: one file each, with the definition (`reference`) and the table of backends."""
+
+from .gated_residual_norm import gated_residual_norm
+from .joint_attention import joint_attention
+from .patchify import patchify, unpatchify
+from .pixel_adaln_compress import pixel_adaln_compress
+from .pixel_adaln_mlp import pixel_adaln_mlp
+from .pixel_embed import pixel_embed
+from .pixel_head import pixel_head
+from .qk_norm_rope import qk_norm_rope
+from .registry import backend, explain
+from .rms_norm import rms_norm
+from .rms_norm_modulate import rms_norm_modulate
+from .sigma_gate import sigma_gate
+from .swiglu import swiglu
+
+__all__ = [
+    "backend",
+    "explain",
+    "gated_residual_norm",
+    "joint_attention",
+    "patchify",
+    "pixel_adaln_compress",
+    "pixel_adaln_mlp",
+    "pixel_embed",
+    "pixel_head",
+    "qk_norm_rope",
+    "rms_norm",
+    "rms_norm_modulate",
+    "sigma_gate",
+    "swiglu",
+    "unpatchify",
+]

@@ -1,0 +1,30 @@
+"""patchify and unpatchify: pure index moves between an image and its patches."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, C*P*P), channel outermost in a token, tokens in raster order.
+
+        tok[n, c*P*P + py*P + px] = x[c, row*P + py, col*P + px]
+
+    Raises:
+        ValueError: H or W is not a multiple of patch.
+    """
+    b, c, height, width = x.shape
+    if height % patch or width % patch:
+        raise ValueError(f"patchify: H and W must be multiples of {patch}, got {height}x{width}")
+    x = x.reshape(b, c, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
+
+
+def unpatchify(q: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """(B*N, P*P, C) -> (B, C, H, W), channel innermost in a pixel, pixels of a patch row by row.
+
+    v[c, row*P + py, col*P + px] = q[n, py*P + px, c]
+    """
+    h, w, c = height // patch, width // patch, q.shape[-1]
+    q = q.reshape(-1, h, w, patch, patch, c)
+    return q.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, height, width)

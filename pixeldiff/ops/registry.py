@@ -1,0 +1,201 @@
+"""Registration of ops with PyTorch and the choice of a backend for each call.
+
+An op is one schema in `torch.library`, one reference implementation in plain PyTorch (its
+definition) and any number of fused backends. A backend is a module with two functions that take
+the op's arguments in schema order:
+
+    why_not(*args) -> str | None     None if it can take the call, else the reason
+    launch(*args)  -> Tensor(s)      the result, contiguous
+
+Free choice walks the op's backends in order and ends at the reference. A forced backend never falls
+through: it raises with its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_log = logging.getLogger("pixeldiff.ops")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A fused implementation of one op.
+
+    `automatic` is False for one that runs only when it is asked for by name (not yet proven on the
+    hardware it is written for).
+    """
+
+    name: str
+    module: str
+    automatic: bool = True
+
+    def load(self) -> ModuleType:
+        return _import(self.module)
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    reference: Callable[..., Any]
+    backends: tuple[Backend, ...]
+
+
+OPS: dict[str, Op] = {}
+_forced: ContextVar[dict[str, str] | None] = ContextVar("pixeldiff_backend", default=None)
+
+
+@functools.cache
+def _import(module: str) -> ModuleType:
+    return importlib.import_module(module)
+
+
+@functools.cache
+def _environment() -> dict[str, str]:
+    name = os.environ.get("PIXELDIFF_BACKEND", "")
+    if name in ("", "auto"):
+        return {}
+    if name not in BACKENDS:
+        raise ValueError(
+            f"PIXELDIFF_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {name!r}"
+        )
+    return {"*": name}
+
+
+@contextlib.contextmanager
+def backend(default: str | None = None, /, **per_op: str) -> Iterator[None]:
+    """Force backends inside a `with` block, for this thread or task only.
+
+        with pixeldiff.backend("reference"): ...
+        with pixeldiff.backend(rms_norm_modulate="cpu"): ...      # the others stay free
+
+    Args:
+        default: backend of every op: "cuda", "triton", "cpu" or "reference"; None or "auto" frees.
+        per_op: backend of single ops, by op name.
+
+    Raises:
+        ValueError: an unknown backend or op. Calls inside raise NotImplementedError when a forced
+            backend cannot take them.
+    """
+    table = {}
+    for key, name in {"*": default, **per_op}.items():
+        if key != "*" and key not in OPS:
+            raise ValueError(f"backend: unknown op {key!r}; ops are {', '.join(sorted(OPS))}")
+        if name is None or name == "auto":
+            continue
+        if name not in BACKENDS:
+            raise ValueError(
+                f"backend: {name!r} is not a backend; choose one of auto, {', '.join(BACKENDS)}"
+            )
+        table[key] = name
+    token = _forced.set(table)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_backend(op: str) -> str | None:
+    """The backend forced for `op` by a `backend(...)` block or PIXELDIFF_BACKEND, else None."""
+    table = _forced.get()
+    if table is None:
+        table = _environment()
+    return table.get(op, table.get("*"))
+
+
+def explain(op: str, *args: Any) -> list[tuple[str, str | None]]:
+    """(backend, reason it cannot take this call or None) for every backend of `op`, in order."""
+    rows = [(b.name, _reason(b, args)) for b in OPS[op].backends]
+    return [*rows, ("reference", None)]
+
+
+def _reason(b: Backend, args: tuple[Any, ...]) -> str | None:
+    try:
+        module = b.load()
+    except ImportError as e:
+        return f"{b.module} cannot be imported: {e}"
+    return module.why_not(*args)
+
+
+def _run(op: Op, args: tuple[Any, ...]) -> Any:
+    name = forced_backend(op.name)
+    if name == "reference":
+        return op.reference(*args)
+    for b in op.backends:
+        if b.name != name if name is not None else not b.automatic:
+            continue
+        reason = _reason(b, args)
+        if reason is None:
+            return b.load().launch(*args)
+        if name is not None:
+            raise NotImplementedError(f'{op.name}(backend="{name}"): {reason}')
+        _log.debug("%s: %s cannot run: %s", op.name, b.name, reason)
+    if name is not None:
+        have = ", ".join([b.name for b in op.backends] + ["reference"])
+        raise NotImplementedError(
+            f'{op.name}(backend="{name}"): there is no such implementation; choose from {have}'
+        )
+    return op.reference(*args)
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    backends: tuple[Backend, ...] = (),
+) -> Callable[..., Any]:
+    """Register an op under `torch.ops.pixeldiff` and return the function that calls it.
+
+    Calls that need gradients, and calls under `backend("reference")`, go to the reference directly,
+    so autograd and `torch.compile` see plain PyTorch. Fused backends are inference only.
+    """
+    op = Op(name, reference, backends)
+    OPS[name] = op
+    qualified = f"pixeldiff::{name}"
+    torch.library.define(qualified, schema)
+    torch.library.register_fake(qualified, fake)
+
+    def kernel(*args: Any) -> Any:
+        return _contiguous(_run(op, args))
+
+    torch.library.register_kernel(qualified, "default", kernel)
+    registered = getattr(torch.ops.pixeldiff, name).default
+
+    def call(*args: Any) -> Any:
+        if needs_grad(*args) or forced_backend(name) == "reference":
+            return reference(*args)
+        return registered(*args)
+
+    return call
+
+
+def _contiguous(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result.contiguous()
+    return tuple(r.contiguous() for r in result)
+
+
+def needs_grad(*args: Any) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(a, Tensor) and a.requires_grad for a in args
+    )
+
+
+def upcast(t: Tensor) -> Tensor:
+    """fp32, the arithmetic of every op; fp64 stays, so that a reference can be its own oracle."""
+    return t if t.dtype == torch.float64 else t.float()
