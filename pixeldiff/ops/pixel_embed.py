@@ -65,7 +65,9 @@ def pixel_embed(
     check_rank(op, "x", x, "(B, C, H, W)")
     _, c, height, width = x.shape
     if patch < 1 or height % patch or width % patch:
-        raise ValueError(f"{op}: H and W must be multiples of patch = {patch}, got {height}x{width}")
+        raise ValueError(
+            f"{op}: H and W must be multiples of patch = {patch}, got {height}x{width}"
+        )
     p = weight.shape[0]
     check_shape(op, "weight", weight, "(p, C)", (p, c))
     check_shape(op, "bias", bias, "(p,)", (p,))

@@ -101,7 +101,9 @@ def qk_norm_rope(
             f"{qkv.shape[2]}, got {tuple(txt_qkv.shape)}"
         )
     if txt_qkv.dtype != qkv.dtype:
-        raise TypeError(f"{op}: text qkv must have the dtype of qkv, {qkv.dtype}, got {txt_qkv.dtype}")
+        raise TypeError(
+            f"{op}: text qkv must have the dtype of qkv, {qkv.dtype}, got {txt_qkv.dtype}"
+        )
     return _op(
         qkv, q_weight, k_weight, *rope, txt_qkv, txt_q_weight, txt_k_weight, *txt_rope, heads, eps
     )

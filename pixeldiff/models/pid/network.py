@@ -138,9 +138,7 @@ class PiDNet(nn.Module):
                 "PiDNet: mask must be None; the network attends to every text token, padding too. "
                 "Shorten y instead"
             )
-        condition = self.prepare(
-            lq_latent, y, degrade_sigma, size=tuple(x.shape[-2:]), trace=trace
-        )
+        condition = self.prepare(lq_latent, y, degrade_sigma, size=tuple(x.shape[-2:]), trace=trace)
         return self.step(x, t, condition, trace=trace)
 
     def prepare(
