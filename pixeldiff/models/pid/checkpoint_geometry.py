@@ -232,7 +232,7 @@ def _no_fit(shapes: Shapes, path: Path) -> Exception:
         for k in {**theirs, **facts}
         if facts.get(k) != theirs.get(k)
     )
-    other = next((k for k, s in shapes.items() if k in expected and expected[k] != s), None)
+    other = next((k for k, s in expected.items() if shapes.get(k, s) != s), None)
     example = f"; {other} is {shapes[other]}, not {expected[other]}" if other else ""
     return UnknownGeometryError(
         f"read_checkpoint: {path} is a PiD network of a geometry that was never released. Nearest "

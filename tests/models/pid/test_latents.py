@@ -198,9 +198,9 @@ def test_wrong_values_and_names():
     z = torch.zeros(1, 16, 2, 2)
     with pytest.raises(UnknownNameError, match="Known: flux,"):
         to_pid_latent(z, "flux3000")
-    with pytest.raises(LatentError, match="float32, float16 or bfloat16, got torch.float64"):
+    with pytest.raises(LatentError, match=r"float32, float16 or bfloat16, got torch.float64"):
         to_pid_latent(z.double(), "flux")
-    with pytest.raises(LatentError, match="must be a torch.Tensor, got list"):
+    with pytest.raises(LatentError, match=r"must be a torch.Tensor, got list"):
         to_pid_latent([1], "flux")
     for bad in (math.nan, math.inf):
         z[0, 3, 1, 1] = bad
@@ -268,7 +268,7 @@ def test_noise_refusals():
             noise_latent(z, sigma, "flux", 1)
     with pytest.raises(LatentError, match=r"number or \(B,\) = \(2,\), got \(3,\)"):
         noise_latent(z, torch.zeros(3), "flux", 1)
-    with pytest.raises(LatentError, match="generator or 2 .* got 3"):
+    with pytest.raises(LatentError, match=r"generator or 2 .* got 3"):
         noise_latent(z, 0.1, "flux", [1, 2, 3])
     with pytest.raises(LatentError, match="got NoneType"):
         noise_latent(z, 0.1, "flux", None)

@@ -41,7 +41,7 @@ def test_sizes_off_the_patch_grid_name_their_neighbours():
     text = r"multiples of patch_size 16, got \(1000, 2048\); nearest: H 992 or 1008, W 2048"
     with pytest.raises(SizeError, match=text):
         check_size(CONFIG, (64, 64), (1000, 2048))
-    with pytest.raises(SizeError, match="nearest: H 16, W 16$"):
+    with pytest.raises(SizeError, match=r"nearest: H 16, W 16$"):
         check_size(CONFIG, (64, 64), (5, 16))
 
 

@@ -57,7 +57,7 @@ def test_the_manifests_are_the_variants():
 
 @each_manifest
 def test_tensors(manifest):
-    expected = {name: shape for name, shape in manifest["tensors"]}
+    expected = dict(manifest["tensors"])
     config = variant(manifest["name"]).config
     assert _tensors(config) == expected
     assert len(expected) == manifest["num_tensors"]
