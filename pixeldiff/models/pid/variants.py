@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from ...errors import UnknownNameError
 from .backbones import BACKBONES, backbone, family_members, unknown_name
 from .config import PiDConfig
+from .samplers import STUDENT_T_LIST
 
 LICENCE_NOTE = (
     "The released PiD weights are under NVIDIA's non-commercial source code licence (NSCLv1): "
     "research and evaluation only. pixeldiff itself is Apache-2.0 and contains no such weights."
 )
-
-STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342, 0.0)
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Variant:
 
 
 def _student(dynamic_shift: DynamicShift | None) -> SamplingSettings:
-    return SamplingSettings(4, STUDENT_TIMES, True, 1.0, dynamic_shift=dynamic_shift)
+    return SamplingSettings(4, STUDENT_T_LIST, True, 1.0, dynamic_shift=dynamic_shift)
 
 
 def _v1(family: str, resolution: str, sr_scale: int = 4) -> Variant:
