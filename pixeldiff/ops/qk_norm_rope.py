@@ -75,7 +75,7 @@ def qk_norm_rope(
         q_weight, k_weight: (d,) gains of the two norms.
         rope: (cos, sin), each (N, d/2) fp32.
         heads: G.
-        text: (qkv (B, T, 3*G*d), q_weight, k_weight, (cos, sin) (T, d/2)) of the text rows, or None.
+        text: (qkv (B, T, 3*G*d), q_weight, k_weight, (cos, sin)) of the text rows, or None.
         eps: added to the mean square.
 
     Returns:

@@ -1,7 +1,9 @@
 """Positional tables: rotary angles of image and text rows, sin/cos of pixels, time embedding.
 
 They depend on grid sizes only, and are evaluated on the CPU whatever the device of the result, in
-the precision of the released implementation, so that every machine uses the same tables. Source: PiD (arXiv 2605.23902) and its PixelDiT backbone.
+the precision of the released implementation, so that every machine uses the same tables.
+
+Source: PiD (arXiv 2605.23902) and its PixelDiT backbone.
 """
 
 from __future__ import annotations
@@ -64,10 +66,10 @@ def rope_1d(
 def pixel_sincos(
     length: int, channels: int, *, start: int = 0, device: torch.device | str | None = None
 ) -> Tensor:
-    """One axis of the pixel table: [sin | cos] of position * 10000^(-j/m), (length, channels/2) fp32.
+    """One axis of the pixel table, [sin | cos] of position * 10000^(-j/m): (length, p/2) fp32.
 
-    channels = p is the full width (a multiple of 4), m = p/4. The table of a pixel is its column's
-    row of this, then its row's. Evaluated in fp64.
+    `channels` is the full width p, a multiple of 4, and m = p/4. A pixel's position is the entry of
+    its column in the horizontal table, then of its row in the vertical one. Evaluated in fp64.
     """
     m = channels // 4
     freq = 10000.0 ** (-torch.arange(m, dtype=torch.float64) / m)
