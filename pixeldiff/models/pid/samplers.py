@@ -58,6 +58,14 @@ class NoiseSource:
         self.generators = generators
         self.device = device
 
+    @property
+    def kind(self) -> str:
+        """Device type of the generators: decides the numbers a seed gives."""
+        one = self.generators
+        if not isinstance(one, torch.Generator):
+            one = one[0]
+        return one.device.type
+
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         if isinstance(self.generators, torch.Generator):
             return _draw(shape, self.generators).to(self.device)
