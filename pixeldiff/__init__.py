@@ -1,6 +1,22 @@
-"""pixeldiff: kernels for pixel-space diffusion, with the PiD decoder on top."""
+"""pixeldiff: kernels for pixel-space diffusion, with the PiD latent decoder on top.
+
+import pixeldiff
+decoder = pixeldiff.PiDDecoder.from_pretrained("demo")
+image = decoder.decode(latent, caption="a red circle", seed=0).images[0]
+"""
+
+from typing import Any
 
 from .ops.registry import backend
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend"]
+__all__ = ["PiDDecoder", "__version__", "backend"]
+
+
+def __getattr__(name: str) -> Any:
+    # The ops are usable alone: the model and what it imports are loaded when first asked for.
+    if name == "PiDDecoder":
+        from .models.pid.decoder import PiDDecoder
+
+        return PiDDecoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -189,9 +189,10 @@ class ConvAutoencoder(nn.Module):
         """
         path = Path(path)
         tensors = {
-            name: value.detach().cpu().contiguous().to(
-                torch.float32 if name.startswith("latent_") else dtype
-            )
+            name: value.detach()
+            .cpu()
+            .contiguous()
+            .to(torch.float32 if name.startswith("latent_") else dtype)
             for name, value in self.state_dict().items()
         }
         entries = {

@@ -59,6 +59,8 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
     if k.shape[1] == 0:
         raise ValueError(f"{op}: k must have at least one row, got {tuple(k.shape)}")
     if k.dtype != q.dtype or v.dtype != q.dtype:
-        raise TypeError(f"{op}: k and v must have the dtype of q, {q.dtype}, got {k.dtype}, {v.dtype}")
+        raise TypeError(
+            f"{op}: k and v must have the dtype of q, {q.dtype}, got {k.dtype}, {v.dtype}"
+        )
     check_last_contiguous(op, q=q, k=k, v=v)
     return _op(q, k, v, d**-0.5 if scale is None else scale)

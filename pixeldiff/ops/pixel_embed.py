@@ -65,8 +65,12 @@ def pixel_embed(
     check_rank(op, "x", x, "(B, C, H, W)")
     _, c, height, width = x.shape
     if patch < 1 or height % patch or width % patch:
-        raise ValueError(f"{op}: H and W must be multiples of patch = {patch}, got {height}x{width}")
+        raise ValueError(
+            f"{op}: H and W must be multiples of patch = {patch}, got {height}x{width}"
+        )
     p = weight.shape[0]
+    if p % 2:
+        raise ValueError(f"{op}: p must be even, got {p}")
     check_shape(op, "weight", weight, "(p, C)", (p, c))
     check_shape(op, "bias", bias, "(p,)", (p,))
     check_shape(op, "pos_x", pos_x, "(W, p/2)", (width, p // 2))

@@ -75,7 +75,7 @@ def qk_norm_rope(
         q_weight, k_weight: (d,) gains of the two norms.
         rope: (cos, sin), each (N, d/2) fp32.
         heads: G.
-        text: (qkv (B, T, 3*G*d), q_weight, k_weight, (cos, sin) (T, d/2)) of the text rows, or None.
+        text: (qkv (B, T, 3*G*d), q_weight, k_weight, (cos, sin)) of the text rows, or None.
         eps: added to the mean square.
 
     Returns:
@@ -101,7 +101,9 @@ def qk_norm_rope(
             f"{qkv.shape[2]}, got {tuple(txt_qkv.shape)}"
         )
     if txt_qkv.dtype != qkv.dtype:
-        raise TypeError(f"{op}: text qkv must have the dtype of qkv, {qkv.dtype}, got {txt_qkv.dtype}")
+        raise TypeError(
+            f"{op}: text qkv must have the dtype of qkv, {qkv.dtype}, got {txt_qkv.dtype}"
+        )
     return _op(
         qkv, q_weight, k_weight, *rope, txt_qkv, txt_q_weight, txt_k_weight, *txt_rope, heads, eps
     )

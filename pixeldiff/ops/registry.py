@@ -116,6 +116,13 @@ def forced_backend(op: str) -> str | None:
     return table.get(op, table.get("*"))
 
 
+@torch.compiler.assume_constant_result
+def _reference_forced(op: str) -> bool:
+    # Dynamo cannot trace a ContextVar. Evaluated while tracing, this decides whether the compiler
+    # sees plain PyTorch or the opaque op; the op itself still reads the choice at every call.
+    return forced_backend(op) == "reference"
+
+
 def explain(op: str, *args: Any) -> list[tuple[str, str | None]]:
     """(backend, reason it cannot take this call or None) for every backend of `op`, in order."""
     rows = [(b.name, _reason(b, args)) for b in OPS[op].backends]
@@ -177,8 +184,8 @@ def define(
     registered = getattr(torch.ops.pixeldiff, name).default
 
     def call(*args: Any) -> Any:
-        if needs_grad(*args) or forced_backend(name) == "reference":
-            return reference(*args)
+        if needs_grad(*args) or _reference_forced(name):
+            return _contiguous(reference(*args))
         return registered(*args)
 
     return call
@@ -191,9 +198,7 @@ def _contiguous(result: Any) -> Any:
 
 
 def needs_grad(*args: Any) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(a, Tensor) and a.requires_grad for a in args
-    )
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def upcast(t: Tensor) -> Tensor:

@@ -59,7 +59,9 @@ def sigma_gate(x: Tensor, feature: Tensor, weight: Tensor, lq_logit: Tensor) -> 
     b, n, d = x.shape
     k = weight.shape[0]
     if k not in (1, d):
-        raise ValueError(f"{op}: weight must be (D, D) or (1, D) with D = {d}, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"{op}: weight must be (D, D) or (1, D) with D = {d}, got {tuple(weight.shape)}"
+        )
     if weight.dtype != x.dtype:
         raise TypeError(f"{op}: weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
     check_shape(op, "weight", weight, "(K, D)", (k, d))

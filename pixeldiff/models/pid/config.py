@@ -95,11 +95,13 @@ class PiDConfig:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.type == "int" and f.name != "lq_aux_rgb_head_latent_block_idx":
-                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                    raise ValueError(
-                        f"PiDConfig: {f.name} must be a positive integer, got {value!r}"
-                    )
+            if f.type != "int" or f.name == "lq_aux_rgb_head_latent_block_idx":
+                continue
+            least = 0 if f.name == "lq_num_res_blocks" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"PiDConfig: {f.name} must be an integer >= {least}, got {value!r}"
+                )
         self._divides("num_groups", "hidden_size")
         self._divides("pixel_num_groups", "pixel_attn_hidden_size")
         self._multiple_of_4("hidden_size / num_groups", self.head_dim)

@@ -7,7 +7,7 @@ loop. `net(x, t, y, ...)` is `step(x, t, prepare(...))`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -138,9 +138,7 @@ class PiDNet(nn.Module):
                 "PiDNet: mask must be None; the network attends to every text token, padding too. "
                 "Shorten y instead"
             )
-        condition = self.prepare(
-            lq_latent, y, degrade_sigma, size=tuple(x.shape[-2:]), trace=trace
-        )
+        condition = self.prepare(lq_latent, y, degrade_sigma, size=tuple(x.shape[-2:]), trace=trace)
         return self.step(x, t, condition, trace=trace)
 
     def prepare(
@@ -167,15 +165,11 @@ class PiDNet(nn.Module):
         features, logits = [], []
         if lq_latent is not None:
             features, logits = self._latent_branch(lq_latent, degrade_sigma, grid, y, trace)
-        text = self.y_embedder(y)
-        if trace:
-            trace("y_proj_norm", text)
-        text = text + self.y_pos_embedding[:, : y.shape[1]]
         reference = (c.rope_ref_h // c.patch_size, c.rope_ref_w // c.patch_size)
         rope = {"mode": c.rope_mode, "reference": reference, "device": y.device}
         return PiDCondition(
             size=size,
-            text=text,
+            text=self._embed_caption(y, trace),
             features=features,
             logits=logits,
             rope=rope_2d(grid, c.head_dim, **rope),
@@ -188,6 +182,22 @@ class PiDNet(nn.Module):
                 for t in timesteps
             },
         )
+
+    def recaption(self, condition: PiDCondition, y: Tensor) -> PiDCondition:
+        """The same condition with another caption; the latent's features are shared, not copied."""
+        y = self._caption(y)
+        if y.shape[0] != condition.text.shape[0]:
+            raise ValueError(
+                f"PiDNet.recaption: y must have batch size {condition.text.shape[0]}, got "
+                f"{y.shape[0]}"
+            )
+        rope = rope_1d(
+            y.shape[1],
+            self.config.head_dim,
+            theta=self.config.text_rope_theta,
+            device=y.device,
+        )
+        return replace(condition, text=self._embed_caption(y), txt_rope=rope)
 
     def modulation(self, t: Tensor) -> StepModulation:
         """The time vector and every MMDiT modulation vector for network times t (B,)."""
@@ -302,6 +312,12 @@ class PiDNet(nn.Module):
                 f"{tuple(y.shape)}"
             )
         return y[:, : c.txt_max_length].to(self.dtype)
+
+    def _embed_caption(self, y: Tensor, trace: Trace | None = None) -> Tensor:
+        text = self.y_embedder(y)
+        if trace:
+            trace("y_proj_norm", text)
+        return text + self.y_pos_embedding[:, : y.shape[1]]
 
     def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
         patch = self.config.patch_size

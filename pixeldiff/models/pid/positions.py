@@ -1,6 +1,9 @@
 """Positional tables: rotary angles of image and text rows, sin/cos of pixels, time embedding.
 
-They depend on grid sizes only. Source: PiD (arXiv 2605.23902) and its PixelDiT backbone.
+They depend on grid sizes only, and are evaluated on the CPU whatever the device of the result, in
+the precision of the released implementation, so that every machine uses the same tables.
+
+Source: PiD (arXiv 2605.23902) and its PixelDiT backbone.
 """
 
 from __future__ import annotations
@@ -43,47 +46,49 @@ def rope_2d(
         k = g / (g - 2) if g > 2 else 0.0
         base_y *= (h / reference[0]) ** k
         base_x *= (w / reference[1]) ** k
-    slots = torch.arange(head_dim // 4, dtype=torch.float64, device=device) * (-4 / head_dim)
-    y = torch.linspace(0, SPAN, h, dtype=torch.float32, device=device).double()
-    x = torch.linspace(0, SPAN, w, dtype=torch.float32, device=device).double()
-    angle_x = (x[:, None] * base_x**slots).expand(h, w, -1)
-    angle_y = (y[:, None] * base_y**slots)[:, None].expand(h, w, -1)
-    angle = torch.stack((angle_x, angle_y), -1).reshape(h * w, head_dim // 2)
-    return angle.cos().float(), angle.sin().float()
+    slots = torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim
+    angle_x = torch.outer(torch.linspace(0, SPAN, w), 1 / base_x**slots)
+    angle_y = torch.outer(torch.linspace(0, SPAN, h), 1 / base_y**slots)
+    grids = (angle_x[None].expand(h, w, -1), angle_y[:, None].expand(h, w, -1))
+    angle = torch.stack(grids, -1).reshape(h * w, head_dim // 2)
+    return angle.cos().to(device), angle.sin().to(device)
 
 
 def rope_1d(
     length: int, head_dim: int, *, theta: float = 10000.0, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of the text's rotary angles, each (length, head_dim/2) fp32."""
-    slots = torch.arange(head_dim // 2, dtype=torch.float64, device=device) * (-2 / head_dim)
-    rows = torch.arange(length, dtype=torch.float64, device=device)
-    angle = rows[:, None] * theta**slots
-    return angle.cos().float(), angle.sin().float()
+    slots = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), 1 / theta**slots)
+    return angle.cos().to(device), angle.sin().to(device)
 
 
 def pixel_sincos(
     length: int, channels: int, *, start: int = 0, device: torch.device | str | None = None
 ) -> Tensor:
-    """One axis of the pixel table: [sin | cos] of position * 10000^(-j/m), (length, channels/2) fp32.
+    """One axis of the pixel table, [sin | cos] of position * 10000^(-j/m): (length, p/2) fp32.
 
-    channels = p is the full width (a multiple of 4), m = p/4. The table of a pixel is its column's
-    row of this, then its row's. Evaluated in fp64.
+    `channels` is the full width p, a multiple of 4, and m = p/4. A pixel's position is the entry of
+    its column in the horizontal table, then of its row in the vertical one. Evaluated in fp64.
     """
     m = channels // 4
-    freq = 10000.0 ** (-torch.arange(m, dtype=torch.float64, device=device) / m)
-    angle = torch.arange(start, start + length, dtype=torch.float64, device=device)[:, None] * freq
-    return torch.cat((angle.sin(), angle.cos()), -1).float()
+    freq = 10000.0 ** (-torch.arange(m, dtype=torch.float64) / m)
+    angle = torch.arange(start, start + length, dtype=torch.float64)[:, None] * freq
+    return torch.cat((angle.sin(), angle.cos()), -1).float().to(device)
 
 
-def time_frequencies(device: torch.device | str | None = None) -> Tensor:
-    """(128,) fp32. Rounded in fp32 at each step: arguments reach 999, so one ulp here is visible."""
+def time_frequencies() -> Tensor:
+    """(128,) fp32: exp(-ln(10) * i / 128) of an fp32 argument.
+
+    The exponential itself is rounded from fp64: network times reach 1000, so that one ulp here is
+    visible, and the fp32 exponential of different machines differs by as much.
+    """
     half = TIME_CHANNELS // 2
-    log_period = torch.tensor(-math.log(TIME_MAX_PERIOD), dtype=torch.float32, device=device)
-    return torch.exp(log_period * torch.arange(half, dtype=torch.float32, device=device) / half)
+    argument = -math.log(TIME_MAX_PERIOD) * torch.arange(half, dtype=torch.float32) / half
+    return argument.double().exp().float()
 
 
 def time_embedding(t: Tensor) -> Tensor:
     """(B,) network times (1000 * diffusion time) -> (B, 256) fp32, cosines first."""
-    angle = t.float()[:, None] * time_frequencies(t.device)
+    angle = t.float()[:, None] * time_frequencies().to(t.device)
     return torch.cat((angle.cos(), angle.sin()), -1)

@@ -1,0 +1,73 @@
+// Entry points of the CPU kernels: pick the variant, split the rows, hand each worker its scratch.
+#include <memory>
+
+#include "gated_residual_norm.h"
+#include "parallel.h"
+#include "rms_norm_modulate.h"
+
+namespace pixeldiff::cpu {
+namespace {
+
+constexpr int64_t kGrainBytes = 64 * 1024;  // below this a second thread costs more than it saves
+constexpr int64_t kScratchAlign = 16;       // floats: no two workers write to one cache line
+
+template <class Args>
+using RowsFunction = void (*)(const Args&, int64_t, int64_t, float*);
+
+template <class Args>
+struct Job {
+  const Args* args;
+  RowsFunction<Args> rows;
+  float* scratch;
+  int64_t scratch_per_worker;
+};
+
+template <class Args>
+void run_rows(const Args& args, RowsFunction<Args> rows, int64_t scratch_floats, int threads) {
+  const int64_t count = args.B * args.N;
+  if (count == 0 || args.D == 0) return;
+  const int64_t row_bytes = args.D * (args.dtype == DType::f32 ? 4 : 2);
+  const int64_t grain = kGrainBytes / row_bytes + 1;
+  const int workers = worker_count(count, grain, threads);
+  const int64_t per_worker = (scratch_floats + kScratchAlign - 1) / kScratchAlign * kScratchAlign;
+  const std::unique_ptr<float[]> scratch(new float[per_worker * workers]);
+  const Job<Args> job{&args, rows, scratch.get(), per_worker};
+  parallel_for(
+      count, workers,
+      [](const void* context, int64_t begin, int64_t end, int worker) {
+        const auto& job = *static_cast<const Job<Args>*>(context);
+        job.rows(*job.args, begin, end, job.scratch + worker * job.scratch_per_worker);
+      },
+      &job);
+}
+
+template <class Function>
+Function variant(Isa isa, Function portable, Function avx2, Function avx512) {
+  if (isa == Isa::avx512) return avx512;
+  return isa == Isa::avx2 ? avx2 : portable;
+}
+
+#ifdef PIXELDIFF_HAVE_AVX2
+#define PIXELDIFF_AVX2(name) avx2::name
+#else
+#define PIXELDIFF_AVX2(name) portable::name
+#endif
+#ifdef PIXELDIFF_HAVE_AVX512
+#define PIXELDIFF_AVX512(name) avx512::name
+#else
+#define PIXELDIFF_AVX512(name) portable::name
+#endif
+#define PIXELDIFF_VARIANT(isa, name) \
+  variant(isa, &portable::name, &PIXELDIFF_AVX2(name), &PIXELDIFF_AVX512(name))
+
+}  // namespace
+
+void rms_norm_modulate(const RmsNormModulateArgs& args, Isa isa, int threads) {
+  run_rows(args, PIXELDIFF_VARIANT(isa, rms_norm_modulate_rows), 3 * args.D, threads);
+}
+
+void gated_residual_norm(const GatedResidualNormArgs& args, Isa isa, int threads) {
+  run_rows(args, PIXELDIFF_VARIANT(isa, gated_residual_norm_rows), 4 * args.D, threads);
+}
+
+}  // namespace pixeldiff::cpu

@@ -1,0 +1,13 @@
+// Which instruction sets this binary was compiled for, and which of them this processor runs.
+#pragma once
+
+namespace pixeldiff::cpu {
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+
+const char* isa_name(Isa isa);
+bool isa_compiled(Isa isa);
+bool isa_usable(Isa isa);  // compiled, and supported by this processor and its operating system
+Isa best_isa();
+
+}  // namespace pixeldiff::cpu

@@ -1,0 +1,185 @@
+// pixeldiff._C: pointers, sizes and strides in, nothing returned. The Python side owns every tensor
+// and has checked shapes and dtypes; what is checked again here is what guards memory.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "build_info.h"
+#include "cpu/gated_residual_norm.h"
+#include "cpu/isa.h"
+#include "cpu/rms_norm_modulate.h"
+#ifdef PIXELDIFF_CUDA
+#include "cuda/gated_residual_norm.h"
+#include "cuda/rms_norm_modulate.h"
+#endif
+
+namespace py = pybind11;
+
+namespace pixeldiff {
+namespace {
+
+using Address = uintptr_t;
+using VectorTuple = std::tuple<Address, int, int64_t>;    // data or 0, dtype code, stride over B
+using RowsTuple = std::tuple<Address, int64_t, int64_t>;  // data, stride over B, stride over N
+using Sizes = std::tuple<int64_t, int64_t, int64_t>;      // B, N, D
+
+DType to_dtype(int code) {
+  if (code < 0 || code > 2)
+    throw std::invalid_argument("dtype code must be 0 (fp32), 1 (bf16) or 2 (fp16), got " +
+                                std::to_string(code));
+  return static_cast<DType>(code);
+}
+
+bool is_empty(Sizes sizes) {
+  const auto [B, N, D] = sizes;
+  if (B < 0 || N < 0 || D < 0) throw std::invalid_argument("sizes must not be negative");
+  return B == 0 || N == 0 || D == 0;
+}
+
+Vector to_vector(const char* name, VectorTuple tuple, bool optional = false) {
+  const auto [address, dtype, stride_b] = tuple;
+  if (address == 0 && !optional) throw std::invalid_argument(std::string(name) + " has no data");
+  return {reinterpret_cast<const void*>(address), to_dtype(dtype), stride_b};
+}
+
+Rows to_rows(const char* name, RowsTuple tuple) {
+  const auto [address, stride_b, stride_n] = tuple;
+  if (address == 0) throw std::invalid_argument(std::string(name) + " has no data");
+  return {reinterpret_cast<const void*>(address), stride_b, stride_n};
+}
+
+void* to_output(const char* name, Address address) {
+  if (address == 0) throw std::invalid_argument(std::string(name) + " has no data");
+  return reinterpret_cast<void*>(address);
+}
+
+RmsNormModulateArgs rms_norm_modulate_args(Sizes sizes, int dtype, RowsTuple x, VectorTuple weight,
+                                           VectorTuple scale, VectorTuple shift, Address y,
+                                           float eps) {
+  const auto [B, N, D] = sizes;
+  return {B,
+          N,
+          D,
+          to_dtype(dtype),
+          to_rows("x", x),
+          to_vector("weight", weight),
+          to_vector("scale", scale),
+          to_vector("shift", shift, true),
+          to_output("y", y),
+          eps};
+}
+
+GatedResidualNormArgs gated_residual_norm_args(Sizes sizes, int dtype, RowsTuple x, RowsTuple y,
+                                               VectorTuple gate, VectorTuple weight,
+                                               VectorTuple scale, VectorTuple shift, Address x_new,
+                                               Address h, float eps) {
+  const auto [B, N, D] = sizes;
+  return {B,
+          N,
+          D,
+          to_dtype(dtype),
+          to_rows("x", x),
+          to_rows("y", y),
+          to_vector("gate", gate),
+          to_vector("weight", weight),
+          to_vector("scale", scale),
+          to_vector("shift", shift, true),
+          to_output("x_new", x_new),
+          to_output("h", h),
+          eps};
+}
+
+cpu::Isa to_isa(int code) {
+  if (code < 0 || code > 2 || !cpu::isa_usable(static_cast<cpu::Isa>(code)))
+    throw std::invalid_argument("instruction set " + std::to_string(code) +
+                                " was not compiled in or this processor lacks it");
+  return static_cast<cpu::Isa>(code);
+}
+
+void rms_norm_modulate_cpu(Sizes sizes, int dtype, RowsTuple x, VectorTuple weight,
+                           VectorTuple scale, VectorTuple shift, Address y, float eps, int isa,
+                           int threads) {
+  if (is_empty(sizes)) return;
+  const auto args = rms_norm_modulate_args(sizes, dtype, x, weight, scale, shift, y, eps);
+  const cpu::Isa chosen = to_isa(isa);
+  py::gil_scoped_release unlocked;
+  cpu::rms_norm_modulate(args, chosen, threads);
+}
+
+void gated_residual_norm_cpu(Sizes sizes, int dtype, RowsTuple x, RowsTuple y, VectorTuple gate,
+                             VectorTuple weight, VectorTuple scale, VectorTuple shift,
+                             Address x_new, Address h, float eps, int isa, int threads) {
+  if (is_empty(sizes)) return;
+  const auto args =
+      gated_residual_norm_args(sizes, dtype, x, y, gate, weight, scale, shift, x_new, h, eps);
+  const cpu::Isa chosen = to_isa(isa);
+  py::gil_scoped_release unlocked;
+  cpu::gated_residual_norm(args, chosen, threads);
+}
+
+#ifdef PIXELDIFF_CUDA
+void rms_norm_modulate_cuda(Sizes sizes, int dtype, RowsTuple x, VectorTuple weight,
+                            VectorTuple scale, VectorTuple shift, Address y, float eps, int device,
+                            Address stream) {
+  if (is_empty(sizes)) return;
+  const auto args = rms_norm_modulate_args(sizes, dtype, x, weight, scale, shift, y, eps);
+  py::gil_scoped_release unlocked;
+  cuda::rms_norm_modulate(args, device, reinterpret_cast<void*>(stream));
+}
+
+void gated_residual_norm_cuda(Sizes sizes, int dtype, RowsTuple x, RowsTuple y, VectorTuple gate,
+                              VectorTuple weight, VectorTuple scale, VectorTuple shift,
+                              Address x_new, Address h, float eps, int device, Address stream) {
+  if (is_empty(sizes)) return;
+  const auto args =
+      gated_residual_norm_args(sizes, dtype, x, y, gate, weight, scale, shift, x_new, h, eps);
+  py::gil_scoped_release unlocked;
+  cuda::gated_residual_norm(args, device, reinterpret_cast<void*>(stream));
+}
+#endif
+
+py::dict build_info() {
+  py::list compiled, usable;
+  for (const cpu::Isa isa : {cpu::Isa::portable, cpu::Isa::avx2, cpu::Isa::avx512}) {
+    if (cpu::isa_compiled(isa)) compiled.append(cpu::isa_name(isa));
+    if (cpu::isa_usable(isa)) usable.append(cpu::isa_name(isa));
+  }
+  py::dict info;
+  info["version"] = PIXELDIFF_VERSION;
+  info["compiler"] = PIXELDIFF_COMPILER;
+  info["build_type"] = PIXELDIFF_BUILD_TYPE;
+  info["threads"] = PIXELDIFF_THREADS;
+  info["sanitizer"] = PIXELDIFF_SANITIZER;
+  info["cpu_isa"] = compiled;
+  info["cpu_isa_usable"] = usable;
+#ifdef PIXELDIFF_CUDA
+  info["cuda"] = PIXELDIFF_CUDA_VERSION;
+  info["cuda_archs"] = PIXELDIFF_CUDA_ARCH_LIST;
+#else
+  info["cuda"] = py::none();
+  info["cuda_archs"] = "";
+#endif
+  info["cuda_note"] = PIXELDIFF_CUDA_NOTE;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "Compiled kernels of pixeldiff; see pixeldiff.native for the loader.";
+  m.def("build_info", &build_info, "What this binary was built with, and what of it runs here.");
+  m.def("best_isa", [] { return static_cast<int>(cpu::best_isa()); });
+  m.def("isa_usable", [](int code) {
+    return code >= 0 && code <= 2 && cpu::isa_usable(static_cast<cpu::Isa>(code));
+  });
+  m.def("rms_norm_modulate_cpu", &rms_norm_modulate_cpu);
+  m.def("gated_residual_norm_cpu", &gated_residual_norm_cpu);
+#ifdef PIXELDIFF_CUDA
+  m.def("rms_norm_modulate_cuda", &rms_norm_modulate_cuda);
+  m.def("gated_residual_norm_cuda", &gated_residual_norm_cuda);
+#endif
+}
+
+}  // namespace pixeldiff

@@ -1,0 +1,79 @@
+"""What runs on this machine: versions, devices, the native build, backends of every op."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, ops
+from .ops.examples import arguments
+from .ops.registry import OPS
+
+_OPTIONAL = ("triton", "transformers", "diffusers", "huggingface_hub")
+
+
+def backend_rows(
+    device: torch.device | str, dtype: torch.dtype
+) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """(op, backend chosen, [(backend passed over, reason)]) for every op on a device."""
+    rows = []
+    for name, op in sorted(OPS.items()):
+        refused, chosen = [], None
+        on_request = {b.name for b in op.backends if not b.automatic}
+        for backend, reason in ops.explain(name, *arguments(name, device, dtype)):
+            if reason is not None:
+                refused.append((backend, reason))
+            elif backend in on_request:
+                refused.append((backend, "runs on request only: pixeldiff.backend(...)"))
+            elif chosen is None:
+                chosen = backend
+        rows.append((name, chosen, refused))
+    return rows
+
+
+def render(console: Console) -> None:
+    """Print everything."""
+    versions = [f"{n} {_version(n)}" for n in _OPTIONAL]
+    console.print(
+        f"pixeldiff {__version__} · Python {platform.python_version()} · torch {torch.__version__}"
+        f" · {' · '.join(versions)}",
+        markup=False,
+    )
+    console.print(f"devices: {', '.join(_devices())}", markup=False)
+    console.print(f"native extension: {_native()}", markup=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    table = Table("op", "runs on", "passed over", title=f"backends on {device}, {name}")
+    for op, chosen, refused in backend_rows(device, dtype):
+        table.add_row(op, chosen, "\n".join(f"{b}: {reason}" for b, reason in refused))
+    console.print(table, markup=False)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _devices() -> list[str]:
+    threads = torch.get_num_threads()
+    found = [f"cpu ({torch.backends.cpu.get_cpu_capability()}, {threads} threads)"]
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found.append(f"cuda:{i} {p.name} ({p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB)")
+    return found
+
+
+def _native() -> str:
+    try:
+        module = importlib.import_module("pixeldiff._C")
+    except ImportError as e:
+        return f"not built ({e}); ops run on PyTorch and Triton"
+    return ", ".join(f"{k} {v}" for k, v in module.build_info().items())

@@ -1,0 +1,180 @@
+"""Bytes to named tensors: safetensors (also sharded) and PyTorch's zip and legacy pickles.
+
+Tensors of a safetensors file or a zip pickle are views of the mapped file: nothing is read before
+it is used. A pickle is only ever loaded with `weights_only=True`, so no code of it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...errors import (
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    ForeignCheckpointError,
+    IncompleteCheckpointError,
+    UnsafeCheckpointError,
+)
+from .checkpoint_location import EXTENSIONS, INDEX_SUFFIX
+
+# Entries of a training checkpoint that hold a network, and the prefix that says which copy it is.
+_NESTED = {
+    "state_dict": "",
+    "model": "",
+    "net": "",
+    "module": "",
+    "ema": "net_ema.",
+    "model_ema": "net_ema.",
+    "ema_state_dict": "net_ema.",
+}
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a checkpoint file by name, and its text metadata (safetensors only).
+
+    Raises:
+        CheckpointFormatError: extension, or a damaged file. CheckpointNotFoundError: no such file.
+        UnsafeCheckpointError: a pickle with more than tensors. IncompleteCheckpointError: a shard
+        lacks tensors of its index. ForeignCheckpointError: a pickle without a state dict.
+    """
+    if not path.is_file():
+        raise CheckpointNotFoundError(f"read_checkpoint: no file {path}")
+    name = path.name.lower()
+    if name.endswith(INDEX_SUFFIX):
+        return _read_sharded(path)
+    if not name.endswith(EXTENSIONS):
+        raise CheckpointFormatError(
+            f"read_checkpoint: {path} must end in {', '.join((*EXTENSIONS, INDEX_SUFFIX))}"
+        )
+    _refuse_other_content(path)
+    if name.endswith(".safetensors"):
+        return _read_safetensors(path)
+    return _read_pickle(path), {}
+
+
+def _refuse_other_content(path: Path) -> None:
+    """Catch what downloads commonly leave in place of a checkpoint."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    what = None
+    is_zip = head.startswith(b"PK\x03\x04")
+    if not head:
+        what = "is empty"
+    elif head.startswith(b"version https://git-lfs"):
+        what = "is a Git LFS pointer, not the file itself; run git lfs pull"
+    elif head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        what = "is a web page; the download went to a login or error page"
+    elif is_zip and path.suffix == ".safetensors":
+        what = "is a PyTorch file; rename it to .pth"
+    elif head[8:10] == b'{"' and path.suffix != ".safetensors":
+        what = "is a safetensors file; rename it to .safetensors"
+    if what:
+        raise CheckpointFormatError(f"read_checkpoint: {path} {what}")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_sharded(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        shard_of = dict(index["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointFormatError(
+            f"read_checkpoint: {path} is no safetensors index (JSON with a weight_map): {error!r}"
+        ) from error
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for shard in sorted(set(shard_of.values())):
+        if PurePosixPath(shard).name != shard:
+            raise CheckpointFormatError(
+                f"read_checkpoint: {path} names a shard outside its directory: {shard!r}"
+            )
+        if not (path.parent / shard).is_file():
+            raise IncompleteCheckpointError(
+                f"read_checkpoint: shard {shard} of {path} is missing",
+                tuple(key for key, s in shard_of.items() if s == shard),
+            )
+        held, text = _read_safetensors(path.parent / shard)
+        missing = tuple(key for key, s in shard_of.items() if s == shard and key not in held)
+        if missing:
+            raise IncompleteCheckpointError(
+                f"read_checkpoint: shard {shard} of {path} lacks {len(missing)} tensors of the "
+                f"index, first {missing[0]}",
+                missing,
+            )
+        tensors.update(held)
+        metadata.update(text)
+    return tensors, metadata
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        content = _torch_load(path)
+    except pickle.UnpicklingError as error:
+        text = str(error)
+        for marker in ("Unsupported global: GLOBAL ", "Unsupported class "):
+            if marker in text:
+                culprit = text.split(marker, 1)[1].split()[0].strip("`.,")
+                raise UnsafeCheckpointError(
+                    f"read_checkpoint: {path} holds a Python object ({culprit}), not only tensors; "
+                    "it was not loaded, because unpickling it could run any code. Save its state "
+                    "dict alone, best as .safetensors"
+                ) from None
+        raise _damaged(path, error) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise _damaged(path, error) from error
+    tensors = _state_dict_in(content)
+    if not tensors:
+        names = list(content)[:5] if isinstance(content, Mapping) else type(content).__name__
+        raise ForeignCheckpointError(
+            f"read_checkpoint: {path} holds no state dict (name -> tensor), but {names}"
+        )
+    return tensors
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):
+            raise
+        # A file from before PyTorch's zip format cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _state_dict_in(content: Any, prefix: str = "", depth: int = 2) -> dict[str, Tensor]:
+    """The tensors of a state dict, or of the networks nested in a training checkpoint."""
+    if not isinstance(content, Mapping):
+        return {}
+    nested: dict[str, Tensor] = {}
+    if depth:
+        for name, sub_prefix in _NESTED.items():
+            found = _state_dict_in(content.get(name), prefix + sub_prefix, depth - 1)
+            for key, tensor in found.items():
+                nested.setdefault(key, tensor)
+    if nested:
+        return nested
+    return {prefix + str(k): t for k, t in content.items() if isinstance(t, Tensor)}
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointFormatError:
+    # PyTorch puts its advice (to load unsafely) before what it found.
+    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
+    return CheckpointFormatError(
+        f"read_checkpoint: {path} ({path.stat().st_size} bytes) is damaged or cut short "
+        f"({reason[0] if reason else type(error).__name__}); download it again"
+    )

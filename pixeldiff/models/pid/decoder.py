@@ -1,0 +1,385 @@
+"""PiDDecoder: from a generator's latent to an image."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ... import __version__, images
+from ...ops.registry import forced_backend
+from ...text import CaptionFile, load_caption
+from .captions import CaptionSource
+from .checkpoint import LoadedCheckpoint, net_from, read_checkpoint
+from .network import PiDNet
+from .samplers import (
+    Callback,
+    NoiseSource,
+    dynamic_shift,
+    network_time,
+    sample_student,
+    sample_teacher,
+    student_times,
+    teacher_times,
+)
+from .sizes import check_size
+from .variants import LICENCE_NOTE, SamplingSettings, Variant
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STATE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+STUDENT = SamplingSettings(steps=4, times=None, stochastic=True, cfg_scale=1.0)
+Caption = str | Sequence[str] | Tensor | CaptionFile | None
+
+
+class LicenceNotice(UserWarning):
+    """The weights being loaded are under a licence of their own."""
+
+
+@dataclass(frozen=True)
+class DecodeOutput:
+    """Images and how they were made.
+
+    `images` is what `output` asked for: a list of Pillow images, a (B, 3, H, W) fp32 tensor in
+    [-1, 1], or a (B, H, W, 3) fp32 array in [0, 1]. `metadata` is JSON-able and names everything
+    that decides the pixels.
+    """
+
+    images: list[Image.Image] | Tensor | np.ndarray
+    metadata: dict[str, Any]
+
+
+class PiDDecoder:
+    """A latent decoder that is a few-step pixel diffusion model (PiD, arXiv 2605.23902).
+
+        decoder = PiDDecoder.from_pretrained("demo")
+        image = decoder.decode(latent, caption="a red circle", seed=0).images[0]
+
+    Args:
+        net: the network, on its device, in its dtype.
+        captions: where embeddings of caption texts and of the null caption come from; by default
+            only embeddings are accepted.
+        variant: the released network this is, or None.
+        backbone: name of the generator whose latents it decodes.
+        sampling: schedule and guidance; default: the variant's, or the 4-step student's.
+        name: recorded in the metadata of images.
+    """
+
+    def __init__(
+        self,
+        net: PiDNet,
+        *,
+        captions: CaptionSource | None = None,
+        variant: Variant | None = None,
+        backbone: str | None = None,
+        sampling: SamplingSettings | None = None,
+        name: str = "custom",
+    ) -> None:
+        if net.config.lq_latent_channels is None:
+            raise ValueError(
+                "PiDDecoder: this network is the text-to-image backbone, it has no latent branch "
+                "and decodes nothing; use pixeldiff.models.pid.PiDNet directly"
+            )
+        self.net = net.eval()
+        self.captions = captions or CaptionSource(net.config.txt_embed_dim)
+        self.variant = variant
+        self.backbone = backbone
+        self.sampling = sampling or (variant.sampling if variant else STUDENT)
+        self.name = name
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        backbone: str | None = None,
+        device: torch.device | str | None = None,
+        precision: str | None = None,
+        null_caption: str | os.PathLike[str] | Tensor | None = None,
+        text_encoder: Any = None,
+        **options: Any,
+    ) -> PiDDecoder:
+        """Read a checkpoint.
+
+        Args:
+            path: a .safetensors, .pth or .pt file, a folder with one, a hub id, or "demo" (the
+                small network shipped with the package).
+            backbone: the generator ("flux", "sd3", "qwenimage", ...). Needed where a file's shapes
+                fit several; the error then lists the choices.
+            device: default "cuda" where there is one, else "cpu".
+            precision: "fp32" or "bf16", the dtype the weights are held and multiplied in. Default
+                bf16 on CUDA, fp32 elsewhere.
+            null_caption: embedding (1, T, E) of the empty caption, or a file of `pixeldiff
+                bake-caption`; used when `decode` is given no caption.
+            text_encoder: folder or hub id of a Gemma-2, or an object with `encode(list of str)`.
+                It is not loaded before a text is given. Default "google/gemma-2-2b-it".
+            options: `variant`, `config`, `ema` of `read_checkpoint`.
+
+        Raises:
+            CheckpointError: what is wrong with the file (see `pixeldiff.errors`); nothing stays
+                loaded. ValueError: precision or device.
+        """
+        device = _device(device)
+        if precision is None:
+            precision = "bf16" if device.type == "cuda" else "fp32"
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        loaded = read_checkpoint(
+            path, backbone=backbone, dtype=PRECISIONS[precision], device=device, **options
+        )
+        if loaded.variant is not None:
+            warnings.warn(LICENCE_NOTE, LicenceNotice, stacklevel=2)
+        captions = CaptionSource.for_checkpoint(
+            loaded, null_caption=null_caption, text_encoder=text_encoder, device=device
+        )
+        return cls(
+            net_from(loaded),
+            captions=captions,
+            variant=loaded.variant,
+            backbone=loaded.backbone,
+            name=_name(path, loaded),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.device
+
+    @property
+    def precision(self) -> str:
+        """ "fp32" or "bf16"."""
+        return next((k for k, v in PRECISIONS.items() if v == self.net.dtype), str(self.net.dtype))
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the network is a few-step student (else a teacher, which takes guidance)."""
+        return self.sampling.stochastic
+
+    def encode_caption(self, text: str | Sequence[str]) -> Tensor:
+        """(B, T, E) embeddings of B texts. Loads the text encoder if it is not loaded."""
+        return self.captions.encode(text)
+
+    def null_caption(self) -> Tensor:
+        """(1, T, E) embedding of the empty caption. Loads the text encoder if none was given."""
+        return self.captions.null(load=True)
+
+    def release_text_encoder(self) -> None:
+        """Free the text encoder's memory. It is loaded again if a text is given again."""
+        self.captions.release()
+
+    def decode(
+        self,
+        latent: Tensor,
+        *,
+        caption: Caption = None,
+        sigma: float | Sequence[float] | Tensor = 0.0,
+        steps: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        size: tuple[int, int] | None = None,
+        callback: Callback | None = None,
+        output: str = "pil",
+        sample_type: str = "sde",
+        state_dtype: str | None = None,
+        cfg_scale: float | None = None,
+        negative_caption: Caption = None,
+    ) -> DecodeOutput:
+        """Decode latents to images.
+
+        Args:
+            latent: (B, Cz, zh, zw), floating point, normalised as the generator's diffusion model
+                sees it (`pixeldiff.models.pid.to_pid_latent` converts other conventions).
+            caption: text(s), embeddings (1 or B, T, E), a `CaptionFile`, or None for the null
+                caption. Texts load the text encoder; embeddings never do.
+            sigma: noise level of the latent in [0, 1]; 0 is a finished latent. One value or B.
+            steps: 1..4 for a distilled network (default 4); any number for a teacher.
+            seed: of the decoder's own generator; None draws one and reports it.
+            generator: instead of seed: one for the batch, drawn as released, or B of them.
+            size: (H, W) of the output; default latent size times the network's scale.
+            callback: told after each network call (`StepInfo`); returning False stops.
+            output: "pil", "pt" or "np"; see `DecodeOutput`.
+            sample_type: "sde" (released) or "ode" (no fresh noise between steps; other pixels).
+            state_dtype: "fp64" (released) or "fp32" for the sampler's arithmetic. Default fp64
+                where the device has it.
+            cfg_scale: guidance of a teacher; a distilled network takes none.
+            negative_caption: for guidance; text or embeddings.
+
+        Returns:
+            Images and metadata.
+
+        Raises:
+            ValueError: an argument the network cannot take; checked before any work.
+            Interrupted: the callback returned False.
+        """
+        images.convert(torch.empty(0, 3, 1, 1), output)
+        latent, sigma = self._latent(latent), self._sigma(sigma, latent.shape[0])
+        size = check_size(self.net.config, tuple(latent.shape[-2:]), size, self.variant)
+        steps = self.sampling.steps if steps is None else steps
+        times = self._times(steps, size)
+        cfg_scale = self._cfg_scale(cfg_scale, negative_caption)
+        state_dtype = self._state_dtype(state_dtype)
+        if sample_type not in ("sde", "ode"):
+            raise ValueError(f"sample_type must be sde or ode, got {sample_type!r}")
+        draw, seed = self._noise(seed, generator, latent.shape[0])
+        y = self._caption("caption", caption, latent.shape[0])
+        null = None
+        if cfg_scale != 1:
+            null = self._caption("negative_caption", negative_caption, latent.shape[0])
+        with torch.no_grad():
+            noise = draw((latent.shape[0], self.net.config.in_channels, *size))
+            taus = [network_time(t) for t in times[:-1]]
+            condition = self.net.prepare(latent, y, sigma, size=size, timesteps=taus)
+            if self.distilled:
+                result = sample_student(
+                    lambda x, tau: self.net.step(x, tau, condition),
+                    noise,
+                    times,
+                    draw,
+                    sample_type=sample_type,
+                    prediction_type=self.sampling.prediction_type,
+                    state_dtype=STATE_DTYPES[state_dtype],
+                    callback=callback,
+                )
+            else:
+                negative = None if null is None else self.net.recaption(condition, null)
+                result = sample_teacher(
+                    lambda x, tau: self.net.step(x, tau, condition),
+                    lambda x, tau: self.net.step(x, tau, negative),
+                    noise,
+                    times,
+                    cfg_scale=cfg_scale,
+                    prediction_type=self.sampling.prediction_type,
+                    callback=callback,
+                )
+            result = result.clamp(-1, 1)
+        metadata = {
+            "model": self.name,
+            "backbone": self.backbone,
+            "pixeldiff": __version__,
+            "steps": steps,
+            "sampler": sample_type if self.distilled else "dpmpp_2m",
+            "seed": seed,
+            "rng": draw.kind,
+            "sigma": sigma.tolist() if len(set(sigma.tolist())) > 1 else sigma[0].item(),
+            "precision": self.precision,
+            "state": state_dtype,
+            "size": list(size),
+        }
+        if not self.distilled:
+            metadata["cfg_scale"] = cfg_scale
+        forced = forced_backend("*")
+        if forced:
+            metadata["backend"] = forced
+        return DecodeOutput(images.convert(result, output), metadata)
+
+    def _latent(self, latent: Tensor) -> Tensor:
+        c = self.net.config
+        if not isinstance(latent, Tensor) or not latent.is_floating_point():
+            kind = latent.dtype if isinstance(latent, Tensor) else type(latent).__name__
+            raise ValueError(f"latent must be a floating-point tensor, got {kind}")
+        if latent.dim() != 4 or latent.shape[1] != c.lq_latent_channels or 0 in latent.shape:
+            hint = ""
+            if latent.dim() == 3:
+                hint = "; packed tokens are unpacked by pixeldiff.models.pid.to_pid_latent"
+            raise ValueError(
+                f"latent must be (B, {c.lq_latent_channels}, zh, zw) for this network, got "
+                f"{tuple(latent.shape)}{hint}"
+            )
+        if not torch.isfinite(latent).all():
+            bad = (~torch.isfinite(latent)).sum().item()
+            raise ValueError(
+                f"latent must be finite, got {bad} NaN or infinite values of {latent.numel()}; the "
+                f"generator overflowed (fp16?) or its VAE scaling is wrong"
+            )
+        return latent.detach().to(self.device)
+
+    def _sigma(self, sigma: float | Sequence[float] | Tensor, batch: int) -> Tensor:
+        value = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).reshape(-1)
+        if value.numel() not in (1, batch):
+            raise ValueError(f"sigma must be one value or {batch}, got {value.numel()}")
+        if not bool(((value >= 0) & (value <= 1)).all()):
+            raise ValueError(f"sigma must be in [0, 1], got {value.tolist()}")
+        return value.expand(batch)
+
+    def _times(self, steps: int, size: tuple[int, int]) -> tuple[float, ...]:
+        s = self.sampling
+        if self.distilled:
+            return student_times(steps, s.times) if s.times else student_times(steps)
+        shift = s.shift
+        if s.dynamic_shift is not None:
+            shift = dynamic_shift(size, s.dynamic_shift.base_shift, s.dynamic_shift.base_size)
+        return teacher_times(steps, shift)
+
+    def _cfg_scale(self, cfg_scale: float | None, negative: Caption) -> float:
+        if self.distilled:
+            if cfg_scale not in (None, 1, 1.0) or negative is not None:
+                raise ValueError(
+                    "cfg_scale and negative_caption are for undistilled networks; a distilled one "
+                    "has its guidance built in"
+                )
+            return 1.0
+        cfg_scale = self.sampling.cfg_scale if cfg_scale is None else float(cfg_scale)
+        if cfg_scale != 1 and negative is None:
+            raise ValueError(
+                f"cfg_scale = {cfg_scale} needs negative_caption (text or embeddings); pass it, or "
+                f"cfg_scale=1"
+            )
+        return cfg_scale
+
+    def _state_dtype(self, name: str | None) -> str:
+        if name is None:
+            return "fp32" if self.device.type == "mps" else "fp64"
+        if name not in STATE_DTYPES:
+            raise ValueError(f"state_dtype must be one of {', '.join(STATE_DTYPES)}, got {name!r}")
+        return name
+
+    def _noise(self, seed, generator, batch) -> tuple[NoiseSource, int | list[int]]:
+        if seed is not None and generator is not None:
+            raise ValueError("seed and generator exclude each other; pass one")
+        if generator is None:
+            if seed is None:
+                seed = int(torch.randint(0, 2**31 - 1, (), device="cpu").item())
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+                raise ValueError(f"seed must be an integer in [0, 2^64), got {seed!r}")
+            generator = torch.Generator(self.device).manual_seed(seed)
+        elif isinstance(generator, torch.Generator):
+            seed = generator.initial_seed()
+        else:
+            generator = list(generator)
+            seed = [g.initial_seed() for g in generator]
+            if len(generator) != batch:
+                raise ValueError(
+                    f"generator: a list must hold one generator per latent, {batch}, got "
+                    f"{len(generator)}"
+                )
+        return NoiseSource(generator, self.device), seed
+
+    def _caption(self, name: str, caption: Caption, batch: int) -> Tensor:
+        y = self.captions.embeddings(name, caption)
+        if y.shape[0] not in (1, batch):
+            raise ValueError(f"{name} must hold 1 or {batch} captions, got {y.shape[0]}")
+        return y.to(self.device).expand(batch, -1, -1)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {str(device)!r}, but PyTorch sees no CUDA device; use 'cpu'")
+    return device
+
+
+def _name(path: str | os.PathLike[str], loaded: LoadedCheckpoint) -> str:
+    if loaded.variant is not None:
+        return loaded.variant.checkpoint
+    return str(path) if str(path) == "demo" else Path(path).name
+
+
+__all__ = ["DecodeOutput", "LicenceNotice", "PiDDecoder", "load_caption"]

@@ -1,0 +1,262 @@
+"""The two samplers: the distilled student's 1 to 4 steps and the teacher's multistep solver.
+
+Both work on a function `velocity(x, tau) -> network output` with tau = 1000 t, draw nothing but
+standard normals from a `NoiseSource`, and return the unclamped image.
+
+Source: PiD (arXiv 2605.23902); the teacher's solver is DPM-Solver++ 2M (arXiv 2211.01095).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STUDENT_T_LIST = (0.999, 0.866, 0.634, 0.342, 0.0)
+MIN_TIME = 0.05  # floor of t where an x0-predicting network's velocity divides by it
+
+Velocity = Callable[[Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback is told after each network call.
+
+    `x0` is the current estimate of the image, (B, 3, H, W), unclamped, for previews.
+    """
+
+    step: int  # 1-based
+    steps: int
+    t: float
+    x0: Tensor
+
+
+class Interrupted(RuntimeError):
+    """A callback returned False. Nothing was written."""
+
+
+Callback = Callable[[StepInfo], bool | None]
+
+
+class NoiseSource:
+    """Standard normal draws in upstream's order: the initial state, then one per SDE step.
+
+    Args:
+        generators: one `torch.Generator` for the batch, drawn in one call of shape (B, 3, H, W) as
+            upstream does, or one for each sample, so that a sample does not depend on its batch.
+        device: where the noise is needed. It is drawn on the generator's own device: the same seed
+            gives other numbers on CUDA than on the CPU.
+    """
+
+    def __init__(
+        self, generators: torch.Generator | Sequence[torch.Generator], device: torch.device | str
+    ) -> None:
+        self.generators = generators
+        self.device = device
+
+    @property
+    def kind(self) -> str:
+        """Device type of the generators: decides the numbers a seed gives."""
+        one = self.generators
+        if not isinstance(one, torch.Generator):
+            one = one[0]
+        return one.device.type
+
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        if isinstance(self.generators, torch.Generator):
+            return _draw(shape, self.generators).to(self.device)
+        if len(self.generators) != shape[0]:
+            raise ValueError(
+                f"generator: a list must hold one generator per sample, {shape[0]}, got "
+                f"{len(self.generators)}"
+            )
+        draws = [_draw((1, *shape[1:]), g) for g in self.generators]
+        return torch.cat(draws).to(self.device)
+
+
+def _draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+
+
+def fp32(value: float) -> float:
+    """The value as fp32 holds it: schedules are fp32 tensors upstream."""
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+def network_time(t: float) -> float:
+    """1000 t, multiplied in fp32."""
+    return (torch.tensor(t, dtype=torch.float32) * 1000).item()
+
+
+def student_times(steps: int = 4, t_list: Sequence[float] = STUDENT_T_LIST) -> tuple[float, ...]:
+    """The times of a `steps`-step decode, from the distilled schedule, ending in 0.
+
+    A single step starts at t = 1.0, as released, not at 0.999.
+
+    Raises:
+        ValueError: steps outside 1..len(t_list)-1. The student knows only the times it was
+            distilled at; a longer schedule repeats them and gains nothing.
+    """
+    longest = len(t_list) - 1
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= longest:
+        raise ValueError(
+            f"steps must be an integer in 1..{longest}, got {steps!r}: the distilled network was "
+            f"trained at the times {tuple(t_list[:-1])} only, and more steps would repeat them"
+        )
+    if steps == 1:
+        return (1.0, 0.0)
+    picks = torch.linspace(0, longest, steps + 1, dtype=torch.float64).round().int().tolist()
+    return tuple(fp32(t_list[i]) for i in picks)
+
+
+def sample_student(
+    velocity: Velocity,
+    noise: Tensor,
+    times: Sequence[float],
+    draw: Callable[[tuple[int, ...]], Tensor] | None,
+    *,
+    sample_type: str = "sde",
+    prediction_type: str = "velocity",
+    state_dtype: torch.dtype = torch.float64,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Sample with the distilled student's rule.
+
+        x0 = x - t v
+        x <- (1 - t') x0 + t' eps  (SDE)  or  x + (t' - t) v  (ODE);  x0 at t' = 0
+
+    Args:
+        velocity: network output at (x, 1000 t).
+        noise: (B, 3, H, W) fp32 standard normal, the state at the first time, unscaled.
+        times: decreasing diffusion times, ending in 0, as `student_times` gives them.
+        draw: eps of an SDE step by shape; not called in an ODE nor for the last step.
+        sample_type: "sde" (released) or "ode".
+        prediction_type: "velocity" (released) or "x0".
+        state_dtype: of the arithmetic of x0; fp64 as released, fp32 to halve its working memory.
+        callback: called after each network call; returning False stops.
+
+    Returns:
+        (B, 3, H, W) fp32, unclamped.
+
+    Raises:
+        ValueError: an unknown sample or prediction type. Interrupted: the callback returned False.
+    """
+    _one_of("sample_type", sample_type, ("sde", "ode"))
+    _one_of("prediction_type", prediction_type, ("velocity", "x0"))
+    x = noise
+    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
+        v = velocity(x, network_time(t))
+        if prediction_type == "x0":
+            x0 = v
+            v = _by_plane(lambda a, b, t=t: (a - b) / max(t, MIN_TIME), x, x0, state_dtype)
+        else:
+            x0 = _by_plane(lambda a, b, t=t: a - t * b, x, v, state_dtype)
+        if t_next == 0:
+            x = x0
+        elif sample_type == "sde":
+            x = (1 - t_next) * x0 + t_next * draw(tuple(x.shape))
+        else:
+            x = x + (t_next - t) * v
+        _report(callback, i + 1, len(times) - 1, t, x0)
+    return x
+
+
+def teacher_times(steps: int, shift: float) -> tuple[float, ...]:
+    """The shifted flow grid of the undistilled sampler: steps + 1 decreasing times, the last 0.
+
+    Raises:
+        ValueError: steps < 1 or shift <= 0.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an integer >= 1, got {steps!r}")
+    if not shift > 0:
+        raise ValueError(f"shift must be positive, got {shift!r}")
+    r = 1 - torch.linspace(1, 0.001, steps + 1, dtype=torch.float32)
+    return tuple((shift * r / (1 + (shift - 1) * r)).flip(0).tolist())
+
+
+def dynamic_shift(size: tuple[int, int], base_shift: float, base_size: int) -> float:
+    """base_shift * sqrt(sqrt(H W) / base_size)."""
+    return base_shift * math.sqrt(math.sqrt(size[0] * size[1]) / base_size)
+
+
+def sample_teacher(
+    velocity: Velocity,
+    null_velocity: Velocity | None,
+    noise: Tensor,
+    times: Sequence[float],
+    *,
+    cfg_scale: float = 5.0,
+    prediction_type: str = "velocity",
+    callback: Callback | None = None,
+) -> Tensor:
+    """Sample with the second-order multistep solver and classifier-free guidance.
+
+    The image estimate is x - t (v_u + cfg (v_c - v_u)), evaluated directly: the algebraically equal
+    detour through the noise divides by 1 - t, which is 2.5e-4 at the first step.
+
+    Args:
+        velocity: network output with the caption.
+        null_velocity: with the negative caption; may be None when cfg_scale is 1.
+        noise: (B, 3, H, W) fp32 standard normal.
+        times: as `teacher_times` gives them.
+        cfg_scale: guidance, 1 is none.
+        prediction_type: "velocity" or "x0".
+        callback: called after each step; returning False stops.
+
+    Returns:
+        (B, 3, H, W), the dtype of noise, unclamped.
+
+    Raises:
+        ValueError: guidance without a null velocity, or an unknown prediction type.
+        Interrupted: the callback returned False.
+    """
+    _one_of("prediction_type", prediction_type, ("velocity", "x0"))
+    if cfg_scale != 1 and null_velocity is None:
+        raise ValueError(
+            f"cfg_scale = {cfg_scale} needs the negative caption's embedding; pass it, or "
+            f"cfg_scale=1"
+        )
+    x, previous, previous_lambda = noise, None, 0.0
+    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
+        tau = network_time(t)
+        out = velocity(x, tau)
+        if cfg_scale != 1:
+            null = null_velocity(x, tau)
+            out = null + cfg_scale * (out - null)
+        x0 = x - t * out if prediction_type == "velocity" else out
+        lam = math.log((1 - t) / t)
+        if t_next == 0:
+            x = x0
+        else:
+            h = math.log((1 - t_next) / t_next) - lam
+            phi = math.expm1(-h)
+            x = (t_next / t) * x - (1 - t_next) * phi * x0
+            if previous is not None:
+                r = (lam - previous_lambda) / h
+                x = x - 0.5 * (1 - t_next) * phi / r * (x0 - previous)
+        previous, previous_lambda = x0, lam
+        _report(callback, i + 1, len(times) - 1, t, x0)
+    return x
+
+
+def _by_plane(f, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    # One colour plane at a time, so that the wide copies are a third of the image each.
+    out = torch.empty_like(a)
+    for c in range(a.shape[1]):
+        out[:, c] = f(a[:, c].to(dtype), b[:, c].to(dtype))
+    return out
+
+
+def _report(callback: Callback | None, step: int, steps: int, t: float, x0: Tensor) -> None:
+    if callback is not None and callback(StepInfo(step, steps, t, x0)) is False:
+        raise Interrupted(f"stopped by the callback after step {step} of {steps}")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,1 @@
+"""CUDA backends of the ops: they hand pointers to the compiled kernels of csrc/cuda."""
