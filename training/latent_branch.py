@@ -33,22 +33,31 @@ def paint(net: PiDNet, head: nn.Conv2d, latent: Tensor, size: tuple[int, int]) -
     return F.pixel_shuffle(head(features), patch)
 
 
-def train_latent_branch(trainer: Trainer, steps: int, learning_rate: float) -> None:
-    """Trains `trainer.net.lq_proj`'s stack for `steps` batches and folds the head into the net."""
+def train_latent_branch(
+    trainer: Trainer, steps: int, learning_rate: float, head: nn.Conv2d | None = None
+) -> None:
+    """Trains `trainer.net.lq_proj`'s stack for `steps` batches and folds the head into the net.
+
+    Args:
+        head: a head to go on with; None starts a new one.
+    """
+    from .evaluate import monitor_paint
     from .train_pid import TIMES, picture_loss
 
     net, recipe = trainer.net, trainer.recipe
     config = net.config
-    head = nn.Conv2d(config.lq_hidden_dim, 3 * config.patch_size**2, 1)
-    nn.init.zeros_(head.bias)
+    if head is None:
+        head = nn.Conv2d(config.lq_hidden_dim, 3 * config.patch_size**2, 1)
+        nn.init.zeros_(head.bias)
     stack = net.lq_proj.latent_proj
     parameters = [*stack.parameters(), *head.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98))
+    average = [parameter.detach().clone() for parameter in parameters]
     started, losses = time.monotonic(), []
     for step in range(1, steps + 1):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * min(step / 50, 0.9 * cosine + 0.1)
+            group["lr"] = learning_rate * min(step / 50, 0.97 * cosine + 0.03)
         images, _ = trainer.sampler.batch(0.0, whole=False)
         with torch.no_grad():
             latent = trainer.clean_latent(images)
@@ -58,6 +67,8 @@ def train_latent_branch(trainer: Trainer, steps: int, learning_rate: float) -> N
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
         optimiser.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, parameters, weight=1 - min(0.995, step / (step + 20)))
         losses.append((predicted.detach() - images).square().mean().item())
         if step % 100 == 0 or step == steps:
             psnr = 10 * math.log10(4 * len(losses) / sum(losses))
@@ -66,11 +77,24 @@ def train_latent_branch(trainer: Trainer, steps: int, learning_rate: float) -> N
                 f"latent branch {step}/{steps}  PSNR {psnr:.2f} dB  {pace:.2f} s/step", flush=True
             )
             losses = []
+        if step % 500 == 0 or step == steps:
+            _swap(parameters, average)
+            monitor_paint(lambda z, size: paint(net, head, z, size), trainer.autoencoder)
+            if step < steps:
+                _swap(parameters, average)
     with torch.no_grad():
         images, _ = trainer.sampler.batch(0.0, whole=False)
         grid = tuple(side // config.patch_size for side in images.shape[-2:])
         features = net.lq_proj.features(trainer.clean_latent(images), grid)
     fold(net, head, features, TIMES)
+
+
+@torch.no_grad()
+def _swap(one: list[Tensor], other: list[Tensor]) -> None:
+    for a, b in zip(one, other, strict=True):
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)
 
 
 @torch.no_grad()

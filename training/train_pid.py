@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixeldiff.models.autoencoder import ConvAutoencoder
@@ -64,7 +64,14 @@ _SHAPES = (
     (512, 512, 2, 0.12, 0.25),
     (1024, 1024, 1, 0.05, 0.30),
 )
-_STARTED = ("lq_proj.", "pit_lq_gate.", "pixel_embedder.", "pixel_blocks.", "final_layer.")
+_STARTED = (
+    "t_embedder.",
+    "lq_proj.",
+    "pit_lq_gate.",
+    "pixel_embedder.",
+    "pixel_blocks.",
+    "final_layer.",
+)
 _LATE = 0.7  # share of the steps after which the late odds hold
 _LEVELS = (1.0, 1.4, 2.0, 4.0)  # by how much pictures are shrunk before crops are cut
 
@@ -91,13 +98,13 @@ class Recipe:
     branch_steps: int = 2500
     branch_learning_rate: float = 2e-3
     steps: int = 1100
-    learning_rate: float = 1.5e-3
-    started_rate: float = 0.3
+    learning_rate: float = 1e-3
+    started_rate: float = 0.2
     warm_up: int = 60
     ema: float = 0.995
     absolute: float = 0.05
     gradient: float = 0.1
-    noisy: float = 0.25
+    noisy: float = 0.15
     no_caption: float = 0.1
     seed: int = 1
 
@@ -168,9 +175,19 @@ def _charbonnier(error: Tensor) -> Tensor:
     return (error.square() + 1e-4).sqrt().mean()
 
 
-def picture_loss(predicted: Tensor, target: Tensor, recipe: Recipe) -> Tensor:
-    """Squared error, a little absolute error, and absolute error of the differences."""
+def picture_loss(
+    predicted: Tensor, target: Tensor, recipe: Recipe, trust: Tensor | float = 1.0
+) -> Tensor:
+    """Squared error, a little absolute error, and absolute error of the differences.
+
+    Each picture counts by how far it is off relative to its own error, which makes the squared error
+    a mean of decibels: otherwise the few busiest pictures would decide everything.
+
+    `trust`, (B, 1, 1, 1) or a number, further scales the error of each picture.
+    """
     error = predicted - target
+    own = error.detach().square().mean(dim=(1, 2, 3), keepdim=True)
+    error = error * trust * (0.012 / (own + 0.001)).sqrt()
     loss = error.square().mean() + recipe.absolute * _charbonnier(error)
     if recipe.gradient:
         across, down = error.diff(dim=3), error.diff(dim=2)
@@ -207,16 +224,21 @@ class Trainer:
         self.step, self.branch_trained = 0, False
 
     def _groups(self) -> list[dict]:
-        """Parameters that the first stage has trained or laid out learn more slowly."""
-        fresh, started = [], []
+        """Parameter groups with their share of the learning rate.
+
+        An Adam step moves every weight about as far, so a layer's output moves in proportion to its
+        inputs: wide layers get a smaller share. So do parameters the first stage leaves in a good
+        state, which fresh neighbours would otherwise shake out of it.
+        """
+        groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.net.named_parameters():
-            if parameter.requires_grad:
-                early = name.startswith(_STARTED) and "output_heads" not in name
-                (started if early else fresh).append(parameter)
-        return [
-            {"params": fresh, "scale": 1.0},
-            {"params": started, "scale": self.recipe.started_rate},
-        ]
+            if not parameter.requires_grad:
+                continue
+            scale = min(1.0, 128 / parameter.shape[1]) if parameter.dim() == 2 else 1.0
+            if name.startswith(_STARTED) and "output_heads" not in name:
+                scale *= self.recipe.started_rate
+            groups.setdefault(scale, []).append(parameter)
+        return [{"params": members, "scale": scale} for scale, members in groups.items()]
 
     def _freeze_unused(self) -> None:
         """The text output of the last block reaches nothing; zeros compress and never train."""
@@ -261,14 +283,18 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         x = self._randn(*images.shape)
         errors = []
+        # A noisy latent leaves an error ten times that of a clean one; unweighted, a few of them
+        # would decide what the network learns about all.
+        trust = (1 - sigma)[:, None, None, None]
         # 1/t evens out the size of the velocity's gradient, t of it being the picture's.
         weights = [1 / t for t in times[:-1]]
         for weight, t, following in zip(weights, times[:-1], times[1:], strict=True):
             velocity = net.step(x, torch.full((len(x),), 1000 * t), condition)
             predicted = x - t * velocity
-            (weight / sum(weights) * picture_loss(predicted, images, recipe)).backward()
+            loss = picture_loss(predicted, images, recipe, trust)
+            (weight / sum(weights) * loss).backward()
             predicted = predicted.detach()
-            errors.append((predicted - images).square().mean().item())
+            errors.append(((predicted - images) * trust).square().mean().item())
             if following:
                 x = (1 - following) * predicted + following * self._randn(*images.shape)
         with_gradient = [(a, b.grad) for a, b in zip(shared, leaves, strict=True)]
@@ -310,11 +336,12 @@ class Trainer:
         self.step, self.branch_trained = state["step"], True
         self.net.load_state_dict(state["net"])
         self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        if self.step:
+            self.optimiser.load_state_dict(state["optimiser"])
         self.noise.set_state(state["noise"])
         self.sampler.rng.bit_generator.state = json.loads(state["batches"])
 
-    def run(self, *, monitor_every: int = 200, compiled: bool = True) -> None:
+    def run(self, *, monitor_every: int = 100, compiled: bool = True) -> None:
         """Trains to the last step, printing as it goes.
 
         Args:
