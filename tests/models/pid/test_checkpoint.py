@@ -15,12 +15,8 @@ from safetensors.torch import save_file
 
 from pixeldiff import errors
 from pixeldiff.models.pid.checkpoint import load_net, read_checkpoint
-from pixeldiff.models.pid.checkpoint_geometry import (
-    geometry,
-    identify,
-    network_shapes,
-    released_with,
-)
+from pixeldiff.models.pid.checkpoint_geometry import geometry, network_shapes
+from pixeldiff.models.pid.checkpoint_identity import identify, released_with
 from pixeldiff.models.pid.checkpoint_location import resolve
 from pixeldiff.models.pid.config import PiDConfig
 from pixeldiff.models.pid.network import PiDNet
@@ -413,7 +409,9 @@ def test_original_pixeldit_has_other_rotary_settings(tmp_path):
 
 def test_geometry_that_was_never_released(tmp_path):
     save_file(_weights(), tmp_path / "m.safetensors")
-    text = r"never released. Nearest .*hidden_size 32 \(1536\).*; y_pos_embedding is \(1, 5, .*Pass config="
+    text = (
+        r"never released. Nearest .*hidden_size 32 \(1536\).*; y_pos_embedding is \(1, 5, .*config="
+    )
     with pytest.raises(errors.UnknownGeometryError, match=text):
         read_checkpoint(tmp_path / "m.safetensors")
     config = dataclasses.replace(variant("flux-v1.5").inference_config, lq_latent_channels=48)
