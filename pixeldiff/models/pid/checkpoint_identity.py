@@ -50,9 +50,10 @@ def identify(
     family = backbone_named(backbone).family if backbone is not None else None
     has_aux = any(k.startswith(AUX_HEAD) for k in shapes)
     fits = _fitting(shapes)
-    if not fits:
-        raise _no_fit(shapes, path)
     hint = variant_in_path(str(path.absolute()))
+    if not fits:
+        likely = [v for v in variants() if v in (wanted, hint) or v.family == family is not None]
+        raise _no_fit(shapes, path, likely)
     if wanted is not None:
         left = [v for v in fits if v is wanted]
         if not left or (family is not None and wanted.family != family):
@@ -118,13 +119,17 @@ def _fitting(shapes: Shapes) -> list[Variant]:
     return [v for v in variants() if geometry(network_shapes(v.config)) == facts]
 
 
-def _no_fit(shapes: Shapes, path: Path) -> Exception:
-    """Incomplete, if one released network has every tensor of the file; else never released."""
+def _no_fit(shapes: Shapes, path: Path, likely: Sequence[Variant]) -> Exception:
+    """Incomplete, if one released network has every tensor of the file; else never released.
+
+    Of networks that are equally near, one of `likely` is named.
+    """
     nearest, best, most = None, None, -1
-    for v in variants():
-        expected = network_shapes(v.config)
+    has_aux = any(k.startswith(AUX_HEAD) for k in shapes)
+    for v in (*likely, *variants()):
+        expected = network_shapes(v.config if has_aux else v.inference_config)
         same = sum(expected.get(k) == s for k, s in shapes.items())
-        missing = tuple(k for k in expected if k not in shapes and not k.startswith(AUX_HEAD))
+        missing = tuple(k for k in expected if k not in shapes)
         if same == len(shapes) and missing and (best is None or len(missing) < len(best[0])):
             best = (missing, len(expected), v)
         if same > most:
