@@ -59,8 +59,8 @@ def cuda_archs() -> list[str]:
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch) or int(arch.rstrip("af")) < 80:
             sys.exit(
-                "pixeldiff: PIXELDIFF_CUDA_ARCHS must be a list such as 80;90a;120 of architectures "
-                f"from 80 on, written without a dot, got {arch!r}"
+                "pixeldiff: PIXELDIFF_CUDA_ARCHS must be a list such as 80;90a;120 of "
+                f"architectures from 80 on, written without a dot, got {arch!r}"
             )
     return archs
 

@@ -25,9 +25,7 @@ norm_reference = import_module("pixeldiff.ops.rms_norm_modulate").reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
 
-needs_extension = pytest.mark.skipif(
-    native.why_not() is not None, reason=f"{native.why_not()}"
-)
+needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
 
 
 @dataclass(frozen=True)
@@ -279,7 +277,12 @@ def test_triton_compiles_ahead_of_time(target, tmp_path, monkeypatch):
         chosen = module.config(d)
         constants = {"HAS_SHIFT": True, "ROWS": chosen.rows, "BLOCK_D": chosen.block_d}
         ptx, usage = harness.compile_triton(
-            module.gated_residual_norm_kernel, constants, chosen.num_warps, pointer, target, tmp_path
+            module.gated_residual_norm_kernel,
+            constants,
+            chosen.num_warps,
+            pointer,
+            target,
+            tmp_path,
         )
         assert "STACK:0 " in usage, usage
         assert "ld.global.v4.b32" in ptx

@@ -24,9 +24,7 @@ reference = import_module("pixeldiff.ops.rms_norm_modulate").reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
 
-needs_extension = pytest.mark.skipif(
-    native.why_not() is not None, reason=f"{native.why_not()}"
-)
+needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
 
 
 @dataclass(frozen=True)
