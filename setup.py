@@ -160,10 +160,7 @@ def run(command: list[str], step: str) -> None:
         sys.stderr.write(line)
     if process.wait() == 0:
         return
-    text = "\n".join(lines)
-    if "No CMAKE_CXX_COMPILER could be found" in text or (
-        "CMAKE_CXX_COMPILER" in text and "not a full path to an existing compiler" in text
-    ):
+    if any("CMAKE_CXX_COMPILER not set, after EnableLanguage" in line for line in lines):
         raise BuildFailed("no C++ compiler was found")
     raise BuildFailed(f"{step} failed: {first_error(lines)}")
 

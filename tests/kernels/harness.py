@@ -42,7 +42,9 @@ def one_rounding(y: Tensor, oracle: Tensor) -> float:
         return 0.0
     oracle = oracle.to(y.device)
     slack = 4 * torch.finfo(torch.float32).eps * oracle.abs().max()
-    bound = torch.finfo(y.dtype).eps * oracle.abs() + slack
+    # Below its smallest normal number (6e-5 in fp16) a type keeps that number's spacing.
+    info = torch.finfo(y.dtype)
+    bound = info.eps * oracle.abs().clamp(min=info.smallest_normal) + slack
     return ((y.double() - oracle).abs() / bound).max().item()
 
 
