@@ -61,8 +61,9 @@ def render(console: Console) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     name = str(dtype).removeprefix("torch.")
-    table = Table("op", "runs on", title=f"backends on {device}, {name}")
-    table.add_column("passed over", overflow="fold")
+    table = Table(title=f"backends on {device}, {name}")
+    for title in ("op", "runs on", "passed over"):
+        table.add_column(title, overflow="fold")
     for op, chosen, refused in backend_rows(device, dtype):
         table.add_row(op, chosen, "\n".join(f"{b}: {reason}" for b, reason in refused))
     console.print(table, markup=False)
