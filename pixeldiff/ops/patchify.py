@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .checks import check_rank
+
 
 def patchify(x: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) -> (B, N, C*P*P), channel outermost in a token, tokens in raster order.
@@ -11,13 +13,15 @@ def patchify(x: Tensor, patch: int) -> Tensor:
         tok[n, c*P*P + py*P + px] = x[c, row*P + py, col*P + px]
 
     Raises:
-        ValueError: H or W is not a multiple of patch.
+        ValueError: x is not (B, C, H, W), or H or W is not a multiple of patch.
     """
+    check_rank("patchify", "x", x, "(B, C, H, W)")
     b, c, height, width = x.shape
     if height % patch or width % patch:
         raise ValueError(f"patchify: H and W must be multiples of {patch}, got {height}x{width}")
-    x = x.reshape(b, c, height // patch, patch, width // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch * patch)
+    h, w = height // patch, width // patch
+    x = x.reshape(b, c, h, patch, w, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, c * patch * patch)
 
 
 def unpatchify(q: Tensor, height: int, width: int, patch: int) -> Tensor:

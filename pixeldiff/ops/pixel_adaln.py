@@ -33,6 +33,8 @@ def norm_modulate(q: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: 
 
 def check_pixel_stream(op: str, q: Tensor, u: Tensor, ada_weight: Tensor, ada_bias: Tensor) -> None:
     check_float(op, q=q, u=u, ada_weight=ada_weight, ada_bias=ada_bias)
+    if u.dtype != q.dtype:
+        raise TypeError(f"{op}: u must have the dtype of q, {q.dtype}, got {u.dtype}")
     check_rank(op, "q", q, "(R, P*P, p)")
     check_rank(op, "u", u, "(R, D)")
     rows, pixels, p = q.shape

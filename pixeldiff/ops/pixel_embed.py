@@ -69,6 +69,8 @@ def pixel_embed(
             f"{op}: H and W must be multiples of patch = {patch}, got {height}x{width}"
         )
     p = weight.shape[0]
+    if p % 2:
+        raise ValueError(f"{op}: p must be even, got {p}")
     check_shape(op, "weight", weight, "(p, C)", (p, c))
     check_shape(op, "bias", bias, "(p,)", (p,))
     check_shape(op, "pos_x", pos_x, "(W, p/2)", (width, p // 2))

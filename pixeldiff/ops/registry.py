@@ -185,7 +185,7 @@ def define(
 
     def call(*args: Any) -> Any:
         if needs_grad(*args) or _reference_forced(name):
-            return reference(*args)
+            return _contiguous(reference(*args))
         return registered(*args)
 
     return call

@@ -207,7 +207,7 @@ class GemmaCaptionEncoder:
                 f"{vocabulary} tokens; use the tokenizer that comes with the model"
             )
         device = self.device
-        # The model makes its positions and masks on the default device, which may be another.
+        # Older transformers make positions on the default device, which may be another one.
         with torch.no_grad(), device:
             hidden = model(
                 input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
@@ -230,7 +230,7 @@ class GemmaCaptionEncoder:
             return
         device = self.device
         self._model = self._tokenizer = None
-        gc.collect()  # loading leaves reference cycles that keep the weights alive
+        gc.collect()  # accelerate's hooks hold a model in a reference cycle
         backend = getattr(torch, device.type, None)
         if device.type != "cpu" and hasattr(backend, "empty_cache"):
             backend.empty_cache()

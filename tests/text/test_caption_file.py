@@ -71,7 +71,8 @@ def test_file_layout(path):
 
 
 def test_text_can_stay_private(path):
-    save_captions(path, embeddings(), "a secret", store_text=False)
+    saved = save_captions(path, embeddings(), "a secret", store_text=False)
+    assert saved.captions is None
     assert b"secret" not in path.read_bytes()
     loaded = load_caption(path)
     assert loaded.captions is None
@@ -82,7 +83,8 @@ def test_text_can_stay_private(path):
 
 def test_dtype_and_views(path):
     y = embeddings(dtype=torch.float32).transpose(1, 2).requires_grad_()
-    save_captions(path, y, "a", dtype=torch.float32)
+    saved = save_captions(path, y, "a", dtype=torch.float32)
+    assert not saved.embedding.requires_grad
     assert torch.equal(load_caption(path).embedding, y.detach())
     save_captions(path, y, "a")
     assert torch.equal(load_caption(path).embedding, y.detach().bfloat16())
@@ -118,7 +120,7 @@ def test_bare_tensor(tmp_path, name):
     """The baked null caption as others ship it: one tensor, any name, no metadata."""
     y = embeddings(1, 300, 2304)
     if name.endswith(".safetensors"):
-        save_file({"caption_embs": y}, tmp_path / name)
+        save_file({"caption_embs": y}, tmp_path / name, {"format": "pt", "captions": "other"})
     elif name == "dict.pt":
         torch.save({"caption_embs": y, "caption": ""}, tmp_path / name)
     else:

@@ -74,6 +74,16 @@ def test_falls_back_to_import_where_the_source_has_no_literal(released, fake_dif
     assert instruction_prefix() == released
 
 
+def test_keyword_only_argument(released, fake_diffusers):
+    lines = released.replace('"', "'").split("\n")
+    fake_diffusers(
+        "class SanaPipeline:\n"
+        f"    def __call__(self, p='', *, x, complex_human_instruction={lines!r}): ...\n",
+        init="raise AssertionError('imported')",
+    )
+    assert instruction_prefix() == released
+
+
 def test_other_text_in_diffusers_is_refused(fake_diffusers):
     fake_diffusers(
         "class SanaPipeline:\n"

@@ -88,6 +88,8 @@ BACKBONES: dict[str, Backbone] = {
         Backbone(
             "siglip", "siglip", 1152, 16, "raster", (16, 16), capture=CaptureSteps(50, (44, 48))
         ),
+        # The small autoencoder that ships with the package; it hands over normalised latents.
+        Backbone("demo", "demo", 16, 8),
     )
 }
 

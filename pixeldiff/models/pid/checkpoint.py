@@ -23,6 +23,7 @@ from ...errors import (
     CheckpointFormatError,
     NonFiniteCheckpointError,
     UnknownGeometryError,
+    UnknownNameError,
 )
 from .backbones import BACKBONES
 from .backbones import backbone as backbone_named
@@ -125,7 +126,7 @@ def read_checkpoint(
         UnknownNameError: no backbone or variant of this name.
     """
     wanted = variant_named(variant) if variant is not None else None
-    name = backbone_named(backbone).name if backbone is not None else None
+    name = _normalised_name(backbone)
     _check_dtype(dtype)
     # Of a directory or repository with all releases, the wanted one.
     file = resolve(path, prefer=[f"/{wanted.checkpoint}/"] if wanted else ())
@@ -235,6 +236,8 @@ def _known_config(
 
 def _known_backbone(metadata: dict[str, str], file: Path, backbone: str | None) -> str | None:
     stated = metadata.get("backbone")
+    if backbone is not None and backbone != stated:
+        backbone_named(backbone)  # raises, listing the names, unless the file made it up
     if not stated:
         return backbone
     ours, theirs = (BACKBONES[n].family if n in BACKBONES else n for n in (backbone, stated))
@@ -244,6 +247,14 @@ def _known_backbone(metadata: dict[str, str], file: Path, backbone: str | None) 
             f"latents of {stated!r}"
         )
     return backbone or stated
+
+
+def _normalised_name(backbone: str | None) -> str | None:
+    """`backbone` as `BACKBONES` spells it; a name only the file may know is left as it is."""
+    try:
+        return backbone_named(backbone).name if backbone is not None else None
+    except UnknownNameError:
+        return backbone
 
 
 def _check_backbone_fits(config: PiDConfig, backbone: str | None, file: Path) -> None:

@@ -172,7 +172,8 @@ def _state_dict_in(content: Any, prefix: str = "", depth: int = 2) -> dict[str, 
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointFormatError:
-    reason = str(error).strip().splitlines()
+    # PyTorch puts its advice (to load unsafely) before what it found.
+    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
     return CheckpointFormatError(
         f"read_checkpoint: {path} ({path.stat().st_size} bytes) is damaged or cut short "
         f"({reason[0] if reason else type(error).__name__}); download it again"

@@ -18,6 +18,7 @@ from ...errors import (
     IncompleteCheckpointError,
     UnknownGeometryError,
 )
+from .backbones import BACKBONES
 from .backbones import backbone as backbone_named
 from .checkpoint_keys import AUX_HEAD
 from .config import PiDConfig
@@ -182,8 +183,9 @@ def identify(
         raise _ambiguous(path, left)
     if others:
         warnings.warn(
-            f"read_checkpoint: {path} may be any of {', '.join(v.name for v in left)}: one network, "
-            f"trained at different sizes. Assuming {first.name}; pass variant= to say otherwise",
+            f"read_checkpoint: {path} may be any of {', '.join(v.name for v in left)}, which are "
+            "one network trained at different sizes. Assuming "
+            f"{first.name}; pass variant= to say otherwise",
             CheckpointWarning,
             stacklevel=4,
         )
@@ -193,7 +195,7 @@ def identify(
 
 def released_with(config: PiDConfig, path: Path, backbone: str | None) -> Variant | None:
     """The one released network with this geometry, or None where several or none have it."""
-    family = backbone_named(backbone).family if backbone is not None else None
+    family = BACKBONES[backbone].family if backbone in BACKBONES else backbone
     same = [
         v for v in variants() if v.config == config or v.inference_config == config
         if family is None or v.family == family
@@ -230,7 +232,7 @@ def _no_fit(shapes: Shapes, path: Path) -> Exception:
         for k in {**theirs, **facts}
         if facts.get(k) != theirs.get(k)
     )
-    other = next((k for k, s in shapes.items() if k in expected and expected[k] != s), None)
+    other = next((k for k, s in expected.items() if shapes.get(k, s) != s), None)
     example = f"; {other} is {shapes[other]}, not {expected[other]}" if other else ""
     return UnknownGeometryError(
         f"read_checkpoint: {path} is a PiD network of a geometry that was never released. Nearest "

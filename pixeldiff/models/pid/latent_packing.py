@@ -1,4 +1,4 @@
-"""Moving latent cells between channels and space, and between maps and tokens. Bitwise, any dtype."""
+"""Moving latent cells between channels, space and tokens. Bitwise, any dtype."""
 
 from __future__ import annotations
 

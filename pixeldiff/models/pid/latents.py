@@ -227,6 +227,8 @@ def _statistics(
     op: str, b: Backbone, given: LatentStatistics | None, latent: Tensor
 ) -> LatentStatistics:
     s = given or published_statistics(b.family)
+    if s is None and b.family == "demo":
+        raise LatentError(f"{op}: the demo autoencoder's latents have no raw form; leave raw out")
     if s is None:
         where = (
             "LatentStatistics.from_moments(vae.bn.running_mean, vae.bn.running_var, "

@@ -1,0 +1,74 @@
+# make demo and make test set everything up in .venv by themselves; the second run starts at once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+REQUIREMENTS := $(VENV)/.requirements
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# The build's tools are those of the virtual environment.
+IN_VENV := PATH="$(abspath $(BIN)):$$PATH"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format ext sanitize train-demo clean distclean
+
+help:
+	@echo "make demo [IMAGE=file]  decode a picture 4x and write the result and a comparison"
+	@echo "make test [ARGS=...]    run the test suite; ARGS goes to pytest"
+	@echo "make lint | format      check | rewrite the layout of the sources"
+	@echo "make ext                rebuild the compiled kernels in place, only what changed"
+	@echo "make sanitize           kernel tests under the address and undefined-behaviour sanitizers"
+	@echo "make train-demo         train the demo model again"
+	@echo "make clean | distclean  remove build outputs | and .venv"
+
+$(REQUIREMENTS): requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("pixeldiff needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+$(INSTALLED): $(REQUIREMENTS) $(NATIVE)
+	$(IN_VENV) $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@$(BIN)/python -c 'from pixeldiff import native; print("compiled kernels:", native.why_not() or native.build_info())'
+	@touch $@
+
+setup: $(INSTALLED)
+
+demo: setup
+	$(BIN)/python -m pixeldiff.demo $(if $(IMAGE),--image "$(IMAGE)")
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(REQUIREMENTS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(REQUIREMENTS)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+ext: setup
+	$(IN_VENV) $(BIN)/python setup.py build_ext --inplace
+
+sanitize: setup
+	@rm -f $(INSTALLED)  # the next target builds the normal extension again
+	$(IN_VENV) PIXELDIFF_SANITIZE=address,undefined PIXELDIFF_BUILD_CUDA=0 PIXELDIFF_REQUIRE_EXT=1 \
+	    $(BIN)/python setup.py build_ext --inplace --build-temp build/sanitize
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
+	    ASAN_OPTIONS=detect_leaks=0 \
+	    $(BIN)/python -m pytest tests/kernels/test_rms_norm_modulate.py \
+	    tests/kernels/test_gated_residual_norm.py -k "not triton and not compile" $(ARGS)
+
+train-demo: setup
+	$(BIN)/python -m training demo
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -f pixeldiff/_C*.so pixeldiff/_native_status.json $(INSTALLED)
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,86 @@
+"""Where the golden files are, and how tests ask for them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+COMMITTED = Path(__file__).parent / "golden"
+
+
+def golden_root() -> Path:
+    """PIXELDIFF_GOLDEN_DIR, a full set with the folders pid/ and l2p/, else the committed choice.
+
+    Raises:
+        pytest.UsageError: the variable names a folder without golden files.
+    """
+    given = os.environ.get("PIXELDIFF_GOLDEN_DIR")
+    if not given:
+        return COMMITTED
+    root = Path(given)
+    if not any(root.glob("*/*.safetensors")):
+        raise pytest.UsageError(
+            f"PIXELDIFF_GOLDEN_DIR must hold the folders pid/ and l2p/ with .safetensors files; "
+            f"{root} does not"
+        )
+    return root
+
+
+def golden_files(folder: str) -> dict[Path, str]:
+    """Golden files of one system and their kind, in order of name."""
+    return {p: _kind(p) for p in sorted((golden_root() / folder).glob("*.safetensors"))}
+
+
+def _kind(path: Path) -> str:
+    with safe_open(path, "pt") as f:
+        return (f.metadata() or {}).get("kind", "")
+
+
+def _is_training(kind: str) -> bool:
+    return kind.startswith("training")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than ten seconds")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`pid_golden` and `pid_training_golden` run a test once for every file of that sort."""
+    for name, training in (("pid_golden", False), ("pid_training_golden", True)):
+        if name in metafunc.fixturenames:
+            files = [p for p, kind in golden_files("pid").items() if _is_training(kind) == training]
+            metafunc.parametrize(name, files, ids=[p.stem for p in files])
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder with the subfolders pid/ and l2p/."""
+    return golden_root()
+
+
+@pytest.fixture
+def rewritten(tmp_path):
+    """rewritten(path, tensors=f, metadata=g) -> a copy of a safetensors file with changes in it.
+
+    f and g take the dict of tensors (of metadata strings) and change it in place.
+    """
+    from safetensors.torch import save_file
+
+    def rewrite(path: Path, *, tensors=None, metadata=None) -> Path:
+        with safe_open(path, "pt") as f:
+            meta = dict(f.metadata() or {})
+            data = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+        if tensors is not None:
+            tensors(data)
+        if metadata is not None:
+            metadata(meta)
+        meta = {k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()}
+        target = tmp_path / path.name
+        save_file({k: v.contiguous() for k, v in data.items()}, target, metadata=meta)
+        return target
+
+    return rewrite

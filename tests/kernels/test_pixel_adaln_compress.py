@@ -1,0 +1,140 @@
+"""pixel_adaln_compress against fp64, with every modulation value found by its index."""
+
+import numpy as np
+import pytest
+import torch
+from rules import (
+    Draw,
+    assert_within_twice_eager,
+    at_odd_stride,
+    check_compiles,
+    check_gradients,
+    check_meta,
+    check_registered,
+    check_repeatable,
+    every_backend,
+    f64,
+    forced,
+    precisions,
+    rms,
+)
+from torch.nn.functional import linear, rms_norm
+
+from pixeldiff.ops import pixel_adaln_compress
+
+# (R, P*P, p, D, A)
+SHAPES = {
+    "production": (6, 256, 16, 96, 288),
+    "primes": (7, 9, 4, 13, 11),
+    "one": (1, 1, 1, 1, 1),
+    "empty": (0, 4, 4, 8, 8),
+}
+
+
+def arguments(dtype, shape, std=1.0):
+    draw, (rows, pixels, p, d, a) = Draw(dtype), shape
+    return (
+        draw(rows, pixels, p, std=std),
+        draw(rows, d, std=std),
+        draw(6 * p * pixels, d, std=d**-0.5),
+        draw(6 * p * pixels),
+        draw(p),
+        draw(a, pixels * p, std=(pixels * p) ** -0.5),
+        draw(a),
+    )
+
+
+def chunk(u, ada_weight, ada_bias, pixels, p, index):
+    """(R, P*P, p): row j*6p + index*p + i of the projection, for pixel j and channel i."""
+    rows = np.arange(pixels)[:, None] * 6 * p + index * p + np.arange(p)
+    return np.einsum("jid,rd->rji", ada_weight[rows], u) + ada_bias[rows]
+
+
+def oracle(q, u, ada_weight, ada_bias, norm_weight, weight, bias):
+    q, u, ada_weight, ada_bias = f64(q, u, ada_weight, ada_bias)
+    norm_weight, weight, bias = f64(norm_weight, weight, bias)
+    shift, scale = (chunk(u, ada_weight, ada_bias, *q.shape[1:], c) for c in (0, 1))
+    z = rms(q) * norm_weight * (1 + scale) + shift
+    return np.einsum("rji,aji->ra", z, weight.reshape(-1, *q.shape[1:])) + bias
+
+
+def eager(q, u, ada_weight, ada_bias, norm_weight, weight, bias):
+    m = linear(u, ada_weight, ada_bias).reshape(*q.shape[:2], 6 * q.shape[2])
+    shift, scale = m.chunk(6, -1)[:2]
+    z = rms_norm(q, q.shape[2:], norm_weight, 1e-6) * (1 + scale) + shift
+    return linear(z.flatten(1), weight, bias)
+
+
+@every_backend("pixel_adaln_compress")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@precisions
+def test_matches_oracle(dtype, std, shape, backend):
+    args = arguments(dtype, shape, std)
+    with forced("pixel_adaln_compress", backend):
+        a = pixel_adaln_compress(*args)
+    assert a.dtype == dtype
+    assert_within_twice_eager(a, eager(*args), oracle(*args))
+
+
+def test_strided():
+    q, u, *rest = arguments(torch.float32, (7, 9, 4, 13, 11))
+    a = pixel_adaln_compress(at_odd_stride(q), at_odd_stride(u), *rest)
+    assert a.is_contiguous()
+    torch.testing.assert_close(a, pixel_adaln_compress(q, u, *rest), rtol=1e-5, atol=1e-5)
+
+
+def test_runs_everywhere():
+    args = arguments(torch.bfloat16, (3, 4, 4, 8, 8))
+    check_registered("pixel_adaln_compress", pixel_adaln_compress, *args)
+    larger = (*arguments(torch.bfloat16, (5, 4, 4, 8, 8))[:2], *args[2:])
+    check_compiles("pixel_adaln_compress", pixel_adaln_compress, args, larger)
+    check_meta(pixel_adaln_compress, *args)
+    check_repeatable(pixel_adaln_compress, *args)
+
+
+def test_gradients():
+    check_gradients(pixel_adaln_compress, *arguments(torch.float32, (2, 2, 2, 3, 3)))
+
+
+def test_errors():
+    args = dict(
+        zip(
+            ("q", "u", "ada_weight", "ada_bias", "norm_weight", "weight", "bias"),
+            arguments(torch.float32, (3, 4, 4, 8, 8)),
+            strict=True,
+        )
+    )
+
+    def raises(error, message, **changed):
+        with pytest.raises(error, match=f"^pixel_adaln_compress: {message}$"):
+            pixel_adaln_compress(**{**args, **changed})
+
+    raises(ValueError, r"q must be \(R, P\*P, p\), 3 axes, got \(4, 4\)", q=args["q"][0])
+    raises(ValueError, r"u must be \(R, D\) = \(3, 8\), got \(2, 8\)", u=args["u"][:2])
+    raises(
+        ValueError,
+        r"ada_weight must be \(6\*p\*P\*P, D\) = \(96, 8\), got \(95, 8\)",
+        ada_weight=args["ada_weight"][1:],
+    )
+    raises(
+        ValueError,
+        r"ada_bias must be \(6\*p\*P\*P,\) = \(96,\), got \(95,\)",
+        ada_bias=args["ada_bias"][1:],
+    )
+    raises(
+        ValueError,
+        r"norm_weight must be \(p,\) = \(4,\), got \(3,\)",
+        norm_weight=args["norm_weight"][1:],
+    )
+    raises(
+        ValueError,
+        r"weight must be \(A, P\*P\*p\) = \(8, 16\), got \(8, 15\)",
+        weight=args["weight"][:, 1:],
+    )
+    raises(ValueError, r"bias must be \(A,\) = \(8,\), got \(7,\)", bias=args["bias"][1:])
+    raises(TypeError, r"weight must be float32, .* got torch.int64", weight=args["weight"].long())
+    raises(
+        TypeError,
+        r"u must have the dtype of q, torch.float32, got torch.bfloat16",
+        u=args["u"].bfloat16(),
+    )

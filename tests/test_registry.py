@@ -1,0 +1,271 @@
+"""The choice of a backend: order, forcing, threads, the environment, autograd and compile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import types
+
+import pytest
+import torch
+from torch import Tensor
+
+import pixeldiff
+from pixeldiff.ops import explain, registry, rms_norm, swiglu
+from pixeldiff.ops.registry import Backend, define, forced_backend
+
+CALLS: list[str] = []
+
+
+def _module(name: str, answer: float, limit: int) -> str:
+    """A backend module that returns `answer` and takes at most `limit` elements."""
+    module = types.ModuleType(f"pixeldiff_test_{name}")
+
+    def why_not(x: Tensor) -> str | None:
+        return None if x.numel() <= limit else f"takes at most {limit} elements, got {x.numel()}"
+
+    def launch(x: Tensor) -> Tensor:
+        CALLS.append(name)
+        return torch.full_like(x, answer).transpose(0, 1).contiguous().transpose(0, 1)
+
+    module.why_not, module.launch = why_not, launch
+    sys.modules[module.__name__] = module
+    return module.__name__
+
+
+def _reference(x: Tensor) -> Tensor:
+    CALLS.append("reference")
+    return (x * 2).transpose(0, 1).contiguous().transpose(0, 1)
+
+
+probe = define(
+    "test_probe",
+    "(Tensor x) -> Tensor",
+    reference=_reference,
+    fake=lambda x: torch.empty_like(x, memory_format=torch.contiguous_format),
+    backends=(
+        Backend("cuda", _module("cuda", -1.0, 10**6), automatic=False),
+        Backend("triton", "pixeldiff_test_absent"),
+        Backend("cpu", _module("cpu", -3.0, 6)),
+    ),
+)
+PROBE = registry.OPS.pop("test_probe")  # in the table only while these tests run
+SMALL, LARGE = torch.ones(2, 3), torch.ones(3, 4)
+
+
+@pytest.fixture(autouse=True)
+def _no_calls_yet(monkeypatch):
+    monkeypatch.delenv("PIXELDIFF_BACKEND", raising=False)
+    monkeypatch.setitem(registry.OPS, "test_probe", PROBE)
+    registry._environment.cache_clear()
+    CALLS.clear()
+    yield
+    registry._environment.cache_clear()
+
+
+def ran(x: Tensor = SMALL) -> str:
+    CALLS.clear()
+    y = probe(x)
+    assert y.is_contiguous()
+    (name,) = CALLS
+    assert torch.equal(y, {"cuda": -x, "cpu": -3 * x, "reference": 2 * x}[name])
+    return name
+
+
+def test_free_choice_takes_the_first_that_can():
+    """cuda is on request only, triton is not installed, cpu takes small ones."""
+    assert ran(SMALL) == "cpu"
+    assert ran(LARGE) == "reference"
+
+
+def test_explain_gives_the_reason_of_each():
+    assert explain("test_probe", LARGE) == [
+        ("cuda", None),
+        (
+            "triton",
+            "pixeldiff_test_absent cannot be imported: No module named 'pixeldiff_test_absent'",
+        ),
+        ("cpu", "takes at most 6 elements, got 12"),
+        ("reference", None),
+    ]
+
+
+def test_forcing_one_op_and_all():
+    with pixeldiff.backend(test_probe="cuda"):
+        assert ran() == "cuda"
+        assert forced_backend("swiglu") is None
+    with pixeldiff.backend("reference"):
+        assert ran() == "reference"
+        assert forced_backend("swiglu") == "reference"
+    with pixeldiff.backend("reference", test_probe="cpu"):
+        assert ran() == "cpu"
+    assert ran() == "cpu"
+    assert forced_backend("test_probe") is None
+
+
+def test_nesting_replaces_and_restores():
+    with pixeldiff.backend("reference"):
+        with pixeldiff.backend(test_probe="cuda"):
+            assert ran() == "cuda"
+            assert forced_backend("swiglu") is None
+            with pixeldiff.backend("auto"):
+                assert ran() == "cpu"
+        assert ran() == "reference"
+    with pytest.raises(KeyError), pixeldiff.backend("reference"):
+        raise KeyError
+    assert ran() == "cpu"
+
+
+def test_a_thread_has_its_own_choice():
+    inside, release, seen = threading.Event(), threading.Event(), {}
+
+    def other() -> None:
+        with pixeldiff.backend(test_probe="cuda"):
+            inside.set()
+            release.wait(30)
+            seen["other"] = forced_backend("test_probe")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(30)
+    seen["main"] = forced_backend("test_probe")
+    with pixeldiff.backend("reference"):
+        release.set()
+        thread.join(30)
+        assert forced_backend("test_probe") == "reference"
+    assert seen == {"main": None, "other": "cuda"}
+
+
+def test_a_forced_backend_never_falls_through():
+    with (
+        pixeldiff.backend(test_probe="cpu"),
+        pytest.raises(
+            NotImplementedError,
+            match=r'^test_probe\(backend="cpu"\): takes at most 6 elements, got 12$',
+        ),
+    ):
+        probe(LARGE)
+    with (
+        pixeldiff.backend("triton"),
+        pytest.raises(
+            NotImplementedError,
+            match=r'^test_probe\(backend="triton"\): pixeldiff_test_absent cannot be imported',
+        ),
+    ):
+        probe(SMALL)
+    with (
+        pixeldiff.backend("cuda"),
+        pytest.raises(
+            NotImplementedError,
+            match=r'^rms_norm\(backend="cuda"\): there is no such implementation; choose from ',
+        ),
+    ):
+        rms_norm(SMALL, torch.ones(3))
+    assert CALLS == []
+
+
+def test_unknown_names():
+    message = r"^backend: 'gpu' is not a backend; choose one of auto, cuda, triton, cpu, reference$"
+    with pytest.raises(ValueError, match=message), pixeldiff.backend("gpu"):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"^backend: unknown op 'nope'; ops are .*rms_norm.*$"),
+        pixeldiff.backend(nope="cpu"),
+    ):
+        pass
+
+
+def test_gradients_go_through_the_reference():
+    """Fused backends have no derivative: the public call must not use them, forced or free."""
+    x = SMALL.clone().requires_grad_()
+    for choice in (None, "cuda"):
+        CALLS.clear()
+        with pixeldiff.backend(test_probe=choice):
+            y = probe(x)
+        assert CALLS == ["reference"]
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(gradient, torch.full_like(x, 2.0))
+    with torch.no_grad():
+        assert ran(x) == "cpu"
+    with torch.inference_mode():
+        assert ran(x) == "cpu"
+
+
+@pytest.mark.parametrize("choice", [None, "reference"])
+def test_compiles_without_graph_breaks(choice):
+    """Free: the graph holds the opaque op. Reference: plain PyTorch, which a compiler can fuse."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def gated(a: Tensor, b: Tensor) -> Tensor:
+        return swiglu(a, b) + 1
+
+    with pixeldiff.backend(choice):
+        compiled = torch.compile(gated, fullgraph=True, backend=keep)
+        for rows in (2, 5):
+            a, b = torch.randn(2, rows, 8)
+            assert torch.equal(compiled(a, b), gated(a, b))
+    opaque = any("pixeldiff.swiglu" in str(n.target) for g in graphs for n in g.graph.nodes)
+    assert opaque == (choice is None)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("choice", [None, "reference"])
+def test_inductor(choice):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a, b: swiglu(a, b) * 2, fullgraph=True)
+    a, b = torch.randn(2, 3, 8)
+    with pixeldiff.backend(choice):
+        torch.testing.assert_close(compiled(a, b), swiglu(a, b) * 2)
+
+
+def test_compiled_gradients():
+    torch._dynamo.reset()
+    compiled = torch.compile(swiglu, fullgraph=True, backend="aot_eager")
+    a, b = (t.requires_grad_() for t in torch.randn(2, 3, 8))
+    got = torch.autograd.grad(compiled(a, b).square().sum(), (a, b))
+    want = torch.autograd.grad(swiglu(a, b).square().sum(), (a, b))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.pixeldiff.test_probe.default, (SMALL,))
+
+
+def _fresh(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_environment_variable():
+    code = (
+        "import pixeldiff; from pixeldiff.ops.registry import forced_backend as f\n"
+        "print(f('swiglu'))\n"
+        "with pixeldiff.backend(): print(f('swiglu'))\n"
+        "with pixeldiff.backend('cpu'): print(f('swiglu'))"
+    )
+    result = _fresh(code, PIXELDIFF_BACKEND="reference")
+    assert result.stdout.split() == ["reference", "None", "cpu"], result.stderr
+
+
+def test_wrong_environment_variable():
+    result = _fresh(
+        "import torch; from pixeldiff.ops import swiglu; swiglu(torch.ones(2), torch.ones(2))",
+        PIXELDIFF_BACKEND="fast",
+    )
+    message = "PIXELDIFF_BACKEND must be one of auto, cuda, triton, cpu, reference, got 'fast'"
+    assert message in result.stderr

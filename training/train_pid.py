@@ -1,0 +1,359 @@
+"""Trains the demo PiD on its own sampler's trajectories.
+
+Each optimiser step draws a batch of pictures, rolls the few-step sampler from pure noise exactly as
+inference does, and regresses the clean picture of every call on the way (the trajectory itself is
+detached). It is the self-rollout of PiD's distillation (arXiv 2605.23902) with the teacher replaced
+by the truth: what the network meets in training is what it meets when it decodes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from pixeldiff.models.autoencoder import ConvAutoencoder
+from pixeldiff.models.pid import PiDConfig, PiDNet
+from pixeldiff.text.tiny import TinyTextEmbedder
+
+from .cache import PictureCache
+from .initialise import initialise
+from .train_autoencoder import recolour
+
+T_LIST = (0.999, 0.866, 0.634, 0.342, 0.0)
+
+CONFIG = PiDConfig(
+    hidden_size=128,
+    num_groups=2,
+    patch_depth=4,
+    pixel_depth=1,
+    pixel_hidden_size=8,
+    pixel_attn_hidden_size=144,
+    pixel_num_groups=2,
+    txt_embed_dim=64,
+    txt_max_length=16,
+    lq_hidden_dim=128,
+    lq_num_res_blocks=3,
+    lq_gate_type="sigma_aware_per_token",
+    lq_conv_padding_mode="replicate",
+    pit_lq_inject=True,
+)
+
+# (height, width, pictures per batch, odds early, odds late). Rotary coordinates span the whole
+# picture whatever its size, so the network has to see every size it will be used at.
+_SHAPES = (
+    (256, 256, 6, 0.45, 0.15),
+    (256, 384, 4, 0.14, 0.08),
+    (384, 256, 4, 0.10, 0.07),
+    (384, 384, 3, 0.14, 0.15),
+    (512, 512, 2, 0.12, 0.25),
+    (1024, 1024, 1, 0.05, 0.30),
+)
+_LATE = 0.7  # share of the steps after which the late odds hold
+_LEVELS = (1.0, 1.4, 2.0, 4.0)  # by how much pictures are shrunk before crops are cut
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the outcome of a training run.
+
+    Args:
+        steps: optimiser steps. Each trains on all calls of one sampler run over one batch.
+        learning_rate: peak of AdamW, after a linear warm-up and before a cosine decay.
+        warm_up: steps of the warm-up.
+        ema: decay of the averaged weights that are shipped.
+        absolute: weight of the Charbonnier loss beside the squared error.
+        gradient: weight of the Charbonnier loss of horizontal and vertical differences; it buys
+            edges as steep as the original's for a little squared error.
+        noisy: share of pictures whose latent is noised, sigma uniform in [0, 0.8].
+        no_caption: share of pictures with the null caption.
+        seed: of the weights, the batches and the noise.
+    """
+
+    steps: int = 2000
+    learning_rate: float = 1.5e-3
+    warm_up: int = 60
+    ema: float = 0.995
+    absolute: float = 0.05
+    gradient: float = 0.1
+    noisy: float = 0.25
+    no_caption: float = 0.1
+    seed: int = 1
+
+
+class BatchSampler:
+    """Random crops with their captions. Everything is drawn from one seeded generator."""
+
+    def __init__(self, cache: PictureCache, seed: int) -> None:
+        self.rng = np.random.default_rng([7, seed])
+        self.captions = cache.captions
+        self.levels = [[_shrunk(p, factor) for p in cache.pictures] for factor in _LEVELS]
+
+    def batch(self, progress: float) -> tuple[Tensor, list[str]]:
+        """((B, 3, H, W) fp32 in [-1, 1], B captions); `progress` is the done share of training."""
+        rng = self.rng
+        odds = np.array([shape[4 if progress > _LATE else 3] for shape in _SHAPES])
+        height, width, count, *_ = _SHAPES[int(rng.choice(len(_SHAPES), p=odds / odds.sum()))]
+        if height == 1024:  # whole pictures, some of them not square
+            chosen = [int(rng.integers(len(self.captions)))]
+            crops = [recolour(rng, np.asarray(self.levels[0][chosen[0]]))]
+        else:
+            chosen, crops = [], []
+            while len(crops) < count:
+                level = self.levels[int(rng.integers(len(self.levels)))]
+                index = int(rng.integers(len(level)))
+                picture = level[index]
+                if picture.shape[0] < height or picture.shape[1] < width:
+                    continue
+                top = int(rng.integers(picture.shape[0] - height + 1))
+                left = int(rng.integers(picture.shape[1] - width + 1))
+                crop = picture[top : top + height, left : left + width]
+                chosen.append(index)
+                crops.append(recolour(rng, crop[:, ::-1] if rng.random() < 0.5 else crop))
+        images = torch.from_numpy(np.ascontiguousarray(np.stack(crops)))
+        images = images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        return images.contiguous(), [self.captions[i] for i in chosen]
+
+
+def _shrunk(picture: np.ndarray, factor: float) -> np.ndarray:
+    if factor == 1:
+        return picture
+    size = (round(picture.shape[1] / factor), round(picture.shape[0] / factor))
+    return np.asarray(Image.fromarray(np.asarray(picture)).resize(size, Image.LANCZOS))
+
+
+def low_quality(images: Tensor, scale: int = 4) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> the same at 1/scale, antialiased bicubic, clamped."""
+    size = (images.shape[2] // scale, images.shape[3] // scale)
+    small = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return small.clamp(-1, 1)
+
+
+def _schedule(rng: np.random.Generator) -> list[float]:
+    """Mostly the four steps; now and then one of the shorter schedules that decoding offers."""
+    steps = int(rng.choice([4, 3, 2, 1], p=[0.76, 0.08, 0.08, 0.08]))
+    if steps == 1:
+        return [1.0, 0.0]
+    return [T_LIST[round(i)] for i in np.linspace(0, len(T_LIST) - 1, steps + 1)]
+
+
+def _charbonnier(error: Tensor) -> Tensor:
+    return (error.square() + 1e-4).sqrt().mean()
+
+
+def picture_loss(predicted: Tensor, target: Tensor, recipe: Recipe) -> Tensor:
+    """Squared error, a little absolute error, and absolute error of the differences."""
+    error = predicted - target
+    loss = error.square().mean() + recipe.absolute * _charbonnier(error)
+    if recipe.gradient:
+        across, down = error.diff(dim=3), error.diff(dim=2)
+        loss = loss + recipe.gradient * (_charbonnier(across) + _charbonnier(down))
+    return loss
+
+
+class Trainer:
+    """State of one training run.
+
+    Args:
+        pictures: folder of a filled `PictureCache`.
+        autoencoder: trained, frozen.
+        recipe: see `Recipe`.
+        work: folder for the checkpoint `pid.pt`, overwritten as training goes.
+    """
+
+    def __init__(
+        self, pictures: Path, autoencoder: ConvAutoencoder, recipe: Recipe, work: Path
+    ) -> None:
+        self.recipe, self.work, self.autoencoder = recipe, work, autoencoder
+        self.net = PiDNet(CONFIG)
+        initialise(self.net, recipe.seed)
+        self._freeze_unused()
+        self.average = copy.deepcopy(self.net).requires_grad_(False).eval()
+        self.embed = TinyTextEmbedder(CONFIG.txt_embed_dim, CONFIG.txt_max_length)
+        self.sampler = BatchSampler(PictureCache(pictures), recipe.seed)
+        self.noise = torch.Generator().manual_seed(recipe.seed)
+        self.optimiser = torch.optim.AdamW(
+            [p for p in self.net.parameters() if p.requires_grad],
+            lr=recipe.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=1e-3,
+        )
+        self.step = 0
+
+    def _freeze_unused(self) -> None:
+        """The text output of the last block reaches nothing; zeros compress and never train."""
+        last = self.net.patch_blocks[-1]
+        for module in (last.attn.proj_y, last.norm_y2, last.mlp_y):
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.noise)
+
+    def condition(self, images: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """(latent as decoding gets it, sigma (B,), caption embeddings) for a batch of pictures."""
+        rng, recipe = self.sampler.rng, self.recipe
+        latent = self.autoencoder.encode(low_quality(images))
+        noisy = rng.random(len(captions)) < recipe.noisy
+        sigma = torch.from_numpy(np.where(noisy, rng.uniform(0, 0.8, len(captions)), 0.0)).float()
+        s = sigma[:, None, None, None]
+        latent = (1 - s) * latent + s * self._randn(*latent.shape)
+        kept = ["" if rng.random() < recipe.no_caption else caption for caption in captions]
+        return latent.bfloat16().float(), sigma, self.embed(kept)
+
+    def train_step(self) -> list[float]:
+        """One optimiser step; returns the squared error of each call of the schedule."""
+        recipe, net = self.recipe, self.net
+        images, captions = self.sampler.batch(self.step / recipe.steps)
+        latent, sigma, text = self.condition(images, captions)
+        times = _schedule(self.sampler.rng)
+        condition = net.prepare(latent, text, sigma, size=tuple(images.shape[-2:]))
+        # Calls are back-propagated one by one down to these leaves, and what is shared by all of
+        # them (the latent branch) once at the end: a quarter of the memory, the same gradient.
+        shared = [condition.text, *condition.features, *condition.logits]
+        leaves = [t.detach().requires_grad_() for t in shared]
+        count = len(condition.features)
+        condition = dataclasses.replace(
+            condition, text=leaves[0], features=leaves[1 : 1 + count], logits=leaves[1 + count :]
+        )
+        self.optimiser.zero_grad(set_to_none=True)
+        x = self._randn(*images.shape)
+        errors = []
+        # 1/t evens out the size of the velocity's gradient, t of it being the picture's.
+        weights = [1 / t for t in times[:-1]]
+        for weight, t, following in zip(weights, times[:-1], times[1:], strict=True):
+            velocity = net.step(x, torch.full((len(x),), 1000 * t), condition)
+            predicted = x - t * velocity
+            (weight / sum(weights) * picture_loss(predicted, images, recipe)).backward()
+            predicted = predicted.detach()
+            errors.append((predicted - images).square().mean().item())
+            if following:
+                x = (1 - following) * predicted + following * self._randn(*images.shape)
+        with_gradient = [(a, b.grad) for a, b in zip(shared, leaves, strict=True)]
+        torch.autograd.backward(*zip(*with_gradient, strict=True))
+        self._update()
+        return errors
+
+    def _update(self) -> None:
+        recipe = self.recipe
+        self.step += 1
+        decay = 0.5 * (1 + math.cos(math.pi * min(self.step / recipe.steps, 1.0)))
+        rate = recipe.learning_rate * min(self.step / recipe.warm_up, 0.99 * decay + 0.01)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 0.5)
+        if torch.isfinite(norm):
+            self.optimiser.step()
+        ema = min(recipe.ema, self.step / (self.step + 10))
+        with torch.no_grad():
+            averaged, current = list(self.average.parameters()), list(self.net.parameters())
+            torch._foreach_lerp_(averaged, current, weight=1 - ema)
+
+    def save_checkpoint(self) -> None:
+        state = {
+            "step": self.step,
+            "net": self.net.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "noise": self.noise.get_state(),
+            "batches": json.dumps(self.sampler.rng.bit_generator.state),
+        }
+        partial = self.work / "pid.pt.part"
+        torch.save(state, partial)
+        os.replace(partial, self.work / "pid.pt")
+
+    def resume(self) -> None:
+        """Continues from the checkpoint in the work folder."""
+        state = torch.load(self.work / "pid.pt", weights_only=True)
+        self.step = state["step"]
+        self.net.load_state_dict(state["net"])
+        self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.noise.set_state(state["noise"])
+        self.sampler.rng.bit_generator.state = json.loads(state["batches"])
+
+    def run(self, *, monitor_every: int = 200, compiled: bool = True) -> None:
+        """Trains to the last step, printing as it goes.
+
+        Args:
+            monitor_every: steps between checkpoints, each followed by figures on a few pictures.
+            compiled: compile the pixel blocks, whose many cheap operations on large tensors take
+                most of the time otherwise (a third less time per step on two cores).
+        """
+        from .evaluate import Decoder, monitor
+
+        if compiled:
+            for block in self.net.pixel_blocks:
+                block.compile(dynamic=True)
+        started, first = time.monotonic(), self.step
+        seen: list[list[float]] = []
+        while self.step < self.recipe.steps:
+            errors = self.train_step()
+            if len(errors) == len(T_LIST) - 1:
+                seen.append(errors)
+            if self.step % 25 == 0 and seen:
+                psnr = [f"{10 * math.log10(4 / value):.2f}" for value in np.mean(seen, axis=0)]
+                pace = (time.monotonic() - started) / (self.step - first)
+                print(
+                    f"pid {self.step}/{self.recipe.steps}  PSNR per call {' '.join(psnr)} dB  "
+                    f"{pace:.2f} s/step",
+                    flush=True,
+                )
+                seen = []
+            if self.step % monitor_every == 0 or self.step == self.recipe.steps:
+                self.save_checkpoint()
+                monitor(Decoder(self.average, self.autoencoder))
+
+
+def load_network(path: Path) -> PiDNet:
+    """A network written by `save_network`, in fp32, eval mode and without gradients."""
+    with safe_open(path, framework="pt") as file:
+        config = PiDConfig.from_dict(json.loads(file.metadata()["config"]))
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    net = PiDNet(config, device="meta")
+    net.load_state_dict(tensors, strict=True, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def save_network(net: PiDNet, path: Path, recipe: Recipe, command: str, steps: int) -> None:
+    """Writes bf16 weights with everything needed to rebuild and to sample the network."""
+    metadata = {
+        "format": "pixeldiff.pid.v1",
+        "backbone": "demo",
+        "config": json.dumps(net.config.to_dict()),
+        "sampling": json.dumps(
+            {
+                "t_list": T_LIST,
+                "type": "sde",
+                "prediction": "velocity",
+                "caption": {
+                    "embedder": "tiny",
+                    "width": net.config.txt_embed_dim,
+                    "length": net.config.txt_max_length,
+                },
+            }
+        ),
+        "training": json.dumps(
+            {"command": command, **dataclasses.asdict(recipe), "steps_done": steps}
+        ),
+    }
+    tensors = {name: t.detach().bfloat16().contiguous() for name, t in net.state_dict().items()}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

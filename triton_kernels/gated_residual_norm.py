@@ -1,0 +1,129 @@
+"""x_new = x + gate * y, then h = rms_norm_modulate(x_new), in Triton.
+
+Bytes: 4*B*N*D*sizeof(x) + 3*B*D*sizeof(scale). FLOPs: 7*B*N*D. Bandwidth-bound: x_new never leaves
+the registers between the two. fp32 inside; x_new is rounded once and the norm uses the rounded value.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import norm_rows
+from .norm_rows import config
+
+
+@triton.jit
+def gated_residual_norm_kernel(
+    x_ptr,  # (B, N, D)
+    y_ptr,  # (B, N, D)
+    gate_ptr,  # (B, D)
+    weight_ptr,  # (D,)
+    scale_ptr,  # (B, D)
+    shift_ptr,  # (B, D); any valid pointer when HAS_SHIFT is False
+    x_new_ptr,  # (B, N, D) contiguous
+    h_ptr,  # (B, N, D) contiguous
+    count,  # B * N
+    N,
+    D,
+    x_stride_b,
+    x_stride_n,
+    y_stride_b,
+    y_stride_n,
+    gate_stride_b,
+    scale_stride_b,
+    shift_stride_b,
+    eps,
+    HAS_SHIFT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # int64 before any multiply: a row offset can pass 2^31.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    b = row // N
+    n = row % N
+    column = tl.arange(0, BLOCK_D)
+    inside = (row < count)[:, None] & (column < D)[None, :]
+
+    x_offset = (b * x_stride_b + n * x_stride_n)[:, None] + column[None, :]
+    y_offset = (b * y_stride_b + n * y_stride_n)[:, None] + column[None, :]
+    gate_offset = (b * gate_stride_b)[:, None] + column[None, :]
+    out_offset = (row * D)[:, None] + column[None, :]
+    x = tl.load(x_ptr + x_offset, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + y_offset, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + gate_offset, mask=inside, other=0.0).to(tl.float32)
+    x_new = (x + gate * y).to(x_new_ptr.dtype.element_ty)
+    tl.store(x_new_ptr + out_offset, x_new, mask=inside)
+
+    r = x_new.to(tl.float32)
+    mean = tl.sum(r * r, axis=1) / D
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    scale_offset = (b * scale_stride_b)[:, None] + column[None, :]
+    scale = tl.load(scale_ptr + scale_offset, mask=inside, other=0.0).to(tl.float32)
+    h = r * inverse[:, None] * (weight[None, :] * (1.0 + scale))
+    if HAS_SHIFT:
+        shift_offset = (b * shift_stride_b)[:, None] + column[None, :]
+        h += tl.load(shift_ptr + shift_offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(h_ptr + out_offset, h.to(h_ptr.dtype.element_ty), mask=inside)
+
+
+INTERPRETED = not isinstance(gated_residual_norm_kernel, triton.runtime.JITFunction)
+
+
+def why_not(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    eps: float,
+) -> str | None:
+    return norm_rows.why_not(INTERPRETED, x, y, gate, weight, scale, shift)
+
+
+def launch(
+    x: Tensor,  # (B, N, D)
+    y: Tensor,  # (B, N, D), dtype of x
+    gate: Tensor,  # (B, D)
+    weight: Tensor,  # (D,)
+    scale: Tensor,  # (B, D)
+    shift: Tensor | None,  # (B, D)
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    B, N, D = x.shape
+    x_new = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if h.numel() == 0:
+        return x_new, h
+    chosen = config(D)
+    with torch.cuda.device_of(x):
+        gated_residual_norm_kernel[(triton.cdiv(B * N, chosen.rows),)](
+            x,
+            y,
+            gate,
+            weight,
+            scale,
+            scale if shift is None else shift,
+            x_new,
+            h,
+            B * N,
+            N,
+            D,
+            x.stride(0),
+            x.stride(1),
+            y.stride(0),
+            y.stride(1),
+            gate.stride(0),
+            scale.stride(0),
+            0 if shift is None else shift.stride(0),
+            eps,
+            HAS_SHIFT=shift is not None,
+            ROWS=chosen.rows,
+            BLOCK_D=chosen.block_d,
+            num_warps=chosen.num_warps,
+        )
+    return x_new, h
