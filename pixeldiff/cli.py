@@ -198,7 +198,9 @@ def progress_bar(quiet: bool) -> Iterator[Callable]:
     from rich.progress import Progress, TimeElapsedColumn
 
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=_err, disable=quiet, transient=True) as bar:
+    with Progress(
+        *columns, console=_err, disable=quiet or not _err.is_terminal, transient=True
+    ) as bar:
         task = bar.add_task("decoding", total=None)
 
         def callback(info) -> None:
