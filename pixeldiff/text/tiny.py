@@ -37,7 +37,7 @@ class TinyTextEmbedder:
             )
         self.width, self.length = width, length
 
-    def __call__(self, captions: str | list[str]) -> Tensor:
+    def encode(self, captions: str | list[str]) -> Tensor:
         """Embeddings of one caption or several.
 
         Args:
@@ -56,9 +56,11 @@ class TinyTextEmbedder:
                 row[token] = self._word(word)
         return out
 
+    __call__ = encode
+
     def null(self) -> Tensor:
         """(1, length, width): the embedding of the empty caption, for unconditional decoding."""
-        return self("")
+        return self.encode("")
 
     def _word(self, word: str) -> Tensor:
         padded = f"^{word}$"
