@@ -1,7 +1,7 @@
 """y = x * rsqrt(mean(x^2) + eps) * weight * (1 + scale) + shift, in Triton.
 
-Bytes: 2*B*N*D*sizeof(x) + 2*B*D*sizeof(scale). FLOPs: 5*B*N*D. Bandwidth-bound: one read, one write.
-fp32 inside, one rounding at the end.
+Bytes: 2*B*N*D*sizeof(x) + 2*B*D*sizeof(scale). FLOPs: 5*B*N*D. Bandwidth-bound: one read and
+one write. fp32 inside, one rounding at the end.
 """
 
 from __future__ import annotations
