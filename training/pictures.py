@@ -305,7 +305,9 @@ class _Plane:
         numbers = [self._new(self.width / 2, self.height / 2, 1e6, 0.7) for _ in range(24)]
         for _ in range(count):
             x, y = rng.uniform(x0, x1), rng.uniform(y0, y1)
-            angle = base + turn * (np.sin(3 * x / self.width + px) + np.sin(3 * y / self.height + py))
+            angle = base + turn * (
+                np.sin(3 * x / self.width + px) + np.sin(3 * y / self.height + py)
+            )
             angle += rng.normal() * 0.12
             bend, reach = rng.normal() * 0.5, length * rng.uniform(0.4, 1.2)
             along = np.linspace(0, 1, 6)

@@ -31,6 +31,7 @@ from pixeldiff.text.tiny import TinyTextEmbedder
 
 from .cache import PictureCache
 from .initialise import initialise
+from .latent_branch import train_latent_branch
 from .train_autoencoder import recolour
 
 T_LIST = (0.999, 0.866, 0.634, 0.342, 0.0)
@@ -71,7 +72,8 @@ class Recipe:
     """Everything that decides the outcome of a training run.
 
     Args:
-        steps: optimiser steps. Each trains on all calls of one sampler run over one batch.
+        branch_steps, branch_learning_rate: of the first stage, see `latent_branch`.
+        steps: optimiser steps of the second stage. Each trains on all calls of one sampler run.
         learning_rate: peak of AdamW, after a linear warm-up and before a cosine decay.
         warm_up: steps of the warm-up.
         ema: decay of the averaged weights that are shipped.
@@ -83,7 +85,9 @@ class Recipe:
         seed: of the weights, the batches and the noise.
     """
 
-    steps: int = 2000
+    branch_steps: int = 2500
+    branch_learning_rate: float = 2e-3
+    steps: int = 1100
     learning_rate: float = 1.5e-3
     warm_up: int = 60
     ema: float = 0.995
@@ -102,10 +106,16 @@ class BatchSampler:
         self.captions = cache.captions
         self.levels = [[_shrunk(p, factor) for p in cache.pictures] for factor in _LEVELS]
 
-    def batch(self, progress: float) -> tuple[Tensor, list[str]]:
-        """((B, 3, H, W) fp32 in [-1, 1], B captions); `progress` is the done share of training."""
+    def batch(self, progress: float, *, whole: bool = True) -> tuple[Tensor, list[str]]:
+        """((B, 3, H, W) fp32 in [-1, 1], B captions).
+
+        Args:
+            progress: the done share of training; late batches hold larger crops.
+            whole: now and then a whole picture.
+        """
         rng = self.rng
         odds = np.array([shape[4 if progress > _LATE else 3] for shape in _SHAPES])
+        odds[-1] *= whole
         height, width, count, *_ = _SHAPES[int(rng.choice(len(_SHAPES), p=odds / odds.sum()))]
         if height == 1024:  # whole pictures, some of them not square
             chosen = [int(rng.integers(len(self.captions)))]
@@ -191,7 +201,7 @@ class Trainer:
             betas=(0.9, 0.98),
             weight_decay=1e-3,
         )
-        self.step = 0
+        self.step, self.branch_trained = 0, False
 
     def _freeze_unused(self) -> None:
         """The text output of the last block reaches nothing; zeros compress and never train."""
@@ -203,16 +213,20 @@ class Trainer:
     def _randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.noise)
 
+    def clean_latent(self, images: Tensor) -> Tensor:
+        """The normalised latent of the pictures at a quarter of their size."""
+        return self.autoencoder.encode(low_quality(images))
+
     def condition(self, images: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """(latent as decoding gets it, sigma (B,), caption embeddings) for a batch of pictures."""
         rng, recipe = self.sampler.rng, self.recipe
-        latent = self.autoencoder.encode(low_quality(images))
+        latent = self.clean_latent(images)
         noisy = rng.random(len(captions)) < recipe.noisy
         sigma = torch.from_numpy(np.where(noisy, rng.uniform(0, 0.8, len(captions)), 0.0)).float()
         s = sigma[:, None, None, None]
         latent = (1 - s) * latent + s * self._randn(*latent.shape)
         kept = ["" if rng.random() < recipe.no_caption else caption for caption in captions]
-        return latent.bfloat16().float(), sigma, self.embed(kept)
+        return latent.bfloat16().float(), sigma, self.embed.encode(kept)
 
     def train_step(self) -> list[float]:
         """One optimiser step; returns the squared error of each call of the schedule."""
@@ -278,7 +292,7 @@ class Trainer:
     def resume(self) -> None:
         """Continues from the checkpoint in the work folder."""
         state = torch.load(self.work / "pid.pt", weights_only=True)
-        self.step = state["step"]
+        self.step, self.branch_trained = state["step"], True
         self.net.load_state_dict(state["net"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -298,6 +312,12 @@ class Trainer:
         if compiled:
             for block in self.net.pixel_blocks:
                 block.compile(dynamic=True)
+        if not self.branch_trained:
+            train_latent_branch(self, self.recipe.branch_steps, self.recipe.branch_learning_rate)
+            self.average.load_state_dict(self.net.state_dict())
+            self.branch_trained = True
+            self.save_checkpoint()
+            monitor(Decoder(self.average, self.autoencoder))
         started, first = time.monotonic(), self.step
         seen: list[list[float]] = []
         while self.step < self.recipe.steps:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,11 +38,11 @@ class TinyTextEmbedder:
             )
         self.width, self.length = width, length
 
-    def encode(self, captions: str | list[str]) -> Tensor:
+    def encode(self, captions: str | Sequence[str]) -> Tensor:
         """Embeddings of one caption or several.
 
         Args:
-            captions: a caption, or a list of B of them. The empty caption is the null caption.
+            captions: a caption, or a sequence of B of them. The empty caption is the null caption.
 
         Returns:
             (B, length, width) fp32 on the CPU.
@@ -55,8 +56,6 @@ class TinyTextEmbedder:
             for token, word in enumerate(words, 1):
                 row[token] = self._word(word)
         return out
-
-    __call__ = encode
 
     def null(self) -> Tensor:
         """(1, length, width): the embedding of the empty caption, for unconditional decoding."""
