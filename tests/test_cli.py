@@ -542,6 +542,16 @@ def test_verify_of_a_file_that_cannot_be_run(golden):
     assert "1 files run, 0 tensors missed, 0 files not understood, 1 files failed" in result.stdout
 
 
+def test_names_in_golden_files_are_not_markup(capsys):
+    from pixeldiff.verify import Comparison, Report
+
+    report = Report(Path("a"), "[/red]", [Comparison("out.[bold]", 1.0, 0.5, "abs")])
+    assert cli._print_report(report, show_all=False) == 1
+    page = capsys.readouterr().out
+    assert "[/red]: 0 of 1 tensors ok" in page
+    assert "out.[bold]" in page
+
+
 def test_verify_needs_files():
     assert "Missing argument 'FILES...'" in run("verify", code=2).stderr
 

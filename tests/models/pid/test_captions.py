@@ -241,7 +241,7 @@ def test_default_encoder_of_a_checkpoint():
     assert demo.encode("a fox").shape == (1, 6, 24)
     assert demo.null(load=False).shape == (1, 6, 24)
     released = source("flux", 2304)
-    assert released._location == captions_module.GEMMA
+    assert (released._location, released.max_length) == (captions_module.GEMMA, 6)
     with pytest.raises(ValueError, match="no text encoder"):
         source("flux", 24).encode("a fox")
     mine = Lengths((6, 24))
