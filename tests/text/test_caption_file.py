@@ -243,7 +243,7 @@ def test_edited_metadata(path, change, message):
 
 
 def test_save_errors(tmp_path, path):
-    with pytest.raises(ValueError, match="must be a .safetensors file, got .x.pt"):
+    with pytest.raises(ValueError, match=r"must be a \.safetensors file, got .x.pt"):
         save_captions(tmp_path / "x.pt", embeddings(), "a")
     with pytest.raises(FileNotFoundError, match="output directory does not exist"):
         save_captions(tmp_path / "none" / "x.safetensors", embeddings(), "a")
@@ -282,7 +282,7 @@ def test_bake_checks_the_path_before_encoding(tmp_path):
         def encode(self, captions):
             raise AssertionError("encoded although the path is bad")
 
-    with pytest.raises(ValueError, match="must be a .safetensors file"):
+    with pytest.raises(ValueError, match=r"must be a \.safetensors file"):
         bake_caption(tmp_path / "x.pt", None, Costly())
     with pytest.raises(FileNotFoundError, match="output directory does not exist"):
         bake_caption(tmp_path / "none" / "x.safetensors", None, Costly())
