@@ -17,7 +17,7 @@ from . import cache, train_autoencoder, train_pid
 ROOT = Path(__file__).resolve().parent
 ASSETS = ROOT.parent / "pixeldiff" / "assets" / "demo"
 PICTURES = 320
-AUTOENCODER_STEPS = 1600
+AUTOENCODER_STEPS = 1000
 
 
 def _command() -> str:
@@ -63,11 +63,19 @@ def autoencoder(work: Path, steps: int) -> None:
 @_work
 @_pid_steps
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint in the work folder.")
+@click.option("--branch-steps", default=train_pid.Recipe.branch_steps, show_default=True)
 @click.option("--learning-rate", default=train_pid.Recipe.learning_rate, show_default=True)
 @click.option("--compile/--no-compile", "compiled", default=True, help="Compile the pixel blocks.")
-def pid(work: Path, steps: int, resume: bool, learning_rate: float, compiled: bool) -> None:
+def pid(
+    work: Path,
+    steps: int,
+    branch_steps: int,
+    resume: bool,
+    learning_rate: float,
+    compiled: bool,
+) -> None:
     """Train PiD (needs the pictures and the autoencoder)."""
-    recipe = train_pid.Recipe(steps=steps, learning_rate=learning_rate)
+    recipe = train_pid.Recipe(steps=steps, branch_steps=branch_steps, learning_rate=learning_rate)
     encoder = ConvAutoencoder.load(work / "autoencoder.safetensors")
     trainer = train_pid.Trainer(work / "pictures", encoder, recipe, work)
     if resume:
@@ -138,6 +146,7 @@ def demo(
         pid,
         work=work,
         steps=steps,
+        branch_steps=train_pid.Recipe.branch_steps,
         resume=False,
         learning_rate=train_pid.Recipe.learning_rate,
         compiled=True,

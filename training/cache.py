@@ -1,4 +1,4 @@
-"""Training pictures on disk: drawn once by several processes, then memory-mapped by the trainers."""
+"""Training pictures on disk: drawn once by several processes, memory-mapped by the trainers."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -92,10 +93,10 @@ class Decoder:
         generator = torch.Generator().manual_seed(seed)
         size = (latent.shape[2] * 32, latent.shape[3] * 32)
         condition = self.net.prepare(
-            latent, self.embed(caption), torch.full((1,), sigma), size=size
+            latent, self.embed.encode(caption), torch.full((1,), sigma), size=size
         )
         x = torch.randn(1, 3, *size, generator=generator)
-        for t, following in zip(T_LIST[:-1], T_LIST[1:], strict=True):
+        for t, following in pairwise(T_LIST):
             x0 = x - t * self.net.step(x, torch.full((1,), 1000 * t), condition)
             noise = torch.randn(x.shape, generator=generator) if following else 0.0
             x = (1 - following) * x0 + following * noise
@@ -172,7 +173,7 @@ def measure(
     return row, bicubic, decoded
 
 
-def test_pictures(generated: int = GENERATED) -> list[tuple[str, str, np.ndarray, str]]:
+def held_out(generated: int) -> list[tuple[str, str, np.ndarray, str]]:
     """(name, group, picture, caption): held-out generated ones, then the photographs."""
     out = []
     for index in range(generated):
@@ -230,7 +231,7 @@ def evaluate(decoder: Decoder, result: Path, pictures: Path, generated: int = GE
     """
     pictures.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, group, original, caption in test_pictures(generated):
+    for name, group, original, caption in held_out(generated):
         row, bicubic, decoded = measure(decoder, name, group, original, caption)
         rows.append(row)
         side_by_side = np.concatenate([bicubic, decoded, original], axis=1)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from pixeldiff.models.autoencoder import ConvAutoencoder
 
@@ -77,13 +78,34 @@ def store_latent_statistics(model: ConvAutoencoder, sampler: CropSampler, batche
     model.latent_scale.copy_(std.clamp_min(1e-3))
 
 
+@torch.no_grad()
+def start_at_principal_components(model: ConvAutoencoder, sampler: CropSampler) -> None:
+    """Sets the linear code to the whitened principal components of blocks; branches give zero."""
+    factor, channels = model.config.factor, model.config.latent_channels
+    blocks = F.unfold(sampler.batch(512), factor, stride=factor)
+    blocks = blocks.transpose(1, 2).flatten(0, 1).double()
+    values, vectors = torch.linalg.eigh(blocks.T @ blocks / len(blocks))
+    std = values[-channels:].sqrt()
+    components = vectors[:, -channels:].T
+    weight = components / std[:, None]
+    model.encoder_blocks.weight.copy_(weight.view_as(model.encoder_blocks.weight))
+    model.decoder_blocks.weight.copy_((components.T * std).view_as(model.decoder_blocks.weight))
+    for layer in (
+        model.encoder_blocks.bias,
+        model.decoder_blocks.bias,
+        *model.encoder[-1].parameters(),
+        *model.decoder[-1].parameters(),
+    ):
+        layer.zero_()
+
+
 def train(
     pictures: Path,
     output: Path,
     *,
-    steps: int = 1600,
+    steps: int = 1000,
     batch: int = 32,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 1e-3,
     seed: int = 1,
     command: str = "",
 ) -> ConvAutoencoder:
@@ -95,12 +117,14 @@ def train(
     torch.manual_seed(seed)
     sampler = CropSampler(PictureCache(pictures), seed)
     model = ConvAutoencoder().to(memory_format=torch.channels_last)
+    start_at_principal_components(model, sampler)
     average = copy.deepcopy(model).requires_grad_(False)
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-4)
     warm_up = min(50, max(1, steps // 10))
     started, seen = time.monotonic(), 0.0
     for step in range(1, steps + 1):
-        rate = min(step / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        rate = min(step / warm_up, cosine + 0.01)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * rate
         images = sampler.batch(batch).contiguous(memory_format=torch.channels_last)
@@ -117,7 +141,7 @@ def train(
             )
         mean_square = error.detach().square().mean().item()
         seen = mean_square if step == 1 else 0.98 * seen + 0.02 * mean_square
-        if step % 100 == 0 or step == steps:
+        if step % 50 == 0 or step in (1, steps):
             psnr = 10 * math.log10(4 / seen)
             minutes = (time.monotonic() - started) / 60
             print(f"autoencoder {step}/{steps}  PSNR {psnr:.2f} dB  {minutes:.1f} min", flush=True)

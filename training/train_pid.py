@@ -31,9 +31,11 @@ from pixeldiff.text.tiny import TinyTextEmbedder
 
 from .cache import PictureCache
 from .initialise import initialise
+from .latent_branch import train_latent_branch
 from .train_autoencoder import recolour
 
 T_LIST = (0.999, 0.866, 0.634, 0.342, 0.0)
+TIMES = (1.0, *T_LIST[:-1])  # every time the network is called at; a single step starts at 1
 
 CONFIG = PiDConfig(
     hidden_size=128,
@@ -62,6 +64,7 @@ _SHAPES = (
     (512, 512, 2, 0.12, 0.25),
     (1024, 1024, 1, 0.05, 0.30),
 )
+_STARTED = ("lq_proj.", "pit_lq_gate.", "pixel_embedder.", "pixel_blocks.", "final_layer.")
 _LATE = 0.7  # share of the steps after which the late odds hold
 _LEVELS = (1.0, 1.4, 2.0, 4.0)  # by how much pictures are shrunk before crops are cut
 
@@ -71,8 +74,10 @@ class Recipe:
     """Everything that decides the outcome of a training run.
 
     Args:
-        steps: optimiser steps. Each trains on all calls of one sampler run over one batch.
+        branch_steps, branch_learning_rate: of the first stage, see `latent_branch`.
+        steps: optimiser steps of the second stage. Each trains on all calls of one sampler run.
         learning_rate: peak of AdamW, after a linear warm-up and before a cosine decay.
+        started_rate: share of it for the parameters that the first stage leaves in a good state.
         warm_up: steps of the warm-up.
         ema: decay of the averaged weights that are shipped.
         absolute: weight of the Charbonnier loss beside the squared error.
@@ -83,8 +88,11 @@ class Recipe:
         seed: of the weights, the batches and the noise.
     """
 
-    steps: int = 2000
+    branch_steps: int = 2500
+    branch_learning_rate: float = 2e-3
+    steps: int = 1100
     learning_rate: float = 1.5e-3
+    started_rate: float = 0.3
     warm_up: int = 60
     ema: float = 0.995
     absolute: float = 0.05
@@ -102,10 +110,16 @@ class BatchSampler:
         self.captions = cache.captions
         self.levels = [[_shrunk(p, factor) for p in cache.pictures] for factor in _LEVELS]
 
-    def batch(self, progress: float) -> tuple[Tensor, list[str]]:
-        """((B, 3, H, W) fp32 in [-1, 1], B captions); `progress` is the done share of training."""
+    def batch(self, progress: float, *, whole: bool = True) -> tuple[Tensor, list[str]]:
+        """((B, 3, H, W) fp32 in [-1, 1], B captions).
+
+        Args:
+            progress: the done share of training; late batches hold larger crops.
+            whole: now and then a whole picture.
+        """
         rng = self.rng
         odds = np.array([shape[4 if progress > _LATE else 3] for shape in _SHAPES])
+        odds[-1] *= whole
         height, width, count, *_ = _SHAPES[int(rng.choice(len(_SHAPES), p=odds / odds.sum()))]
         if height == 1024:  # whole pictures, some of them not square
             chosen = [int(rng.integers(len(self.captions)))]
@@ -186,12 +200,23 @@ class Trainer:
         self.sampler = BatchSampler(PictureCache(pictures), recipe.seed)
         self.noise = torch.Generator().manual_seed(recipe.seed)
         self.optimiser = torch.optim.AdamW(
-            [p for p in self.net.parameters() if p.requires_grad],
-            lr=recipe.learning_rate,
+            self._groups(),
             betas=(0.9, 0.98),
             weight_decay=1e-3,
         )
-        self.step = 0
+        self.step, self.branch_trained = 0, False
+
+    def _groups(self) -> list[dict]:
+        """Parameters that the first stage has trained or laid out learn more slowly."""
+        fresh, started = [], []
+        for name, parameter in self.net.named_parameters():
+            if parameter.requires_grad:
+                early = name.startswith(_STARTED) and "output_heads" not in name
+                (started if early else fresh).append(parameter)
+        return [
+            {"params": fresh, "scale": 1.0},
+            {"params": started, "scale": self.recipe.started_rate},
+        ]
 
     def _freeze_unused(self) -> None:
         """The text output of the last block reaches nothing; zeros compress and never train."""
@@ -203,16 +228,20 @@ class Trainer:
     def _randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.noise)
 
+    def clean_latent(self, images: Tensor) -> Tensor:
+        """The normalised latent of the pictures at a quarter of their size."""
+        return self.autoencoder.encode(low_quality(images))
+
     def condition(self, images: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """(latent as decoding gets it, sigma (B,), caption embeddings) for a batch of pictures."""
         rng, recipe = self.sampler.rng, self.recipe
-        latent = self.autoencoder.encode(low_quality(images))
+        latent = self.clean_latent(images)
         noisy = rng.random(len(captions)) < recipe.noisy
         sigma = torch.from_numpy(np.where(noisy, rng.uniform(0, 0.8, len(captions)), 0.0)).float()
         s = sigma[:, None, None, None]
         latent = (1 - s) * latent + s * self._randn(*latent.shape)
         kept = ["" if rng.random() < recipe.no_caption else caption for caption in captions]
-        return latent.bfloat16().float(), sigma, self.embed(kept)
+        return latent.bfloat16().float(), sigma, self.embed.encode(kept)
 
     def train_step(self) -> list[float]:
         """One optimiser step; returns the squared error of each call of the schedule."""
@@ -253,7 +282,7 @@ class Trainer:
         decay = 0.5 * (1 + math.cos(math.pi * min(self.step / recipe.steps, 1.0)))
         rate = recipe.learning_rate * min(self.step / recipe.warm_up, 0.99 * decay + 0.01)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 0.5)
         if torch.isfinite(norm):
             self.optimiser.step()
@@ -278,7 +307,7 @@ class Trainer:
     def resume(self) -> None:
         """Continues from the checkpoint in the work folder."""
         state = torch.load(self.work / "pid.pt", weights_only=True)
-        self.step = state["step"]
+        self.step, self.branch_trained = state["step"], True
         self.net.load_state_dict(state["net"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -298,6 +327,12 @@ class Trainer:
         if compiled:
             for block in self.net.pixel_blocks:
                 block.compile(dynamic=True)
+        if not self.branch_trained:
+            train_latent_branch(self, self.recipe.branch_steps, self.recipe.branch_learning_rate)
+            self.average.load_state_dict(self.net.state_dict())
+            self.branch_trained = True
+            self.save_checkpoint()
+            monitor(Decoder(self.average, self.autoencoder))
         started, first = time.monotonic(), self.step
         seen: list[list[float]] = []
         while self.step < self.recipe.steps:

@@ -108,7 +108,12 @@ class ConvAutoencoder(nn.Module):
                     nn.PixelShuffle(2),
                 ]
         decoder += [nn.SiLU(), nn.Conv2d(widths[0], 3, 3, padding=1)]
+        # Each branch corrects a linear code of disjoint blocks; training starts that one at the
+        # principal components, which alone carries most of a picture.
+        factor = config.factor
+        self.encoder_blocks = nn.Conv2d(3, config.latent_channels, factor, stride=factor)
         self.encoder = nn.Sequential(*encoder)
+        self.decoder_blocks = nn.Conv2d(config.latent_channels, 3 * factor**2, 1)
         self.decoder = nn.Sequential(*decoder)
         self.register_buffer("latent_shift", torch.zeros(config.latent_channels))
         self.register_buffer("latent_scale", torch.ones(config.latent_channels))
@@ -137,7 +142,7 @@ class ConvAutoencoder(nn.Module):
                 f"{image.shape[2]} x {image.shape[3]}; crop or pad the picture"
             )
         shift, scale = self._statistics(image.dtype)
-        return (self.encoder(image) - shift) / scale
+        return (self.encoder_blocks(image) + self.encoder(image) - shift) / scale
 
     def decode(self, latent: Tensor) -> Tensor:
         """Picture of a normalised latent.
@@ -158,7 +163,8 @@ class ConvAutoencoder(nn.Module):
                 f"{tuple(latent.shape)}"
             )
         shift, scale = self._statistics(latent.dtype)
-        return self.decoder(latent * scale + shift)
+        raw = latent * scale + shift
+        return F.pixel_shuffle(self.decoder_blocks(raw), self.config.factor) + self.decoder(raw)
 
     def forward(self, image: Tensor) -> Tensor:
         """`decode(encode(image))`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,11 +38,11 @@ class TinyTextEmbedder:
             )
         self.width, self.length = width, length
 
-    def __call__(self, captions: str | list[str]) -> Tensor:
+    def encode(self, captions: str | Sequence[str]) -> Tensor:
         """Embeddings of one caption or several.
 
         Args:
-            captions: a caption, or a list of B of them. The empty caption is the null caption.
+            captions: a caption, or a sequence of B of them. The empty caption is the null caption.
 
         Returns:
             (B, length, width) fp32 on the CPU.
@@ -58,7 +59,7 @@ class TinyTextEmbedder:
 
     def null(self) -> Tensor:
         """(1, length, width): the embedding of the empty caption, for unconditional decoding."""
-        return self("")
+        return self.encode("")
 
     def _word(self, word: str) -> Tensor:
         padded = f"^{word}$"

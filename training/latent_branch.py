@@ -1,0 +1,123 @@
+"""First stage of the PiD training: the latent branch alone, as a plain regression.
+
+What a small network has to learn most is to read the latent. Only the convolution stack of the
+latent branch is needed for that, so it is trained first with a throw-away linear head that paints
+each 16x16 patch, at a fifteenth of the cost of a sampler run. The head is then folded into the
+network: the stack's features pass the PiT gate into the conditioning u, and the attention gate of
+the first PiT block, which is linear in u, paints them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pixeldiff.models.pid import PiDNet
+
+from .initialise import PIXEL_GAIN, PIXEL_OFFSET
+
+if TYPE_CHECKING:
+    from .train_pid import Trainer
+
+
+def paint(net: PiDNet, head: nn.Conv2d, latent: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 3, H, W): the picture the latent branch and the linear head see in the latent."""
+    patch = net.config.patch_size
+    features = net.lq_proj.features(latent, (size[0] // patch, size[1] // patch))
+    return F.pixel_shuffle(head(features), patch)
+
+
+def train_latent_branch(trainer: Trainer, steps: int, learning_rate: float) -> None:
+    """Trains `trainer.net.lq_proj`'s stack for `steps` batches and folds the head into the net."""
+    from .train_pid import TIMES, picture_loss
+
+    net, recipe = trainer.net, trainer.recipe
+    config = net.config
+    head = nn.Conv2d(config.lq_hidden_dim, 3 * config.patch_size**2, 1)
+    nn.init.zeros_(head.bias)
+    stack = net.lq_proj.latent_proj
+    parameters = [*stack.parameters(), *head.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98))
+    started, losses = time.monotonic(), []
+    for step in range(1, steps + 1):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * min(step / 50, 0.9 * cosine + 0.1)
+        images, _ = trainer.sampler.batch(0.0, whole=False)
+        with torch.no_grad():
+            latent = trainer.clean_latent(images)
+        predicted = paint(net, head, latent, tuple(images.shape[-2:]))
+        loss = picture_loss(predicted, images, recipe)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimiser.step()
+        losses.append((predicted.detach() - images).square().mean().item())
+        if step % 100 == 0 or step == steps:
+            psnr = 10 * math.log10(4 * len(losses) / sum(losses))
+            pace = (time.monotonic() - started) / step
+            print(
+                f"latent branch {step}/{steps}  PSNR {psnr:.2f} dB  {pace:.2f} s/step", flush=True
+            )
+            losses = []
+    with torch.no_grad():
+        images, _ = trainer.sampler.batch(0.0, whole=False)
+        grid = tuple(side // config.patch_size for side in images.shape[-2:])
+        features = net.lq_proj.features(trainer.clean_latent(images), grid)
+    fold(net, head, features, TIMES)
+
+
+@torch.no_grad()
+def fold(net: PiDNet, head: nn.Conv2d, features: Tensor, times: Sequence[float]) -> None:
+    """Makes the network predict v = (x - paint(latent)) / t at the given times.
+
+    The conditioning of the first PiT block is u = silu(e(t)) + gate * features while the patch
+    stream is zero. Its linear map to the pixels has two jobs. Painting must not see the time, and
+    the factor 1/t must not see the features: features go to the complement of the span of the time
+    vectors, at the cost of their few directions of least variance.
+
+    Args:
+        head: the linear head, lq_hidden_dim to 3 * patch_size^2; lq_hidden_dim = hidden_size.
+        features: (B, lq_hidden_dim, h, w) of some pictures, to know these directions.
+        times: the diffusion times of the sampler, at most a handful.
+    """
+    config, block = net.config, net.pixel_blocks[0]
+    dim, pixels, p = config.hidden_size, config.patch_size**2, config.pixel_hidden_size
+    gate = net.pit_lq_gate
+    gate.content_proj.weight.zero_()
+    gate.log_alpha.zero_()
+    opening = torch.sigmoid(gate.content_proj.bias).item()
+
+    t = torch.tensor(times, dtype=torch.float64)
+    clock = F.silu(net.t_embedder(1000 * t.float())).double()  # (times, dim)
+    _, _, basis = torch.linalg.svd(clock)
+    free = basis[len(times) :]  # (dim - times, dim), orthonormal, orthogonal to every time vector
+    flat = features.transpose(0, 1).flatten(1).double()
+    _, directions = torch.linalg.eigh(flat @ flat.T)
+    kept = directions[:, len(times) :].T  # (dim - times, dim), the directions of most variance
+    unit = flat.square().mean().sqrt()
+    into_u = free.T @ kept / unit
+    net.lq_proj.pit_head.weight.copy_(into_u / opening)
+    net.lq_proj.pit_head.bias.zero_()
+
+    # q += gate1(u) * expand bias; a unit of colour is PIXEL_GAIN along its direction of q.
+    step = block.expand_from_attn.bias.mean().double()
+    colours = (net.pixel_embedder.proj.weight / PIXEL_GAIN).double()  # (p, 3), orthonormal columns
+    paint_u = head.weight.double().view(3, pixels, dim) @ (kept.T @ free * unit)
+    weight = -PIXEL_GAIN / step * torch.einsum("pc,cjw->jpw", colours, paint_u)
+    # The final norm divides by the RMS of q, so a token scaled by t has 1/t of the gain. The colour
+    # part, x - paint, is t (eps - x0) and scales by itself; the offset is made to.
+    solve = torch.linalg.pinv(clock) @ (t - 1)
+    weight += (PIXEL_OFFSET / step) * net.pixel_embedder.proj.bias.sign().double()[:, None] * solve
+    modulation = block.adaLN_modulation[0]
+    modulation.weight.unflatten(0, (pixels, 6, p))[:, 2] = weight.float()
+    bias = (
+        -PIXEL_GAIN / step * torch.einsum("pc,cj->jp", colours, head.bias.double().view(3, pixels))
+    )
+    modulation.bias.unflatten(0, (pixels, 6, p))[:, 2] = bias.float()
