@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def _decode(net, times, latent, caption=None, sigma=0.0, seed=0):
     text = embed.null() if caption is None else embed.encode(caption)
     condition = net.prepare(latent, text, torch.tensor([sigma]), size=size)
     x = torch.randn(1, 3, *size, generator=generator)
-    for t, following in zip(times[:-1], times[1:], strict=True):
+    for t, following in pairwise(times):
         x = x - t * net.step(x, torch.tensor([1000 * t]), condition)
         if following:
             noise = torch.randn(x.shape, generator=generator)

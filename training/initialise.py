@@ -20,8 +20,8 @@ from pixeldiff.models.pid.lq_projection import SigmaGate
 # Amplitudes of the pixel stream: noisy pixel, and constant offset orthogonal to it. The offset
 # dominates the RMS of a pixel token, so the final norm acts on the pixel almost linearly; both
 # dwarf the sin/cos position table (amplitude 1), which would otherwise leak into the velocity.
-PIXEL_GAIN = 16.0
-_PIXEL_OFFSET = 24.0
+PIXEL_GAIN = 24.0
+PIXEL_OFFSET = 96.0
 
 
 def initialise(net: PiDNet, seed: int) -> None:
@@ -40,9 +40,13 @@ def initialise(net: PiDNet, seed: int) -> None:
         for block in net.patch_blocks:
             for modulation in (block.adaLN_modulation_img[0], block.adaLN_modulation_txt[0]):
                 modulation.weight.normal_(0.0, 0.02, generator=generator)
-                gates = modulation.bias.unflatten(0, (6, -1))
-                gates[2] = gates[5] = 0.5
+                gates = modulation.weight.unflatten(0, (6, -1))
+                gates[2] = gates[5] = 0
+        # The patch stream starts at zero, so it joins a network that paints already.
+        net.s_embedder.proj.weight.zero_()
         if net.config.lq_latent_channels is not None:
+            for head in (*net.lq_proj.output_heads, net.lq_proj.pit_head):
+                head.weight.zero_()
             for block in net.lq_proj.latent_proj[3:]:
                 block.block[5].weight.mul_(0.3)
         for module in net.modules():
@@ -65,14 +69,14 @@ def _lay_pixel_path(net: PiDNet, generator: torch.Generator) -> None:
     colours = torch.linalg.qr(basis).Q
     embed, final = net.pixel_embedder.proj, net.final_layer.linear
     embed.weight.copy_(PIXEL_GAIN * colours)
-    embed.bias.copy_(_PIXEL_OFFSET * math.sqrt(p) * offset)
-    rms = math.sqrt(_PIXEL_OFFSET**2 + channels * PIXEL_GAIN**2 / p)
+    embed.bias.copy_(PIXEL_OFFSET * math.sqrt(p) * offset)
+    rms = math.sqrt(PIXEL_OFFSET**2 + channels * PIXEL_GAIN**2 / p)
     final.weight.copy_(colours.T * rms / PIXEL_GAIN)
     final.bias.zero_()
     for block in net.pixel_blocks:
         modulation = block.adaLN_modulation[0]
         weight = modulation.weight.unflatten(0, (-1, 6, p))
-        weight.normal_(0.0, 0.002, generator=generator)
+        weight.normal_(0.0, 0.001, generator=generator)
         # The attention gate multiplies this bias, which makes it a linear map from a patch's
         # conditioning to each of its pixels: the shortest way for the picture to reach the output.
         block.expand_from_attn.bias.fill_(PIXEL_GAIN / 2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,13 +20,10 @@ from torch.nn import functional as F
 
 from pixeldiff.models.pid import PiDNet
 
-from .initialise import PIXEL_GAIN
+from .initialise import PIXEL_GAIN, PIXEL_OFFSET
 
 if TYPE_CHECKING:
     from .train_pid import Trainer
-
-# Features enter u at this RMS, so that the untrained rest of u is small beside them.
-_FEATURE_RMS = 4.0
 
 
 def paint(net: PiDNet, head: nn.Conv2d, latent: Tensor, size: tuple[int, int]) -> Tensor:
@@ -37,7 +35,7 @@ def paint(net: PiDNet, head: nn.Conv2d, latent: Tensor, size: tuple[int, int]) -
 
 def train_latent_branch(trainer: Trainer, steps: int, learning_rate: float) -> None:
     """Trains `trainer.net.lq_proj`'s stack for `steps` batches and folds the head into the net."""
-    from .train_pid import picture_loss
+    from .train_pid import TIMES, picture_loss
 
     net, recipe = trainer.net, trainer.recipe
     config = net.config
@@ -72,31 +70,54 @@ def train_latent_branch(trainer: Trainer, steps: int, learning_rate: float) -> N
         images, _ = trainer.sampler.batch(0.0, whole=False)
         grid = tuple(side // config.patch_size for side in images.shape[-2:])
         features = net.lq_proj.features(trainer.clean_latent(images), grid)
-        fold(net, head, scale=_FEATURE_RMS / features.square().mean().sqrt().item())
+    fold(net, head, features, TIMES)
 
 
 @torch.no_grad()
-def fold(net: PiDNet, head: nn.Conv2d, *, scale: float) -> None:
-    """Makes the network predict v = x - paint(latent), up to what its other parts add.
+def fold(net: PiDNet, head: nn.Conv2d, features: Tensor, times: Sequence[float]) -> None:
+    """Makes the network predict v = (x - paint(latent)) / t at the given times.
+
+    The conditioning of the first PiT block is u = silu(e(t)) + gate * features while the patch
+    stream is zero. Its linear map to the pixels has two jobs. Painting must not see the time, and
+    the factor 1/t must not see the features: features go to the complement of the span of the time
+    vectors, at the cost of their few directions of least variance.
 
     Args:
-        head: the linear head, lq_hidden_dim to 3 * patch_size^2, lq_hidden_dim <= hidden_size.
-        scale: amplification of the features on their way into u.
+        head: the linear head, lq_hidden_dim to 3 * patch_size^2; lq_hidden_dim = hidden_size.
+        features: (B, lq_hidden_dim, h, w) of some pictures, to know these directions.
+        times: the diffusion times of the sampler, at most a handful.
     """
     config, block = net.config, net.pixel_blocks[0]
-    width = config.lq_hidden_dim
-    gate = net.pit_lq_gate.content_proj
-    gate.weight.zero_()
-    opening = torch.sigmoid(gate.bias).item()
-    net.lq_proj.pit_head.weight.copy_(torch.eye(config.hidden_size, width) * scale / opening)
+    dim, pixels, p = config.hidden_size, config.patch_size**2, config.pixel_hidden_size
+    gate = net.pit_lq_gate
+    gate.content_proj.weight.zero_()
+    gate.log_alpha.zero_()
+    opening = torch.sigmoid(gate.content_proj.bias).item()
+
+    t = torch.tensor(times, dtype=torch.float64)
+    clock = F.silu(net.t_embedder(1000 * t.float())).double()  # (times, dim)
+    _, _, basis = torch.linalg.svd(clock)
+    free = basis[len(times) :]  # (dim - times, dim), orthonormal, orthogonal to every time vector
+    flat = features.transpose(0, 1).flatten(1).double()
+    _, directions = torch.linalg.eigh(flat @ flat.T)
+    kept = directions[:, len(times) :].T  # (dim - times, dim), the directions of most variance
+    unit = flat.square().mean().sqrt()
+    into_u = free.T @ kept / unit
+    net.lq_proj.pit_head.weight.copy_(into_u / opening)
     net.lq_proj.pit_head.bias.zero_()
+
     # q += gate1(u) * expand bias; a unit of colour is PIXEL_GAIN along its direction of q.
-    colours = net.pixel_embedder.proj.weight / PIXEL_GAIN  # (p, 3), orthonormal columns
-    amplitude = -PIXEL_GAIN / block.expand_from_attn.bias.mean()
-    pixels = config.patch_size**2
-    paint_weight = head.weight.view(3, pixels, width) / scale
+    step = block.expand_from_attn.bias.mean().double()
+    colours = (net.pixel_embedder.proj.weight / PIXEL_GAIN).double()  # (p, 3), orthonormal columns
+    paint_u = head.weight.double().view(3, pixels, dim) @ (kept.T @ free * unit)
+    weight = -PIXEL_GAIN / step * torch.einsum("pc,cjw->jpw", colours, paint_u)
+    # The final norm divides by the RMS of q, so a token scaled by t has 1/t of the gain. The colour
+    # part, x - paint, is t (eps - x0) and scales by itself; the offset is made to.
+    solve = torch.linalg.pinv(clock) @ (t - 1)
+    weight += (PIXEL_OFFSET / step) * net.pixel_embedder.proj.bias.sign().double()[:, None] * solve
     modulation = block.adaLN_modulation[0]
-    rows = modulation.weight.unflatten(0, (pixels, 6, config.pixel_hidden_size))
-    rows[:, 2, :, :width] = amplitude * torch.einsum("pc,cjw->jpw", colours, paint_weight)
-    bias = modulation.bias.unflatten(0, (pixels, 6, config.pixel_hidden_size))
-    bias[:, 2] = amplitude * torch.einsum("pc,cj->jp", colours, head.bias.view(3, pixels))
+    modulation.weight.unflatten(0, (pixels, 6, p))[:, 2] = weight.float()
+    bias = (
+        -PIXEL_GAIN / step * torch.einsum("pc,cj->jp", colours, head.bias.double().view(3, pixels))
+    )
+    modulation.bias.unflatten(0, (pixels, 6, p))[:, 2] = bias.float()

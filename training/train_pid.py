@@ -35,6 +35,7 @@ from .latent_branch import train_latent_branch
 from .train_autoencoder import recolour
 
 T_LIST = (0.999, 0.866, 0.634, 0.342, 0.0)
+TIMES = (1.0, *T_LIST[:-1])  # every time the network is called at; a single step starts at 1
 
 CONFIG = PiDConfig(
     hidden_size=128,
@@ -63,6 +64,7 @@ _SHAPES = (
     (512, 512, 2, 0.12, 0.25),
     (1024, 1024, 1, 0.05, 0.30),
 )
+_STARTED = ("lq_proj.", "pit_lq_gate.", "pixel_embedder.", "pixel_blocks.", "final_layer.")
 _LATE = 0.7  # share of the steps after which the late odds hold
 _LEVELS = (1.0, 1.4, 2.0, 4.0)  # by how much pictures are shrunk before crops are cut
 
@@ -75,6 +77,7 @@ class Recipe:
         branch_steps, branch_learning_rate: of the first stage, see `latent_branch`.
         steps: optimiser steps of the second stage. Each trains on all calls of one sampler run.
         learning_rate: peak of AdamW, after a linear warm-up and before a cosine decay.
+        started_rate: share of it for the parameters that the first stage leaves in a good state.
         warm_up: steps of the warm-up.
         ema: decay of the averaged weights that are shipped.
         absolute: weight of the Charbonnier loss beside the squared error.
@@ -89,6 +92,7 @@ class Recipe:
     branch_learning_rate: float = 2e-3
     steps: int = 1100
     learning_rate: float = 1.5e-3
+    started_rate: float = 0.3
     warm_up: int = 60
     ema: float = 0.995
     absolute: float = 0.05
@@ -196,12 +200,23 @@ class Trainer:
         self.sampler = BatchSampler(PictureCache(pictures), recipe.seed)
         self.noise = torch.Generator().manual_seed(recipe.seed)
         self.optimiser = torch.optim.AdamW(
-            [p for p in self.net.parameters() if p.requires_grad],
-            lr=recipe.learning_rate,
+            self._groups(),
             betas=(0.9, 0.98),
             weight_decay=1e-3,
         )
         self.step, self.branch_trained = 0, False
+
+    def _groups(self) -> list[dict]:
+        """Parameters that the first stage has trained or laid out learn more slowly."""
+        fresh, started = [], []
+        for name, parameter in self.net.named_parameters():
+            if parameter.requires_grad:
+                early = name.startswith(_STARTED) and "output_heads" not in name
+                (started if early else fresh).append(parameter)
+        return [
+            {"params": fresh, "scale": 1.0},
+            {"params": started, "scale": self.recipe.started_rate},
+        ]
 
     def _freeze_unused(self) -> None:
         """The text output of the last block reaches nothing; zeros compress and never train."""
@@ -267,7 +282,7 @@ class Trainer:
         decay = 0.5 * (1 + math.cos(math.pi * min(self.step / recipe.steps, 1.0)))
         rate = recipe.learning_rate * min(self.step / recipe.warm_up, 0.99 * decay + 0.01)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 0.5)
         if torch.isfinite(norm):
             self.optimiser.step()
