@@ -294,13 +294,14 @@ def verify(files: tuple[Path, ...], show_all: bool) -> None:
 def _print_report(report, show_all: bool) -> int:
     """Prints the table of one file and returns how many of its tensors missed."""
     from rich.table import Table
+    from rich.text import Text
 
     rows = [r for r in report.rows if show_all or not r.ok or r.key.startswith("out.")]
-    table = Table("tensor", "error", "tolerance", "", title=report.name, title_justify="left")
+    table = Table("tensor", "error", "tolerance", "", title=Text(report.name), title_justify="left")
     for r in rows:
         style = None if r.ok else "red"
         bound = f"{r.tolerance:.1e}" + ("" if r.unit == "abs" else f" {r.unit}")
-        table.add_row(r.key, f"{r.error:.1e}", bound, "ok" if r.ok else "MISS", style=style)
+        table.add_row(Text(r.key), f"{r.error:.1e}", bound, "ok" if r.ok else "MISS", style=style)
     _out.print(table, markup=False)
     missed = sum(not r.ok for r in report.rows)
     _out.print(

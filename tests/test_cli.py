@@ -524,7 +524,7 @@ def test_verify_of_a_missed_tensor(golden):
     assert "2 files run, 1 tensors missed, 0 files not understood" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["text", "plain", "later", "nowhere"])
+@pytest.mark.parametrize("name", ["text", "plain", "later", "broken", "nowhere"])
 def test_verify_of_a_file_it_does_not_understand(golden, name):
     """Even beside a missed one: the others may miss for the reason this one is not understood."""
     folder, _ = golden
@@ -535,8 +535,19 @@ def test_verify_of_a_file_it_does_not_understand(golden, name):
     run("verify", path, code=2)
 
 
-def test_verify_of_a_file_that_cannot_be_run(golden):
+def test_verify_of_a_file_that_cannot_be_run(golden, monkeypatch):
+    """The package's own failure is a miss, not a file that is not understood."""
+    from pixeldiff import verify
+
     folder, _ = golden
+    work = verify.verify_file
+
+    def fails(path):
+        if path.name == "broken.safetensors":
+            raise RuntimeError("no kernel")
+        return work(path)
+
+    monkeypatch.setattr(verify, "verify_file", fails)
     result = run("verify", folder / "broken.safetensors", folder / "good.safetensors", code=1)
     assert "broken.safetensors: cannot be run: " in result.stderr
     assert "1 files run, 0 tensors missed, 0 files not understood, 1 files failed" in result.stdout

@@ -250,5 +250,5 @@ def test_default_encoder_of_a_checkpoint():
 
 def test_tiny_embedder_is_a_caption_encoder():
     embedder = TinyTextEmbedder(E, 6)
-    assert torch.equal(embedder.encode(["a fox"]), embedder("a fox"))
+    assert torch.equal(embedder.encode(["a fox"]), embedder.encode("a fox"))
     assert torch.equal(embedder.null(), embedder.encode([""]))
