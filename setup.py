@@ -59,8 +59,8 @@ def cuda_archs() -> list[str]:
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch) or int(arch.rstrip("af")) < 80:
             sys.exit(
-                "pixeldiff: PIXELDIFF_CUDA_ARCHS must be a list such as 80;90a;120 of architectures "
-                f"from 80 on, written without a dot, got {arch!r}"
+                "pixeldiff: PIXELDIFF_CUDA_ARCHS must be a list such as 80;90a;120 of "
+                f"architectures from 80 on, written without a dot, got {arch!r}"
             )
     return archs
 
@@ -160,10 +160,7 @@ def run(command: list[str], step: str) -> None:
         sys.stderr.write(line)
     if process.wait() == 0:
         return
-    text = "\n".join(lines)
-    if "No CMAKE_CXX_COMPILER could be found" in text or (
-        "CMAKE_CXX_COMPILER" in text and "not a full path to an existing compiler" in text
-    ):
+    if any("CMAKE_CXX_COMPILER not set, after EnableLanguage" in line for line in lines):
         raise BuildFailed("no C++ compiler was found")
     raise BuildFailed(f"{step} failed: {first_error(lines)}")
 

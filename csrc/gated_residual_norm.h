@@ -4,7 +4,8 @@
 
 namespace pixeldiff {
 
-// x_new = x + gate * y, rounded to the storage type; h = rms_norm_modulate(x_new, weight, scale, shift)
+// x_new = x + gate * y, rounded to the storage type; h = rms_norm_modulate(x_new, weight, scale,
+// shift)
 struct GatedResidualNormArgs {
   int64_t B, N, D;
   DType dtype;    // of x, y, x_new and h

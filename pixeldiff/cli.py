@@ -1,18 +1,21 @@
 """`pixeldiff`: decode latents, describe this machine, bake captions, verify golden files.
 
 Exit codes: 0 done; 1 it failed or a verification missed; 2 wrong usage, or a file that `verify`
-does not understand; 130 interrupted.
+does not understand (even if others missed); 130 interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
+import torch
 from rich.console import Console
 
 from . import __version__
@@ -21,8 +24,22 @@ _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def _clean_errors(f: Callable) -> Callable:
-    """What a user can cause becomes one message on stderr and exit code 1, without a traceback."""
+_USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    RuntimeError,
+    ArithmeticError,
+    MemoryError,
+)
+
+
+def clean_errors(f: Callable) -> Callable:
+    """What a user can cause becomes one message on stderr and exit code 1, without a traceback.
+
+    Warnings become notes on stderr, an interruption exit code 130.
+    """
 
     @functools.wraps(f)
     def run(*args, **kwargs):
@@ -30,11 +47,13 @@ def _clean_errors(f: Callable) -> Callable:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 return f(*args, **kwargs)
-        except (ValueError, TypeError, OSError, NotImplementedError, ImportError) as e:
-            _err.print(f"error: {e}", style="red", markup=False)
-            sys.exit(1)
-        except MemoryError:
-            _err.print("error: out of memory; decode a smaller size", style="red")
+        except (click.exceptions.Exit, click.Abort):  # RuntimeErrors that are click's own business
+            raise
+        except _USER_ERRORS as e:
+            if getattr(e, "errno", None) == errno.EPIPE:  # the reader of a pipe left: click's too
+                raise
+            message = _OUT_OF_MEMORY if _is_out_of_memory(e) else str(e) or type(e).__name__
+            _err.print(f"error: {message}", style="red", markup=False)
             sys.exit(1)
         except KeyboardInterrupt:
             _err.print("interrupted; nothing was written")
@@ -43,8 +62,20 @@ def _clean_errors(f: Callable) -> Callable:
     return run
 
 
+_OUT_OF_MEMORY = "out of memory; decode a smaller size, or with --precision bf16"
+
+
+def _is_out_of_memory(e: Exception) -> bool:
+    if isinstance(e, MemoryError | torch.OutOfMemoryError):
+        return True
+    # PyTorch's CPU allocator raises a plain RuntimeError: the first text is of POSIX, the second of
+    # Windows. The third is of CUDA libraries and MPS.
+    texts = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(e, RuntimeError) and any(text in str(e).lower() for text in texts)
+
+
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    if issubclass(category, UserWarning) and not issubclass(category, DeprecationWarning):
+    if issubclass(category, UserWarning):
         _err.print(f"note: {message}", style="yellow", markup=False)
 
 
@@ -71,15 +102,20 @@ def _size(_ctx, _param, value: str | None) -> tuple[int, int] | None:
 @click.option("--backbone", help="generator of the latent, where the checkpoint fits several")
 @click.option("--caption", help="text; loads the model's text encoder")
 @click.option("--caption-file", type=click.Path(path_type=Path), help="embeddings of bake-caption")
-@click.option("--text-encoder", help="folder or hub id of the Gemma-2 used for --caption")
+@click.option("--text-encoder", help="folder or hub id of the Gemma-2 used for texts")
 @click.option("--sigma", default=0.0, show_default=True, help="noise level of the latent, 0..1")
 @click.option("--steps", type=int, help="network calls; 1..4 for distilled models")
+@click.option("--cfg-scale", type=float, help="guidance of undistilled models; 1 is none")
+@click.option("--negative-caption", help="text, for guidance")
+@click.option(
+    "--negative-caption-file", type=click.Path(path_type=Path), help="embeddings, for guidance"
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--size", callback=_size, help="HEIGHTxWIDTH; default: the latent's size, scaled")
 @click.option("--device", help="cuda, cpu, ...; default: cuda where there is one")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="default: bf16 on CUDA")
 @click.option("--quiet", is_flag=True, help="no progress bar")
-@_clean_errors
+@clean_errors
 def decode(
     source: Path,
     output: Path,
@@ -90,6 +126,9 @@ def decode(
     text_encoder: str | None,
     sigma: float,
     steps: int | None,
+    cfg_scale: float | None,
+    negative_caption: str | None,
+    negative_caption_file: Path | None,
     seed: int,
     size: tuple[int, int] | None,
     device: str | None,
@@ -102,73 +141,76 @@ def decode(
     the generator's diffusion model sees it; or, with the demo model, a picture, which is encoded
     first. Several latents are written to OUTPUT with -0, -1, ... before the suffix.
     """
-    from .images import check_png_path
+    from .images import check_png_path, save_pngs
     from .models.pid.decoder import PiDDecoder
     from .sources import latent_from
 
+    text = _caption_option("--caption", caption, caption_file)
+    negative = _caption_option("--negative-caption", negative_caption, negative_caption_file)
     check_png_path(output)
-    if caption is not None and caption_file is not None:
-        raise click.UsageError("--caption and --caption-file exclude each other")
     latent = latent_from(source, encoder="demo" if model == "demo" else None)
+    paths = _output_paths(output, latent.shape[0])
+    for path in paths:
+        check_png_path(path)
     decoder = PiDDecoder.from_pretrained(
         model,
         backbone=backbone,
         device=device,
         precision=precision,
-        null_caption=caption_file,
         text_encoder=text_encoder,
     )
-    with _progress(quiet) as callback:
+    with progress_bar(quiet) as callback:
         result = decoder.decode(
             latent,
-            caption=caption,
+            caption=text,
             sigma=sigma,
             steps=steps,
+            cfg_scale=cfg_scale,
+            negative_caption=negative,
             seed=seed,
             size=size,
             callback=callback,
         )
-    for path in _write(result, output):
+    metadata = [result.metadata]
+    if len(paths) > 1:
+        metadata = [{**result.metadata, "batch_index": i} for i in range(len(paths))]
+    for path in save_pngs(list(zip(paths, result.images, metadata, strict=True))):
         _out.print(str(path), markup=False)
 
 
-def _write(result, output: Path) -> list[Path]:
-    from .images import save_png
+def _caption_option(name: str, text: str | None, file: Path | None):
+    from .text import load_caption
 
-    if len(result.images) == 1:
-        return [save_png(output, result.images[0], result.metadata)]
-    return [
-        save_png(
-            output.with_stem(f"{output.stem}-{i}"), image, {**result.metadata, "batch_index": i}
-        )
-        for i, image in enumerate(result.images)
-    ]
+    if text is not None and file is not None:
+        raise click.UsageError(f"{name} and {name}-file exclude each other")
+    return text if file is None else load_caption(file)
 
 
-class _progress:
-    """Progress bar on stderr as a decoder callback."""
+def _output_paths(output: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
 
-    def __init__(self, quiet: bool) -> None:
-        from rich.progress import Progress, TimeElapsedColumn
 
-        columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=_err, disable=quiet, transient=True)
+@contextlib.contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable]:
+    """A decoder callback that shows a progress bar on stderr while the block runs."""
+    from rich.progress import Progress, TimeElapsedColumn
 
-    def __enter__(self):
-        self._bar.start()
-        task = self._bar.add_task("decoding", total=None)
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(
+        *columns, console=_err, disable=quiet or not _err.is_terminal, transient=True
+    ) as bar:
+        task = bar.add_task("decoding", total=None)
 
         def callback(info) -> None:
-            self._bar.update(task, completed=info.step, total=info.steps)
+            bar.update(task, completed=info.step, total=info.steps)
 
-        return callback
-
-    def __exit__(self, *exc) -> None:
-        self._bar.stop()
+        yield callback
 
 
 @main.command()
-@_clean_errors
+@clean_errors
 def info() -> None:
     """Show versions, devices, the native build, and which backend runs each op here, and why."""
     from .info import render
@@ -187,7 +229,7 @@ def info() -> None:
 )
 @click.option("--prefix-file", type=click.Path(path_type=Path), help="instruction prefix as text")
 @click.option("--device", default="cpu", show_default=True)
-@_clean_errors
+@clean_errors
 def bake_caption(
     text: tuple[str, ...], output: Path, encoder: str, prefix_file: Path | None, device: str
 ) -> None:
@@ -196,14 +238,19 @@ def bake_caption(
     With that file a picture is decoded without any text encoder: decode --caption-file.
     """
     from . import text as captions
+    from .models.pid.decoder import check_device
+    from .out_files import check_out_path
 
+    check_out_path(output, ".safetensors")
     if encoder == "demo":
         from .text.tiny import TinyTextEmbedder
 
         source = TinyTextEmbedder()
     else:
         prefix = captions.instruction_prefix(prefix_file)
-        source = captions.GemmaCaptionEncoder.from_pretrained(encoder, device=device, prefix=prefix)
+        source = captions.GemmaCaptionEncoder.from_pretrained(
+            encoder, device=check_device(device), prefix=prefix
+        )
     result = captions.bake_caption(output, list(text) or None, source)
     _out.print(f"{output}: {tuple(result.embedding.shape)}", markup=False)
 
@@ -211,37 +258,57 @@ def bake_caption(
 @main.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--all", "show_all", is_flag=True, help="print every tensor, not only the outputs")
+@clean_errors
 def verify(files: tuple[Path, ...], show_all: bool) -> None:
     """Run golden FILES through the installed package and print each tensor's error.
 
-    Exits 1 if any error exceeds its tolerance, 2 if a file is not understood.
+    Exits 0 if every tensor is within its tolerance; 2 if a file is not understood, whatever the
+    others gave; else 1 if an error exceeds its tolerance or a file cannot be run to its end.
     """
-    from rich.table import Table
-
     from .verify import NotUnderstood, verify_file
 
-    missed, unknown = 0, 0
+    missed, failed, unknown = 0, 0, 0
     for path in files:
         try:
             report = verify_file(path)
         except NotUnderstood as e:
             _err.print(f"{path}: {e}", style="yellow", markup=False)
             unknown += 1
-            continue
-        rows = [r for r in report.rows if show_all or not r.ok or r.key.startswith("out.")]
-        table = Table("tensor", "error", "tolerance", "", title=report.name, title_justify="left")
-        for r in rows:
-            style = None if r.ok else "red"
-            bound = f"{r.tolerance:.1e}" + ("" if r.unit == "abs" else f" {r.unit}")
-            table.add_row(r.key, f"{r.error:.1e}", bound, "ok" if r.ok else "MISS", style=style)
-        _out.print(table)
-        bad = sum(not r.ok for r in report.rows)
-        missed += bad
-        _out.print(f"{report.name}: {len(report.rows) - bad} of {len(report.rows)} tensors ok\n")
+        except Exception as e:  # the other files still count
+            reason = f"{type(e).__name__}: {e}"
+            _err.print(f"{path}: cannot be run: {reason}", style="red", markup=False)
+            failed += 1
+        else:
+            missed += _print_report(report, show_all)
+    parts = [
+        f"{len(files) - unknown - failed} files run",
+        f"{missed} tensors missed",
+        f"{unknown} files not understood",
+    ]
+    if failed:
+        parts.append(f"{failed} files failed")
+    _out.print(", ".join(parts))
+    sys.exit(2 if unknown else 1 if missed or failed else 0)
+
+
+def _print_report(report, show_all: bool) -> int:
+    """Prints the table of one file and returns how many of its tensors missed."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = [r for r in report.rows if show_all or not r.ok or r.key.startswith("out.")]
+    table = Table("tensor", "error", "tolerance", "", title=Text(report.name), title_justify="left")
+    for r in rows:
+        style = None if r.ok else "red"
+        bound = f"{r.tolerance:.1e}" + ("" if r.unit == "abs" else f" {r.unit}")
+        table.add_row(Text(r.key), f"{r.error:.1e}", bound, "ok" if r.ok else "MISS", style=style)
+    _out.print(table, markup=False)
+    missed = sum(not r.ok for r in report.rows)
     _out.print(
-        f"{len(files) - unknown} files run, {missed} tensors missed, {unknown} files not understood"
+        f"{report.name}: {len(report.rows) - missed} of {len(report.rows)} tensors ok\n",
+        markup=False,
     )
-    sys.exit(2 if unknown else 1 if missed else 0)
+    return missed
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .cli import _clean_errors, _progress
-from .images import check_png_path, convert, from_pil, save_png
+from .cli import clean_errors, progress_bar
+from .images import check_png_path, convert, from_pil, save_pngs, to_rgb
 from .models.pid.decoder import PiDDecoder
 from .sources import demo_asset, demo_autoencoder, read_picture
 
@@ -27,10 +27,16 @@ CELL = 32  # output pixels of one latent cell: factor 8, scale 4
 @click.option(
     "--image", type=click.Path(path_type=Path), help="any picture; default: a shipped one"
 )
-@click.option("--pixels", default=1024, show_default=True, help="side of the output's area")
+@click.option(
+    "--pixels",
+    type=click.IntRange(64, 4096),
+    default=1024,
+    show_default=True,
+    help="square root of the output's area",
+)
 @click.option("--out", default="out", show_default=True, type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True)
-@_clean_errors
+@clean_errors
 def main(image: Path | None, pixels: int, out: Path, seed: int) -> None:
     """Encode a picture to a latent, decode it 4x with PiD, and compare."""
     console = Console(highlight=False, soft_wrap=True)
@@ -46,13 +52,13 @@ def main(image: Path | None, pixels: int, out: Path, seed: int) -> None:
         size = (low.shape[2] * SCALE, low.shape[3] * SCALE)
         bicubic = interpolate(autoencoder.decode(latent), size=size, mode="bicubic").clamp(-1, 1)
     start = time.perf_counter()
-    with _progress(quiet=False) as callback:
+    with progress_bar(quiet=False) as callback:
         result = decoder.decode(latent, seed=seed, output="pt", callback=callback)
     seconds = time.perf_counter() - start
 
-    picture = convert(result.images, "pil")[0]
-    save_png(names[0], picture, result.metadata)
-    save_png(names[1], compare(target, bicubic, result.images))
+    decoded = result.images.cpu()
+    picture, sheet = convert(decoded, "pil")[0], compare(target, bicubic, decoded)
+    save_pngs([(names[0], picture, result.metadata), (names[1], sheet, None)])
     console.print(
         f"{path.name}: {low.shape[3]}x{low.shape[2]} -> latent {tuple(latent.shape)} -> "
         f"{size[1]}x{size[0]} in {seconds:.1f} s, {result.metadata['steps']} steps, "
@@ -60,7 +66,7 @@ def main(image: Path | None, pixels: int, out: Path, seed: int) -> None:
         markup=False,
     )
     if target is not None:
-        console.print(_table(target, bicubic, result.images))
+        console.print(_table(target, bicubic, decoded))
     else:
         console.print("the picture is smaller than the output: nothing to measure against")
     for name in names:
@@ -73,7 +79,7 @@ def prepare(image: Image.Image, pixels: int) -> tuple[Tensor | None, Tensor]:
     A picture of at least the output's area is scaled down to it and cropped to whole latent cells;
     a smaller one is itself the low-resolution picture.
     """
-    image = image.convert("RGB")
+    image = to_rgb(image)
     area = (image.width * image.height) ** 0.5
     enough = area >= pixels
     goal = pixels if enough else min(area, pixels / SCALE)

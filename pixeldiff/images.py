@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
+
+from .out_files import check_out_path, written_whole
 
 OUTPUTS = ("pil", "pt", "np")
 PNG_KEY = "pixeldiff"
@@ -25,6 +28,12 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def check_output(output: str) -> None:
+    """Raises ValueError unless `convert` knows the form."""
+    if output not in OUTPUTS:
+        raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+
+
 def convert(images: Tensor, output: str) -> list[Image.Image] | Tensor | np.ndarray:
     """(B, 3, H, W) in [-1, 1] in the form a caller asked for.
 
@@ -35,25 +44,41 @@ def convert(images: Tensor, output: str) -> list[Image.Image] | Tensor | np.ndar
     Raises:
         ValueError: another output.
     """
+    check_output(output)
     if output == "pt":
         return images
     if output == "pil":
         return [Image.fromarray(a) for a in to_uint8(images)]
-    if output == "np":
-        return ((images.float() + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
-    raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+    return ((images.float() + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def from_pil(image: Image.Image) -> Tensor:
-    """A picture of any mode -> (1, 3, H, W) fp32 in [-1, 1]; transparency is laid over white."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB: transparency over white, 16 bits rounded to 8.
+
+    Raises:
+        ValueError: a mode without a fixed range (floating point), or one Pillow cannot convert.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point pictures have no fixed range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips at 255 instead of scaling. Mode I holds 16-bit greys too.
+        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    array = np.asarray(image.convert("RGB"))
+    return image.convert("RGB")
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """A picture of any mode -> (1, 3, H, W) fp32 in [-1, 1]; see `to_rgb`."""
+    array = np.asarray(to_rgb(image))
     return torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def save_png(path: str | Path, image: Image.Image, metadata: dict[str, Any] | None = None) -> Path:
+def save_png(
+    path: str | os.PathLike[str], image: Image.Image, metadata: dict[str, Any] | None = None
+) -> Path:
     """Write a PNG whole or not at all, with how it was made in its text metadata.
 
     Args:
@@ -63,39 +88,38 @@ def save_png(path: str | Path, image: Image.Image, metadata: dict[str, Any] | No
     Raises:
         ValueError: another suffix. OSError: the file cannot be written; nothing is left behind.
     """
-    path = check_png_path(path)
-    info = PngImagePlugin.PngInfo()
-    if metadata is not None:
-        info.add_text(PNG_KEY, json.dumps(metadata))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        image.save(partial, "PNG", pnginfo=info)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return save_pngs([(path, image, metadata)])[0]
 
 
-def check_png_path(path: str | Path) -> Path:
+def save_pngs(
+    files: Sequence[tuple[str | os.PathLike[str], Image.Image, dict[str, Any] | None]],
+) -> list[Path]:
+    """As `save_png` for several (path, image, metadata): either all of them are written or none."""
+    paths = [check_png_path(path) for path, _, _ in files]
+    with written_whole(paths) as partial:
+        for target, (_, image, metadata) in zip(partial, files, strict=True):
+            info = PngImagePlugin.PngInfo()
+            if metadata is not None:
+                info.add_text(PNG_KEY, json.dumps(metadata))
+            image.save(target, "PNG", pnginfo=info)
+    return paths
+
+
+def check_png_path(path: str | os.PathLike[str]) -> Path:
     """The path, if a PNG can be written there; call it before long work starts.
 
     Raises:
         ValueError: the suffix is not .png. OSError: no such directory, or it is not writable.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"the output must be a .png file, got {path.name!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the output directory does not exist: {path.parent}")
-    if path.is_dir():
-        raise IsADirectoryError(f"the output is a directory: {path}")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"the output directory is not writable: {path.parent}")
-    return path
+    return check_out_path(path, ".png")
 
 
-def read_png_metadata(path: str | Path) -> dict[str, Any] | None:
-    """What `save_png` stored, or None."""
+def read_png_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `save_png` stored, or None.
+
+    Raises:
+        ValueError: the entry is there but is not JSON. OSError: not a readable picture.
+    """
     with Image.open(path) as image:
         text = image.info.get(PNG_KEY)
     return None if text is None else json.loads(text)

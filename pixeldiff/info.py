@@ -12,7 +12,7 @@ from rich.table import Table
 
 from . import __version__, ops
 from .ops.examples import arguments
-from .ops.registry import OPS
+from .ops.registry import OPS, forced_backend
 
 _OPTIONAL = ("triton", "transformers", "diffusers", "huggingface_hub")
 
@@ -20,19 +20,28 @@ _OPTIONAL = ("triton", "transformers", "diffusers", "huggingface_hub")
 def backend_rows(
     device: torch.device | str, dtype: torch.dtype
 ) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """(op, backend chosen, [(backend passed over, reason)]) for every op on a device."""
+    """(op, backend chosen, [(backend passed over, reason)]) for every op on a device.
+
+    A forced backend that cannot run is chosen by nobody: the op would raise, shown as "none".
+    """
     rows = []
     for name, op in sorted(OPS.items()):
         refused, chosen = [], None
         on_request = {b.name for b in op.backends if not b.automatic}
+        forced = forced_backend(name)
         for backend, reason in ops.explain(name, *arguments(name, device, dtype)):
             if reason is not None:
                 refused.append((backend, reason))
+            elif forced is not None:
+                if backend == forced:
+                    chosen = backend
+                else:
+                    refused.append((backend, f"{forced} is forced"))
             elif backend in on_request:
                 refused.append((backend, "runs on request only: pixeldiff.backend(...)"))
             elif chosen is None:
                 chosen = backend
-        rows.append((name, chosen, refused))
+        rows.append((name, chosen or "none", refused))
     return rows
 
 
@@ -46,10 +55,15 @@ def render(console: Console) -> None:
     )
     console.print(f"devices: {', '.join(_devices())}", markup=False)
     console.print(f"native extension: {_native()}", markup=False)
+    forced = forced_backend("*")
+    if forced is not None:
+        console.print(f"forced backend: {forced} (PIXELDIFF_BACKEND or a backend block)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     name = str(dtype).removeprefix("torch.")
-    table = Table("op", "runs on", "passed over", title=f"backends on {device}, {name}")
+    table = Table(title=f"backends on {device}, {name}")
+    for title in ("op", "runs on", "passed over"):
+        table.add_column(title, overflow="fold")
     for op, chosen, refused in backend_rows(device, dtype):
         table.add_row(op, chosen, "\n".join(f"{b}: {reason}" for b, reason in refused))
     console.print(table, markup=False)

@@ -6,13 +6,16 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .images import from_pil
+from .images import from_pil, to_rgb
 from .models.autoencoder import ConvAutoencoder
+
+# Of a picture to encode. Its decode is 16 times as large, and attention grows with the square.
+MAX_PIXELS = 1024 * 1024
 
 
 def demo_asset(name: str) -> Path:
@@ -33,13 +36,11 @@ def latent_from(path: str | Path, *, encoder: str | None) -> Tensor:
         encoder: "demo" to encode pictures with the demo autoencoder, None to take latents only.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: not a latent, not a picture, or a picture
-        without an encoder for it.
+        OSError: no such file, or a directory. ValueError: not a latent, not a picture, a picture
+        without an encoder for it, or one larger than `MAX_PIXELS`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    if path.suffix == ".safetensors":
+    path = _file(path)
+    if path.suffix.lower() == ".safetensors":
         return _latent(path)
     image = read_picture(path)
     if encoder != "demo":
@@ -47,21 +48,28 @@ def latent_from(path: str | Path, *, encoder: str | None) -> Tensor:
             f"{path.name} is a picture; only the demo model brings its encoder. Encode it with the "
             f"generator's own VAE and pass the normalised latent as .safetensors"
         )
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(
+            f"{path.name} has {image.width} x {image.height} pixels, a picture to encode may have "
+            f"{MAX_PIXELS} (its decode has 16 times as many); scale it down, or let the demo do "
+            f"that: python -m pixeldiff.demo --image {path.name}"
+        )
     return encode_picture(demo_autoencoder(), image)
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """An RGB picture, its EXIF rotation applied.
+    """An 8-bit RGB picture, its EXIF rotation applied, transparency over white.
 
     Raises:
-        ValueError: not a readable picture.
+        OSError: no such file, or a directory. ValueError: not a readable picture.
     """
-    from PIL import ImageOps
-
+    path = _file(path)
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
+            return to_rgb(ImageOps.exif_transpose(image))
+    except MemoryError:
+        raise
+    except Exception as e:  # what Pillow's decoders raise on damaged files is not documented
         raise ValueError(f"{path} is neither a .safetensors latent nor a picture: {e}") from e
 
 
@@ -77,6 +85,15 @@ def encode_picture(autoencoder: ConvAutoencoder, image: Image.Image) -> Tensor:
     image = image.crop((left, top, left + width, top + height))
     with torch.no_grad():
         return autoencoder.encode(from_pil(image))
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"a file is needed, this is a directory: {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    return path
 
 
 def _latent(path: Path) -> Tensor:

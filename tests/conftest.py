@@ -44,10 +44,6 @@ def _is_training(kind: str) -> bool:
     return kind.startswith("training")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than ten seconds")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`pid_golden` and `pid_training_golden` run a test once for every file of that sort."""
     for name, training in (("pid_golden", False), ("pid_training_golden", True)):

@@ -1,7 +1,7 @@
 """x_new = x + gate * y, then h = rms_norm_modulate(x_new), in Triton.
 
-Bytes: 4*B*N*D*sizeof(x) + 3*B*D*sizeof(scale). FLOPs: 7*B*N*D. Bandwidth-bound: x_new never leaves
-the registers between the two. fp32 inside; x_new is rounded once and the norm uses the rounded value.
+Bytes: 4*B*N*D*sizeof(x) + 3*B*D*sizeof(scale). FLOPs: 7*B*N*D. Bandwidth-bound: x_new stays in
+registers between the two. fp32 inside; x_new is rounded once and the norm uses the rounded value.
 """
 
 from __future__ import annotations

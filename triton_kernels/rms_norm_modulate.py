@@ -1,7 +1,7 @@
 """y = x * rsqrt(mean(x^2) + eps) * weight * (1 + scale) + shift, in Triton.
 
-Bytes: 2*B*N*D*sizeof(x) + 2*B*D*sizeof(scale). FLOPs: 5*B*N*D. Bandwidth-bound: one read, one write.
-fp32 inside, one rounding at the end.
+Bytes: 2*B*N*D*sizeof(x) + 2*B*D*sizeof(scale). FLOPs: 5*B*N*D. Bandwidth-bound: one read and
+one write. fp32 inside, one rounding at the end.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def rms_norm_modulate_kernel(
     if HAS_SHIFT:
         shift_offset = (b * shift_stride_b)[:, None] + column[None, :]
         y += tl.load(shift_ptr + shift_offset, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + (row * D)[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        y_ptr + (row * D)[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside
+    )
 
 
 INTERPRETED = not isinstance(rms_norm_modulate_kernel, triton.runtime.JITFunction)

@@ -34,9 +34,7 @@ struct Vec {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
   }
-  static Vec load(const f16* p) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
-  }
+  static Vec load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(bf16* p) const {
     const __m512i bits = _mm512_castps_si512(v);
@@ -79,9 +77,9 @@ struct Vec {
     // Rounding would carry a NaN's payload into infinity.
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
-    const __m256i packed = _mm256_packus_epi32(rounded, rounded);  // low halves of each 128-bit lane
-    _mm_storeu_si128((__m128i*)p,
-                     _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000)));
+    const __m256i packed =
+        _mm256_packus_epi32(rounded, rounded);  // low halves of each 128-bit lane
+    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000)));
   }
   void store(f16* p) const {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));

@@ -21,7 +21,9 @@ __device__ __forceinline__ float widen(float a) { return a; }
 __device__ __forceinline__ float widen(__nv_bfloat16 a) { return __bfloat162float(a); }
 __device__ __forceinline__ float widen(__half a) { return __half2float(a); }
 __device__ __forceinline__ void narrow(float a, float& out) { out = a; }
-__device__ __forceinline__ void narrow(float a, __nv_bfloat16& out) { out = __float2bfloat16_rn(a); }
+__device__ __forceinline__ void narrow(float a, __nv_bfloat16& out) {
+  out = __float2bfloat16_rn(a);
+}
 __device__ __forceinline__ void narrow(float a, __half& out) { out = __float2half_rn(a); }
 
 template <class T, int W>

@@ -13,7 +13,8 @@ from .registry import define, upcast
 def reference(x: Tensor, weight: Tensor, bias: Tensor, pos_x: Tensor, pos_y: Tensor, patch: int):
     b, _, height, width = x.shape
     p = weight.shape[0]
-    q = linear(upcast(x).permute(0, 2, 3, 1), upcast(weight), upcast(bias))
+    w = upcast(weight)
+    q = linear(x.permute(0, 2, 3, 1).to(w.dtype), w, bias.to(w.dtype))
     q = torch.cat((q[..., : p // 2] + pos_x, q[..., p // 2 :] + pos_y[:, None]), -1)
     q = q.reshape(b, height // patch, patch, width // patch, patch, p)
     return q.transpose(2, 3).reshape(-1, patch * patch, p).to(weight.dtype)

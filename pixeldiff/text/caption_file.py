@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pixeldiff.out_files import check_out_path, written_whole
 from pixeldiff.text.prefix import text_sha256
 
 FORMAT = "pixeldiff.caption"
@@ -88,7 +88,7 @@ def save_captions(
         ValueError: suffix, shape, number of captions, or values. TypeError: dtype, captions.
         OSError: the file cannot be written.
     """
-    path = _check_out_path("save_captions", path)
+    path = check_out_path(path, ".safetensors")
     if dtype not in _DTYPES:
         raise TypeError(f"save_captions: dtype must be one of {_names(_DTYPES)}, got {dtype}")
     _check_embedding("save_captions: embedding", embedding)
@@ -120,7 +120,8 @@ def save_captions(
         metadata["encoder"] = encoder_id
     if prefix_sha256 is not None:
         metadata["prefix_sha256"] = prefix_sha256
-    _replace(path, save({"embedding": stored}, metadata))
+    with written_whole([path]) as (partial,):
+        partial.write_bytes(save({"embedding": stored}, metadata))
     return result
 
 
@@ -190,7 +191,7 @@ def bake_caption(
     Raises:
         As `save_captions` and the encoder.
     """
-    _check_out_path("bake_caption", path)
+    check_out_path(path, ".safetensors")
     texts = _as_texts("bake_caption", "" if captions is None else captions)
     return save_captions(
         path,
@@ -299,17 +300,6 @@ def _check_values(what: str, embedding: Tensor) -> None:
         )
 
 
-def _check_out_path(name: str, path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{name}: path must end in .safetensors, got {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{name}: no such folder: {path.parent}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{name}: path is a folder: {path}")
-    return path
-
-
 def _as_texts(name: str, captions: str | Sequence[str]) -> list[str]:
     texts = [captions] if isinstance(captions, str) else captions
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
@@ -321,17 +311,3 @@ def _as_texts(name: str, captions: str | Sequence[str]) -> list[str]:
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise

@@ -30,7 +30,7 @@ def gates(g: Golden) -> Results:
     for name in ("per_token", "per_token_per_dim"):
         x, f, sigma = (g.tensors[f"in.{name}.{k}"] for k in ("x", "lq", "sigma"))
         gate = SigmaGate(x.shape[-1], f"sigma_aware_{name}")
-        gate.load_state_dict(g.weights(f"{name}."))
+        g.load(gate, f"{name}.")
         logit = gate.lq_logit(f, sigma)
         out[f"out.{name}.y"] = gate(x, f, logit)
         weight = gate.content_proj.weight[:, : x.shape[-1]]
@@ -62,7 +62,7 @@ def lq_projection(g: Golden) -> Results:
         )
         net = LQProjection(config)
         net.gate_modules = nn.ModuleList()  # the file holds none
-        net.load_state_dict(g.weights(f"{i}."))
+        g.load(net, f"{i}.")
         latent = g.tensors[f"in.{i}.lq_latent"]
         features = net.features(latent, grid)
         out[f"mid.{i}.aligned"] = net.align(latent, grid)
@@ -77,7 +77,7 @@ def mmdit_block(g: Golden) -> Results:
     c = g.meta["config"]
     config = PiDConfig(hidden_size=c["hidden_size"], num_groups=c["num_groups"])
     block = MMDiTBlock(config.hidden_size, config.num_groups, config.ffn_size)
-    block.load_state_dict(g.weights())
+    g.load(block)
     x, y = g.tensors["in.x"], g.tensors["in.y"]
     mods = block.modulation(g.tensors["in.c"][:, 0])
     rope = (g.tensors["in.img_cos"], g.tensors["in.img_sin"])
@@ -98,7 +98,7 @@ def pit_block(g: Golden) -> Results:
     c = g.meta["config"]
     patch, heads, width = c["patch_size"], c["attn_num_heads"], c["attn_hidden_size"]
     block = PiTBlock(c["context_dim"], c["pixel_hidden_size"], patch, width, heads)
-    block.load_state_dict(g.weights())
+    g.load(block)
     grid = (c["image"][0] // patch, c["image"][1] // patch)
     reference = tuple(c["rope_ref_grid"])
     rope = rope_2d(grid, width // heads, mode=c["rope_mode"], reference=reference)
@@ -138,9 +138,8 @@ def positional(g: Golden) -> Results:
     out["out.timestep.freqs"] = time_frequencies()
     t = g.tensors["in.timestep.t"]
     out["out.timestep.embedding"] = time_embedding(t)
-    weights = g.weights("t_embedder.")
-    embedder = TimeEmbedder(weights["mlp.2.bias"].numel())
-    embedder.load_state_dict(weights)
+    embedder = TimeEmbedder(g.tensors["w.t_embedder.mlp.2.bias"].numel())
+    g.load(embedder, "t_embedder.")
     out["out.timestep.mlp"] = embedder(t)
     return out
 
@@ -161,7 +160,7 @@ def small(g: Golden) -> Results:
     out["out.rms.y"] = ops.rms_norm(t["in.rms.x"], w["rms.weight"])
     out["out.rms.y_from_bf16_fp32weight"] = ops.rms_norm(t["in.rms.x_bf16"], w["rms.weight"])
     swiglu = SwiGLU(24, 64)
-    swiglu.load_state_dict(g.weights("swiglu."))
+    g.load(swiglu, "swiglu.")
     out["out.swiglu.y"] = swiglu(t["in.swiglu.x"])
     hidden = gelu(linear(t["in.gelu_mlp.x"], w["gelu_mlp.fc1.weight"], w["gelu_mlp.fc1.bias"]))
     out["out.gelu_mlp.y"] = linear(hidden, w["gelu_mlp.fc2.weight"], w["gelu_mlp.fc2.bias"])

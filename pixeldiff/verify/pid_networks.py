@@ -23,9 +23,9 @@ def _network(g: Golden) -> PiDNet:
     try:
         config = PiDConfig.from_dict(g.meta["config"])
         net = PiDNet(config)
-        net.load_state_dict(g.weights())
-    except (ValueError, KeyError, RuntimeError) as e:
+    except (ValueError, TypeError) as e:
         raise NotUnderstood(f"its network cannot be built: {e}") from e
+    g.load(net)
     return net.eval()
 
 

@@ -32,7 +32,20 @@ SHAPES = {
     "one": (1, 1, 1, 1, 1),
     "empty": (0, 4, 4, 8, 8),
 }
-NAMES = ["q", "u", "attn", "expand_weight", "expand_bias", "ada_weight", "ada_bias", "norm_weight", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"]
+NAMES = [
+    "q",
+    "u",
+    "attn",
+    "expand_weight",
+    "expand_bias",
+    "ada_weight",
+    "ada_bias",
+    "norm_weight",
+    "fc1_weight",
+    "fc1_bias",
+    "fc2_weight",
+    "fc2_bias",
+]
 erf = np.vectorize(math.erf, otypes=[np.float64])
 
 

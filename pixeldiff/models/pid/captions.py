@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,36 +19,49 @@ GEMMA = "google/gemma-2-2b-it"
 
 
 class CaptionSource:
-    """Caption embeddings of width `embed_dim`.
+    """Caption embeddings of width `embed_dim`. May be used from several threads.
 
     Args:
         embed_dim: E the network takes.
+        max_length: T of a text encoder loaded here; the network's `txt_max_length`.
         null_caption: (1, T, E) embedding of the empty caption, or a caption file.
         text_encoder: None (embeddings only), a folder or hub id of a Gemma-2, or an object with
-            `encode(list of str) -> (B, T, E)` and optionally `release()`.
+            `encode(list of B str) -> (B, T, E)`.
         device: where a Gemma-2 is loaded.
 
     Raises:
         ValueError: the null caption has another width, or holds more than one caption.
+        TypeError: text_encoder is none of these.
     """
 
     def __init__(
         self,
         embed_dim: int,
         *,
-        null_caption: str | os.PathLike[str] | Tensor | None = None,
+        max_length: int = 300,
+        null_caption: str | os.PathLike[str] | Tensor | CaptionFile | None = None,
         text_encoder: Any = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.embed_dim = embed_dim
+        self.max_length = max_length
         self.device = device
-        self._source = text_encoder
-        self._encoder = text_encoder if hasattr(text_encoder, "encode") else None
+        self._lock = threading.RLock()
+        # A str has a method `encode` of its own.
+        self._location = text_encoder if isinstance(text_encoder, str | os.PathLike) else None
+        self._encoder = text_encoder if self._location is None else None
+        self._released = False
+        if self._encoder is not None and not hasattr(self._encoder, "encode"):
+            raise TypeError(
+                "text_encoder must be a folder or hub id of a Gemma-2, or an object with "
+                f"encode(list of str), got {type(text_encoder).__name__}"
+            )
         self._null = None
         if null_caption is not None:
-            if not isinstance(null_caption, Tensor):
-                file = load_caption(null_caption, expected_embed_dim=embed_dim)
-                null_caption = file.embedding
+            if isinstance(null_caption, str | os.PathLike):
+                null_caption = load_caption(null_caption, expected_embed_dim=embed_dim)
+            if isinstance(null_caption, CaptionFile):
+                null_caption = null_caption.embedding
             self._null = self._checked("null_caption", null_caption)
             if self._null.shape[0] != 1:
                 raise ValueError(f"null_caption must hold one caption, got {self._null.shape[0]}")
@@ -62,6 +77,7 @@ class CaptionSource:
                 text_encoder = GEMMA
         return cls(
             config.txt_embed_dim,
+            max_length=config.txt_max_length,
             null_caption=null_caption,
             text_encoder=text_encoder,
             device=device,
@@ -75,60 +91,97 @@ class CaptionSource:
             return self._checked(name, caption)
         if isinstance(caption, CaptionFile):
             return self._checked(name, caption.embedding)
-        return self.encode(caption)
+        return self.encode(caption, name=name)
 
-    def encode(self, text: str | Sequence[str]) -> Tensor:
+    def encode(self, text: str | Sequence[str], *, name: str = "caption") -> Tensor:
         """(B, T, E) of B texts; loads the encoder on first use."""
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(t, str) for t in texts):
-            raise TypeError(f"caption must be text, embeddings or None, got {text!r}")
-        if self._encoder is None:
-            self._encoder = self._load()
-        return self._checked("caption", self._encoder.encode(texts))
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+            raise TypeError(
+                f"{name} must be a text, a list of texts, embeddings or None, got "
+                f"{type(text).__name__}"
+            )
+        if not texts:
+            raise ValueError(f'{name} is an empty list; the null caption is None or ""')
+        with self._lock:
+            if self._encoder is None:
+                self._encoder = self._load()
+            y = self._checked(f"{name}, encoded,", self._encoder.encode(list(texts)))
+        if y.shape[0] != len(texts):
+            raise ValueError(
+                f"the text encoder gave {y.shape[0]} embeddings of {len(texts)} captions"
+            )
+        return y
 
     def null(self, *, load: bool) -> Tensor:
         """(1, T, E) of the empty caption; `load` allows to load a text encoder for it."""
-        if self._null is None:
-            if self._encoder is None and not load:
-                raise ValueError(
-                    "caption=None needs the embedding of the empty caption, which takes the text "
-                    "encoder once: run `pixeldiff bake-caption -o null.safetensors` and pass "
-                    "null_caption='null.safetensors', call decoder.null_caption() first, or pass "
-                    "caption="
-                )
-            self._null = self.encode("")
-        return self._null
+        with self._lock:
+            if self._null is None:
+                if self._encoder is None and not load:
+                    raise ValueError(
+                        "caption=None needs the embedding of the empty caption, which takes the "
+                        "text encoder once: run `pixeldiff bake-caption -o null.safetensors` and "
+                        "pass null_caption='null.safetensors' (decode --caption-file), call "
+                        "decoder.null_caption() first, or pass caption="
+                    )
+                self._null = self.encode("")
+            return self._null
 
     def release(self) -> None:
-        """Drop the text encoder and free its memory. One given as an object is only let go."""
-        encoder, self._encoder = self._encoder, None
-        if isinstance(self._source, str | os.PathLike) and hasattr(encoder, "release"):
-            encoder.release()
-        elif encoder is not None:
-            self._encoder = encoder if isinstance(encoder, TinyTextEmbedder) else None
+        """Drop the text encoder and free its memory. Calling twice is fine.
+
+        One loaded here is loaded again when a text is given again; one given as an object is only
+        let go, and texts are refused from then on. The demo's embedder needs no memory and stays.
+        """
+        with self._lock:
+            encoder = self._encoder
+            if encoder is None or isinstance(encoder, TinyTextEmbedder):
+                return
+            self._encoder = None
+            self._released = True
+            if self._location is not None:
+                encoder.release()
         del encoder
         gc.collect()
 
     def _load(self) -> Any:
-        if self._source is None:
+        if self._location is None:
+            if self._released:
+                raise ValueError("the text encoder was released; pass embeddings, or a new decoder")
             raise ValueError(
                 "a caption text was given, but this decoder has no text encoder; pass "
                 "text_encoder=, or the caption's embeddings"
             )
-        if not isinstance(self._source, str | os.PathLike):
-            raise ValueError("the text encoder was released; pass embeddings, or a new decoder")
         from ...text import GemmaCaptionEncoder
 
         return GemmaCaptionEncoder.from_pretrained(
-            self._source, device=self.device, embed_dim=self.embed_dim
+            self._location,
+            device=self.device,
+            max_length=self.max_length,
+            embed_dim=self.embed_dim,
         )
 
-    def _checked(self, name: str, y: Tensor) -> Tensor:
+    def _checked(self, name: str, y: Any) -> Tensor:
+        if not isinstance(y, Tensor):
+            raise TypeError(f"{name} must be a tensor of embeddings, got {type(y).__name__}")
         if y.dim() != 3 or y.shape[-1] != self.embed_dim or 0 in y.shape:
             raise ValueError(
                 f"{name} must be embeddings (B, T, {self.embed_dim}), got {tuple(y.shape)}; they "
                 f"come from the text encoder the network was trained with"
             )
-        if not y.is_floating_point() or not torch.isfinite(y).all():
-            raise ValueError(f"{name} must hold finite floating-point embeddings, got {y.dtype}")
+        if not y.is_floating_point():
+            raise ValueError(f"{name} must be floating-point embeddings, got {y.dtype}")
+        if not torch.isfinite(y).all():
+            bad = (~torch.isfinite(y)).sum().item()
+            raise ValueError(
+                f"{name} must be finite, got {bad} NaN or infinite values of {y.numel()}; Gemma-2 "
+                f"overflows in float16"
+            )
+        if not y.any():
+            # Easily taken for the null caption, and tens of dB away from it.
+            warnings.warn(
+                f"{name} is all zeros, which no text encoder gives; the null caption is the "
+                f'embedding of "" (caption=None)',
+                stacklevel=3,
+            )
         return y.detach()

@@ -19,24 +19,22 @@ from torch import Tensor
 
 from ...errors import (
     BackboneMismatchError,
-    CheckpointError,
     CheckpointFormatError,
-    NonFiniteCheckpointError,
     UnknownGeometryError,
     UnknownNameError,
 )
 from .backbones import BACKBONES
 from .backbones import backbone as backbone_named
 from .checkpoint_format import read_tensors
-from .checkpoint_geometry import Identity, check_shapes, identify, network_shapes, released_with
+from .checkpoint_geometry import check_shapes, network_shapes
+from .checkpoint_identity import Identity, identify, released_with
 from .checkpoint_keys import AUX_HEAD, select_network
 from .checkpoint_location import resolve
+from .checkpoint_values import check_dtype, converted
 from .config import PiDConfig
 from .network import PiDNet
 from .variants import Variant
 from .variants import variant as variant_named
-
-STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def read_checkpoint(
     """
     wanted = variant_named(variant) if variant is not None else None
     name = _normalised_name(backbone)
-    _check_dtype(dtype)
+    check_dtype(dtype)
     # Of a directory or repository with all releases, the wanted one.
     file = resolve(path, prefer=[f"/{wanted.checkpoint}/"] if wanted else ())
     tensors, metadata = read_tensors(file)
@@ -150,7 +148,7 @@ def read_checkpoint(
             del state[key], shapes[key]
     check_shapes(shapes, net_config, file)
     stored = Counter(str(t.dtype).removeprefix("torch.") for t in state.values())
-    ready = _converted(state, list(network_shapes(net_config)), file, dtype, torch.device(device))
+    ready = converted(state, list(network_shapes(net_config)), file, dtype, torch.device(device))
     info = CheckpointInfo(
         path=file,
         prefix=found.prefix,
@@ -268,45 +266,3 @@ def _check_backbone_fits(config: PiDConfig, backbone: str | None, file: Path) ->
             f"read_checkpoint: backbone={backbone!r} has (channels, pixels per cell) = {ours}, but "
             f"the config of {file} has {theirs}"
         )
-
-
-def _check_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is not None and dtype not in STORED_DTYPES:
-        raise CheckpointError(
-            f"read_checkpoint: dtype must be None or one of {', '.join(map(str, STORED_DTYPES))}, "
-            f"got {dtype}"
-        )
-
-
-def _converted(
-    state: dict[str, Tensor],
-    order: list[str],
-    file: Path,
-    dtype: torch.dtype | None,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """Checked tensors in the network's order. Empties `state`, so that copies never add up."""
-    for key, tensor in state.items():
-        if tensor.dtype not in STORED_DTYPES or tensor.layout is not torch.strided:
-            raise CheckpointFormatError(
-                f"read_checkpoint: {key} of {file} is {tensor.dtype}; quantised weights are not "
-                f"read, only {', '.join(map(str, STORED_DTYPES))}"
-            )
-    ready: dict[str, Tensor] = {}
-    for key in order:
-        source = state.pop(key)
-        _check_finite(source, f"read_checkpoint: {key} of {file} holds NaN or infinity")
-        tensor = source.to(device=device, dtype=dtype).contiguous()
-        if dtype is torch.float16 and source.dtype is not torch.float16:
-            _check_finite(tensor, f"read_checkpoint: {key} of {file} does not fit into float16")
-        ready[key] = tensor
-    return ready
-
-
-def _check_finite(tensor: Tensor, message: str) -> None:
-    if tensor.numel() == 0:
-        return
-    # One pass and no temporary: both ends of the range are NaN if any value is.
-    low, high = torch.aminmax(tensor)
-    if not (low.isfinite() and high.isfinite()):
-        raise NonFiniteCheckpointError(f"{message}; the file is damaged or its training diverged")

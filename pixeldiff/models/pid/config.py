@@ -110,8 +110,21 @@ class PiDConfig:
         self._one_of("rope_mode", ROPE_MODES)
         self._one_of("lq_gate_type", GATE_TYPES)
         self._one_of("lq_conv_padding_mode", PADDING_MODES)
-        if self.lq_latent_channels is None:
-            return
+        for name in ("rope_ref_h", "rope_ref_w"):
+            if getattr(self, name) < self.patch_size:
+                raise ValueError(
+                    f"PiDConfig: {name} must be at least patch_size = {self.patch_size}, got "
+                    f"{getattr(self, name)}"
+                )
+        if self.lq_latent_channels is not None:
+            self._check_latent_branch()
+
+    def _check_latent_branch(self) -> None:
+        channels = self.lq_latent_channels
+        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+            raise ValueError(
+                f"PiDConfig: lq_latent_channels must be None or an integer >= 1, got {channels!r}"
+            )
         if self.lq_latent_channels % self.lq_latent_unpatchify_factor**2:
             raise ValueError(
                 f"PiDConfig: lq_latent_channels must be divisible by lq_latent_unpatchify_factor"
@@ -130,6 +143,14 @@ class PiDConfig:
                 "PiDConfig: one latent cell must cover a whole number of patches or the reverse; "
                 f"sr_scale * latent_spatial_down_factor / lq_latent_unpatchify_factor / patch_size "
                 f"is {self.patches_per_latent_cell}"
+            )
+        if not self.lq_aux_rgb_head:
+            return
+        self._divides("sr_scale", "patch_size")
+        if self.lq_aux_rgb_head_latent_block_idx > self.lq_num_res_blocks:
+            raise ValueError(
+                f"PiDConfig: lq_aux_rgb_head_latent_block_idx must be at most lq_num_res_blocks = "
+                f"{self.lq_num_res_blocks}, got {self.lq_aux_rgb_head_latent_block_idx}"
             )
 
     def _divides(self, small: str, large: str) -> None:

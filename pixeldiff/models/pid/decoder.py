@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import operator
 import os
+import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +18,17 @@ from PIL import Image
 from torch import Tensor
 
 from ... import __version__, images
-from ...ops.registry import forced_backend
+from ...ops.registry import OPS, forced_backend
 from ...text import CaptionFile, load_caption
 from .captions import CaptionSource
 from .checkpoint import LoadedCheckpoint, net_from, read_checkpoint
+from .config import PiDConfig
 from .network import PiDNet
 from .samplers import (
     Callback,
+    Interrupted,
     NoiseSource,
+    StepInfo,
     dynamic_shift,
     network_time,
     sample_student,
@@ -102,9 +108,12 @@ class PiDDecoder:
         backbone: str | None = None,
         device: torch.device | str | None = None,
         precision: str | None = None,
-        null_caption: str | os.PathLike[str] | Tensor | None = None,
+        null_caption: str | os.PathLike[str] | Tensor | CaptionFile | None = None,
         text_encoder: Any = None,
-        **options: Any,
+        variant: str | None = None,
+        config: PiDConfig | None = None,
+        ema: bool | None = None,
+        sampling: SamplingSettings | None = None,
     ) -> PiDDecoder:
         """Read a checkpoint.
 
@@ -116,23 +125,34 @@ class PiDDecoder:
             device: default "cuda" where there is one, else "cpu".
             precision: "fp32" or "bf16", the dtype the weights are held and multiplied in. Default
                 bf16 on CUDA, fp32 elsewhere.
-            null_caption: embedding (1, T, E) of the empty caption, or a file of `pixeldiff
-                bake-caption`; used when `decode` is given no caption.
+            null_caption: embedding (1, T, E) of the empty caption, a `CaptionFile`, or the path of
+                a file of `pixeldiff bake-caption`; used when `decode` is given no caption.
             text_encoder: folder or hub id of a Gemma-2, or an object with `encode(list of str)`.
                 It is not loaded before a text is given. Default "google/gemma-2-2b-it".
-            options: `variant`, `config`, `ema` of `read_checkpoint`.
+            variant, config, ema: as for `read_checkpoint`.
+            sampling: schedule and guidance of a network that was never released; default: the
+                variant's, or the 4-step student's.
 
         Raises:
             CheckpointError: what is wrong with the file (see `pixeldiff.errors`); nothing stays
-                loaded. ValueError: precision or device.
+                loaded. ValueError: precision, device, or null_caption.
+
+        Warns:
+            LicenceNotice: the weights are released ones, under a licence of their own.
         """
-        device = _device(device)
+        device = check_device(device)
         if precision is None:
             precision = "bf16" if device.type == "cuda" else "fp32"
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         loaded = read_checkpoint(
-            path, backbone=backbone, dtype=PRECISIONS[precision], device=device, **options
+            path,
+            backbone=backbone,
+            variant=variant,
+            config=config,
+            ema=ema,
+            dtype=PRECISIONS[precision],
+            device=device,
         )
         if loaded.variant is not None:
             warnings.warn(LICENCE_NOTE, LicenceNotice, stacklevel=2)
@@ -144,6 +164,7 @@ class PiDDecoder:
             captions=captions,
             variant=loaded.variant,
             backbone=loaded.backbone,
+            sampling=sampling,
             name=_name(path, loaded),
         )
 
@@ -162,7 +183,12 @@ class PiDDecoder:
         return self.sampling.stochastic
 
     def encode_caption(self, text: str | Sequence[str]) -> Tensor:
-        """(B, T, E) embeddings of B texts. Loads the text encoder if it is not loaded."""
+        """(B, T, E) embeddings of B texts. Loads the text encoder if it is not loaded.
+
+        Raises:
+            ValueError: no text encoder, or one that does not fit. TypeError: not text.
+            OSError, ImportError: the encoder cannot be loaded; says what to do.
+        """
         return self.captions.encode(text)
 
     def null_caption(self) -> Tensor:
@@ -199,33 +225,38 @@ class PiDDecoder:
                 caption. Texts load the text encoder; embeddings never do.
             sigma: noise level of the latent in [0, 1]; 0 is a finished latent. One value or B.
             steps: 1..4 for a distilled network (default 4); any number for a teacher.
-            seed: of the decoder's own generator; None draws one and reports it.
-            generator: instead of seed: one for the batch, drawn as released, or B of them.
+            seed: of the decoder's own generator on the network's device; None draws one and
+                reports it. PyTorch's global generators are neither read nor advanced.
+            generator: instead of seed: one for the batch, drawn as released, or B of them, so that
+                a sample does not depend on its batch. Its seed is reported if it is fresh.
             size: (H, W) of the output; default latent size times the network's scale.
             callback: told after each network call (`StepInfo`); returning False stops.
             output: "pil", "pt" or "np"; see `DecodeOutput`.
             sample_type: "sde" (released) or "ode" (no fresh noise between steps; other pixels).
-            state_dtype: "fp64" (released) or "fp32" for the sampler's arithmetic. Default fp64
-                where the device has it.
+            state_dtype: "fp64" (released) or "fp32" for the student's arithmetic. Default fp64
+                where the device has it. A teacher's is fp32.
             cfg_scale: guidance of a teacher; a distilled network takes none.
             negative_caption: for guidance; text or embeddings.
 
         Returns:
-            Images and metadata.
+            Images and metadata. Nothing else is kept or changed, so a decoder may be used from
+            several threads at once.
 
         Raises:
-            ValueError: an argument the network cannot take; checked before any work.
-            Interrupted: the callback returned False.
+            ValueError, TypeError: an argument the network cannot take; checked before any work.
+            Interrupted: the callback returned False. What a callback raises passes through.
+            ArithmeticError: the network returned NaN.
         """
-        images.convert(torch.empty(0, 3, 1, 1), output)
+        images.check_output(output)
         latent, sigma = self._latent(latent), self._sigma(sigma, latent.shape[0])
         size = check_size(self.net.config, tuple(latent.shape[-2:]), size, self.variant)
         steps = self.sampling.steps if steps is None else steps
         times = self._times(steps, size)
         cfg_scale = self._cfg_scale(cfg_scale, negative_caption)
-        state_dtype = self._state_dtype(state_dtype)
-        if sample_type not in ("sde", "ode"):
-            raise ValueError(f"sample_type must be sde or ode, got {sample_type!r}")
+        self._check_sampler(sample_type, state_dtype)
+        if state_dtype is None:
+            narrow = not self.distilled or self.device.type == "mps"
+            state_dtype = "fp32" if narrow else "fp64"
         draw, seed = self._noise(seed, generator, latent.shape[0])
         y = self._caption("caption", caption, latent.shape[0])
         null = None
@@ -258,6 +289,11 @@ class PiDDecoder:
                     callback=callback,
                 )
             result = result.clamp(-1, 1)
+            if torch.isnan(result).any():
+                raise ArithmeticError(
+                    f"the network returned NaN at {size[0]} x {size[1]} in {self.precision}; try "
+                    f'precision="fp32" or backend("reference"), and a caption of its own encoder'
+                )
         metadata = {
             "model": self.name,
             "backbone": self.backbone,
@@ -266,14 +302,16 @@ class PiDDecoder:
             "sampler": sample_type if self.distilled else "dpmpp_2m",
             "seed": seed,
             "rng": draw.kind,
-            "sigma": sigma.tolist() if len(set(sigma.tolist())) > 1 else sigma[0].item(),
+            "sigma": _shortest(sigma),
+            "caption": _describe(caption),
             "precision": self.precision,
             "state": state_dtype,
             "size": list(size),
         }
         if not self.distilled:
             metadata["cfg_scale"] = cfg_scale
-        forced = forced_backend("*")
+            metadata["negative_caption"] = _describe(negative_caption)
+        forced = _forced_backends()
         if forced:
             metadata["backend"] = forced
         return DecodeOutput(images.convert(result, output), metadata)
@@ -300,7 +338,11 @@ class PiDDecoder:
         return latent.detach().to(self.device)
 
     def _sigma(self, sigma: float | Sequence[float] | Tensor, batch: int) -> Tensor:
-        value = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).reshape(-1)
+        try:
+            value = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).detach()
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise TypeError(f"sigma must be a number, or one per latent, got {sigma!r}") from e
+        value = value.reshape(-1)
         if value.numel() not in (1, batch):
             raise ValueError(f"sigma must be one value or {batch}, got {value.numel()}")
         if not bool(((value >= 0) & (value <= 1)).all()):
@@ -332,33 +374,47 @@ class PiDDecoder:
             )
         return cfg_scale
 
-    def _state_dtype(self, name: str | None) -> str:
-        if name is None:
-            return "fp32" if self.device.type == "mps" else "fp64"
-        if name not in STATE_DTYPES:
-            raise ValueError(f"state_dtype must be one of {', '.join(STATE_DTYPES)}, got {name!r}")
-        return name
+    def _check_sampler(self, sample_type: str, state_dtype: str | None) -> None:
+        if sample_type not in ("sde", "ode"):
+            raise ValueError(f"sample_type must be sde or ode, got {sample_type!r}")
+        if state_dtype is not None and state_dtype not in STATE_DTYPES:
+            raise ValueError(
+                f"state_dtype must be one of {', '.join(STATE_DTYPES)}, got {state_dtype!r}"
+            )
+        if not self.distilled and (sample_type == "ode" or state_dtype == "fp64"):
+            raise ValueError(
+                "sample_type and state_dtype are choices of distilled networks; an undistilled one "
+                "has one sampler (DPM-Solver++ 2M), which works in fp32. Leave them out"
+            )
 
-    def _noise(self, seed, generator, batch) -> tuple[NoiseSource, int | list[int]]:
+    def _noise(
+        self,
+        seed: int | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        batch: int,
+    ) -> tuple[NoiseSource, int | list[int | None] | None]:
         if seed is not None and generator is not None:
             raise ValueError("seed and generator exclude each other; pass one")
         if generator is None:
-            if seed is None:
-                seed = int(torch.randint(0, 2**31 - 1, (), device="cpu").item())
-            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-                raise ValueError(f"seed must be an integer in [0, 2^64), got {seed!r}")
+            # Not from PyTorch's global generator: a host's own draws must not change.
+            seed = secrets.randbelow(2**31) if seed is None else _seed(seed)
             generator = torch.Generator(self.device).manual_seed(seed)
-        elif isinstance(generator, torch.Generator):
-            seed = generator.initial_seed()
-        else:
-            generator = list(generator)
-            seed = [g.initial_seed() for g in generator]
-            if len(generator) != batch:
-                raise ValueError(
-                    f"generator: a list must hold one generator per latent, {batch}, got "
-                    f"{len(generator)}"
-                )
-        return NoiseSource(generator, self.device), seed
+            return NoiseSource(generator, self.device), seed
+        if isinstance(generator, torch.Generator):
+            return NoiseSource(generator, self.device), _seed_of(generator)
+        if not isinstance(generator, list | tuple) or not all(
+            isinstance(g, torch.Generator) for g in generator
+        ):
+            raise TypeError(
+                f"generator must be a torch.Generator or a list of them, got "
+                f"{type(generator).__name__}"
+            )
+        if len(generator) != batch:
+            raise ValueError(
+                f"generator: a list must hold one generator per latent, {batch}, got "
+                f"{len(generator)}"
+            )
+        return NoiseSource(list(generator), self.device), [_seed_of(g) for g in generator]
 
     def _caption(self, name: str, caption: Caption, batch: int) -> Tensor:
         y = self.captions.embeddings(name, caption)
@@ -367,13 +423,72 @@ class PiDDecoder:
         return y.to(self.device).expand(batch, -1, -1)
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def check_device(device: torch.device | str | None = None) -> torch.device:
+    """A device that is there; by default "cuda" where there is one, else "cpu".
+
+    Raises:
+        ValueError: not a device, or not on this machine.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f'device must be one like "cpu" or "cuda:0", got {device!r}') from e
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device = {str(device)!r}, but PyTorch sees no CUDA device; use 'cpu'")
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ValueError(f"device = {str(device)!r} cannot be used here: {reason}") from e
     return device
+
+
+def _seed(seed: Any) -> int:
+    try:
+        value = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        value = -1
+    if not 0 <= value < 2**64:
+        raise ValueError(f"seed must be an integer in [0, 2^64), got {seed!r}")
+    return value
+
+
+def _seed_of(generator: torch.Generator) -> int | None:
+    """The generator's seed, or None where it has been drawn from and its seed says nothing."""
+    seed = generator.initial_seed()
+    fresh = torch.Generator(generator.device).manual_seed(seed)
+    return seed if torch.equal(generator.get_state(), fresh.get_state()) else None
+
+
+def _shortest(sigma: Tensor) -> float | list[float]:
+    """The shortest decimals that give the same fp32 values: 0.2 and not 0.20000000298."""
+    values = [float(str(v)) for v in sigma.cpu().numpy()]
+    return values if len(set(values)) > 1 else values[0]
+
+
+def _describe(caption: Caption) -> str | list[str] | None:
+    """A caption for the metadata: its text, or a digest of embeddings; None is the null caption."""
+    if isinstance(caption, CaptionFile):
+        if caption.captions is not None:
+            return _describe(caption.captions)
+        caption = caption.embedding
+    if isinstance(caption, Tensor):
+        data = caption.detach().float().cpu().contiguous().numpy().tobytes()
+        return f"embeddings, sha256 {hashlib.sha256(data).hexdigest()}"
+    if caption is None or isinstance(caption, str):
+        return caption
+    return caption[0] if len(caption) == 1 else list(caption)
+
+
+def _forced_backends() -> str | dict[str, str] | None:
+    """What `backend(...)` or PIXELDIFF_BACKEND forces here: one name for all ops, or by op."""
+    default = forced_backend("*")
+    by_op = {op: name for op in OPS if (name := forced_backend(op)) != default and name}
+    if not by_op:
+        return default
+    return {"*": default, **by_op} if default else by_op
 
 
 def _name(path: str | os.PathLike[str], loaded: LoadedCheckpoint) -> str:
@@ -382,4 +497,11 @@ def _name(path: str | os.PathLike[str], loaded: LoadedCheckpoint) -> str:
     return str(path) if str(path) == "demo" else Path(path).name
 
 
-__all__ = ["DecodeOutput", "LicenceNotice", "PiDDecoder", "load_caption"]
+__all__ = [
+    "DecodeOutput",
+    "Interrupted",
+    "LicenceNotice",
+    "PiDDecoder",
+    "StepInfo",
+    "load_caption",
+]

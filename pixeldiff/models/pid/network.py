@@ -213,12 +213,16 @@ class PiDNet(nn.Module):
 
         `t` may be a float: one that `prepare` was given as a timestep costs nothing here.
         """
-        if tuple(x.shape[-2:]) != condition.size:
+        batch, *rest = condition.text.shape[0], self.config.in_channels, *condition.size
+        if tuple(x.shape) != (batch, *rest):
             raise ValueError(
-                f"PiDNet.step: x must be (B, {self.config.in_channels}, H, W) with (H, W) = "
-                f"{condition.size} as prepared, got {tuple(x.shape)}"
+                f"PiDNet.step: x must be (B, {self.config.in_channels}, H, W) = "
+                f"{(batch, *rest)} as prepared, got {tuple(x.shape)}"
             )
-        batch = x.shape[0]
+        if isinstance(t, Tensor) and tuple(t.shape) != (batch,):
+            raise ValueError(
+                f"PiDNet.step: t must be (B,) = ({batch},) or a float, got {tuple(t.shape)}"
+            )
         mod = self._modulation_for(t, batch, condition)
         s = self.s_embedder(ops.patchify(x, self.config.patch_size).to(self.dtype))
         if trace:

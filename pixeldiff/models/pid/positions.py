@@ -39,6 +39,8 @@ def rope_2d(
         reference: (h, w) of the reference grid in patches; needed by "ntk_aware".
         theta: the unscaled base.
     """
+    if mode not in ("ntk_aware", "original"):
+        raise ValueError(f"rope_2d: mode must be ntk_aware or original, got {mode!r}")
     h, w = grid
     base_y = base_x = theta
     if mode == "ntk_aware":

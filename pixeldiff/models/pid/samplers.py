@@ -147,20 +147,22 @@ def sample_student(
     """
     _one_of("sample_type", sample_type, ("sde", "ode"))
     _one_of("prediction_type", prediction_type, ("velocity", "x0"))
+    if sample_type == "sde" and len(times) > 2 and draw is None:
+        raise ValueError("draw: an SDE of more than one step needs a source of noise, got None")
     x = noise
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        v = velocity(x, network_time(t))
-        if prediction_type == "x0":
-            x0 = v
-            v = _by_plane(lambda a, b, t=t: (a - b) / max(t, MIN_TIME), x, x0, state_dtype)
-        else:
-            x0 = _by_plane(lambda a, b, t=t: a - t * b, x, v, state_dtype)
+        out = velocity(x, network_time(t))
+        x0 = out
+        if prediction_type == "velocity":
+            x0 = _by_plane(lambda a, b, t=t: a - t * b, x, out, state_dtype)
         if t_next == 0:
             x = x0
         elif sample_type == "sde":
             x = (1 - t_next) * x0 + t_next * draw(tuple(x.shape))
         else:
-            x = x + (t_next - t) * v
+            if prediction_type == "x0":
+                out = _by_plane(lambda a, b, t=t: (a - b) / max(t, MIN_TIME), x, x0, state_dtype)
+            x = x + (t_next - t) * out
         _report(callback, i + 1, len(times) - 1, t, x0)
     return x
 

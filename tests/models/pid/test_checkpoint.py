@@ -15,12 +15,8 @@ from safetensors.torch import save_file
 
 from pixeldiff import errors
 from pixeldiff.models.pid.checkpoint import load_net, read_checkpoint
-from pixeldiff.models.pid.checkpoint_geometry import (
-    geometry,
-    identify,
-    network_shapes,
-    released_with,
-)
+from pixeldiff.models.pid.checkpoint_geometry import geometry, network_shapes
+from pixeldiff.models.pid.checkpoint_identity import identify, released_with
 from pixeldiff.models.pid.checkpoint_location import resolve
 from pixeldiff.models.pid.config import PiDConfig
 from pixeldiff.models.pid.network import PiDNet
@@ -291,19 +287,17 @@ def test_geometry_reads_every_field_shapes_can_tell():
     assert "lq_hidden_dim" not in geometry(network_shapes(variant("pixeldit").config))
 
 
-@pytest.mark.parametrize("v", variants(), ids=lambda v: v.name)
-def test_released_files_are_known_by_name(tmp_path, v):
-    """In the folder of the release, or asked for by name: never ambiguous."""
+@pytest.mark.parametrize("name", ["sd3-2kto4k", "qwenimage-v1.5-undistilled"])
+def test_a_file_in_the_folder_of_a_release(tmp_path, name):
+    v = variant(name)
     folder = tmp_path / v.checkpoint
     folder.mkdir()
     kept = {k: s for k, s in network_shapes(v.config).items() if not k.startswith("patch_blocks.9")}
     path = _hollow(folder / "model_ema_bf16.safetensors", kept)
-    lacks = f"lacks 24 of {len(network_shapes(v.inference_config))} tensors: patch_blocks.9.norm_x1"
     # Left incomplete so that the answer comes before gigabytes of zeros are read.
-    with pytest.raises(errors.IncompleteCheckpointError, match=r"lacks 24 of .*patch_blocks.9.n"):
+    text = f"lacks 24 of {len(network_shapes(v.config))} tensors of {name}: patch_blocks.9.norm_x1"
+    with pytest.raises(errors.IncompleteCheckpointError, match=text):
         read_checkpoint(path)
-    with pytest.raises(errors.IncompleteCheckpointError, match=lacks):
-        read_checkpoint(path, config=v.config)
 
 
 def _identify(tmp_path, name, folder="x", prefix="net.", drop_aux=False, **options):
@@ -383,25 +377,29 @@ def test_a_contradicting_folder_is_a_warning(tmp_path):
 
 
 def test_a_contradicting_backbone_names_both(tmp_path):
-    path = _released(tmp_path, "flux-2k")
     text = (
         r"backbone='sdxl' does not fit .*lq_proj.latent_proj.0.weight is \(512, 16, 3, 3\), which "
         r"is backbone flux or sd3 \(flux-2k, sd3-2k, sd3-2kto4k\)"
     )
     with pytest.raises(errors.BackboneMismatchError, match=text):
-        read_checkpoint(path, backbone="sdxl")
+        _identify(tmp_path, "flux-2k", backbone="sdxl")
     with pytest.raises(errors.BackboneMismatchError, match=r"variant='flux-v1.5' does not fit"):
-        read_checkpoint(path, variant="flux-v1.5")
+        _identify(tmp_path, "flux-2k", variant="flux-v1.5")
     with pytest.raises(errors.BackboneMismatchError, match="flux-2k does not decode backbone='sd3"):
-        read_checkpoint(path, variant="flux-2k", backbone="sd3")
+        _identify(tmp_path, "flux-2k", variant="flux-2k", backbone="sd3")
+    with pytest.raises(
+        errors.BackboneMismatchError, match=r"'flux' does not fit .* no lq_proj.*none"
+    ):
+        _identify(tmp_path, "pixeldit", backbone="flux")
+
+
+def test_a_contradicting_config_names_both(tmp_path):
+    save_file(_weights(), tmp_path / "m.safetensors")
     with pytest.raises(errors.BackboneMismatchError, match="flux-2k has another geometry"):
-        read_checkpoint(path, variant="flux-2k", config=TINY)
+        read_checkpoint(tmp_path / "m.safetensors", variant="flux-2k", config=TINY)
     text = r"'sdxl' has \(channels, pixels per cell\) = \(4, 8\), but .* has \(16, 8\)"
     with pytest.raises(errors.BackboneMismatchError, match=text):
-        read_checkpoint(path, config=variant("flux-2k").config, backbone="sdxl")
-    text2 = "backbone='flux' does not fit .*it has no lq_proj.*none"
-    with pytest.raises(errors.BackboneMismatchError, match=text2):
-        _identify(tmp_path, "pixeldit", backbone="flux")
+        read_checkpoint(tmp_path / "m.safetensors", config=TINY, backbone="sdxl")
 
 
 def test_original_pixeldit_has_other_rotary_settings(tmp_path):
@@ -413,14 +411,18 @@ def test_original_pixeldit_has_other_rotary_settings(tmp_path):
 
 def test_geometry_that_was_never_released(tmp_path):
     save_file(_weights(), tmp_path / "m.safetensors")
-    text = r"never released. Nearest .*hidden_size 32 \(1536\).*; y_pos_embedding is \(1, 5, .*Pass config="
+    text = (
+        r"never released. Nearest .*hidden_size 32 \(1536\).*; y_pos_embedding is \(1, 5, .*config="
+    )
     with pytest.raises(errors.UnknownGeometryError, match=text):
         read_checkpoint(tmp_path / "m.safetensors")
+
+
+def test_a_backbone_that_was_never_released(tmp_path):
     config = dataclasses.replace(variant("flux-v1.5").inference_config, lq_latent_channels=48)
-    path = _hollow(tmp_path / "n.safetensors", network_shapes(config))
     text = r"is flux-v1.5; what differs \(released value\): lq_conv_channels 48 \(16\); lq_proj.l"
     with pytest.raises(errors.UnknownGeometryError, match=text):
-        read_checkpoint(path)
+        identify(network_shapes(config), tmp_path, prefix="", backbone=None, variant=None)
 
 
 def test_a_config_of_a_release_finds_its_name(tmp_path):
@@ -617,9 +619,8 @@ def test_partial_release_names_the_release(tmp_path):
     shapes = network_shapes(variant("sdxl-2kto4k").config)
     half = dict(list(shapes.items())[: len(shapes) // 2])
     half["lq_proj.latent_proj.0.weight"] = shapes["lq_proj.latent_proj.0.weight"]
-    path = _hollow(tmp_path / "m.safetensors", half)
     with pytest.raises(errors.IncompleteCheckpointError, match="tensors of sdxl-2kto4k: patch_b"):
-        read_checkpoint(path)
+        identify(half, tmp_path, prefix="", backbone="sdxl", variant=None)
 
 
 def test_wrong_shape(tmp_path):

@@ -1,0 +1,55 @@
+"""Output files: refused early if they cannot be written, then written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+def check_out_path(path: str | os.PathLike[str], suffix: str) -> Path:
+    """The path, if a file can be written there; call it before long work starts.
+
+    Args:
+        path: of a file that may exist already; its directory must exist.
+        suffix: the path must end in, with the dot, in either case.
+
+    Raises:
+        ValueError: another suffix. OSError: no such directory, not writable, or the path is one.
+    """
+    path = Path(path)
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"the output must be a {suffix} file, got {path.name!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the output directory does not exist: {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"the output is a directory: {path}")
+    try:
+        # Permission bits say nothing about read-only and virtual file systems: try it.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as e:
+        reason = e.strerror or e
+        raise PermissionError(
+            f"the output directory is not writable: {path.parent} ({reason})"
+        ) from e
+    return path
+
+
+@contextlib.contextmanager
+def written_whole(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Temporary paths to write instead of `paths`, which they become if the block succeeds.
+
+    If it does not, by an error or an interruption, there is neither a new file nor a temporary one.
+    """
+    partial = [path.with_name(f".{secrets.token_hex(8)}.part") for path in paths]
+    try:
+        yield partial
+        for source, path in zip(partial, paths, strict=True):
+            os.replace(source, path)
+    finally:
+        for source in partial:
+            source.unlink(missing_ok=True)

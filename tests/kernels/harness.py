@@ -1,0 +1,149 @@
+"""What the kernel tests share: the tolerance, the backends, and compiling without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module, util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixeldiff import native
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+CUDA_TARGETS = (80, 90, 100, 120)
+
+# Where a kernel runs. "triton" is skipped here and run again in a process of its own with Triton's
+# interpreter switched on (`run_in_interpreter`), because Triton reads that switch on import.
+BACKENDS = [
+    "cpu-portable",
+    "cpu-avx2",
+    "cpu-avx512",
+    "triton",
+    pytest.param("triton-gpu", marks=pytest.mark.gpu),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def one_rounding(y: Tensor, oracle: Tensor) -> float:
+    """Worst |y - oracle| over its bound, for fp32 arithmetic that rounds once: at most 1 passes."""
+    assert y.shape == oracle.shape
+    assert oracle.dtype == torch.float64
+    if y.numel() == 0:
+        return 0.0
+    oracle = oracle.to(y.device)
+    slack = 4 * torch.finfo(torch.float32).eps * oracle.abs().max()
+    # Below its smallest normal number (6e-5 in fp16) a type keeps that number's spacing.
+    info = torch.finfo(y.dtype)
+    bound = info.eps * oracle.abs().clamp(min=info.smallest_normal) + slack
+    return ((y.double() - oracle).abs() / bound).max().item()
+
+
+def launcher(op: str, backend: str) -> tuple[Callable, str]:
+    """(launch function, device) of a backend; skips the test, with the reason, if it cannot run."""
+    kind, _, variant = backend.partition("-")
+    if kind == "cpu":
+        if native.why_not() is not None:
+            pytest.skip(native.why_not())
+        code = native.ISA_CODES[variant]
+        if not native.load().isa_usable(code):
+            pytest.skip(f"this processor or build has no {variant}")
+        module = import_module(f"pixeldiff.ops.cpu.{op}")
+        return lambda *args: module.launch(*args, isa=code), "cpu"
+    if backend == "triton":
+        if not INTERPRETER:
+            pytest.skip("runs in the interpreter's own process")
+        return import_module(f"pixeldiff.triton_kernels.{op}").launch, "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    if kind == "triton":
+        return import_module(f"pixeldiff.triton_kernels.{op}").launch, "cuda"
+    if native.why_not_cuda() is not None:
+        pytest.skip(native.why_not_cuda())
+    return import_module(f"pixeldiff.ops.cuda.{op}").launch, "cuda"
+
+
+def run_in_interpreter(test_file: str) -> None:
+    """Run the "triton" cases of a test file in Triton's interpreter."""
+    if util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test_file]
+    done = subprocess.run(
+        [*command, "-k", "triton and not interpreter and not ahead"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout[-2000:]
+    assert int(passed[1]) >= 10, done.stdout[-2000:]
+
+
+def compile_triton(kernel, constants: dict, warps: int, pointer: str, target: int, folder: Path):
+    """Compile a Triton kernel for `target` without a GPU: (PTX, resource line of the cubin)."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {
+        n: "constexpr"
+        if n in constants
+        else f"*{pointer}"
+        if n.endswith("_ptr")
+        else "fp32"
+        if n == "eps"
+        else "i32"
+        for n in names
+    }
+    # What the launcher sees in production: 16-byte aligned pointers, strides that are multiples.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if n not in constants and n not in ("eps", "count", "N")
+    }
+    out = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", target, 32),
+        options={"num_warps": warps},
+    )
+    cubin = folder / f"sm_{target}.cubin"
+    cubin.write_bytes(out.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run(
+        [str(tool), "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+    )
+    return out.asm["ptx"], usage.stdout
+
+
+def ptxas_report(source: str, folder: Path) -> list[tuple[int, int, int]]:
+    """Compile csrc/cuda/<source> for every target: (stack, spill stores, registers) per kernel."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    recent = release is not None and (int(release[1]), int(release[2])) >= (12, 8)
+    archs = ["80", "90a", "100", "120"] if recent else ["80", "90a"]
+    command = [nvcc, "-std=c++17", "-O3", "-c", str(ROOT / "csrc" / "cuda" / source)]
+    command += ["-Xptxas", "-v", "-o", str(folder / "kernel.o")]
+    for arch in archs:
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
+    registers = re.findall(r"Used (\d+) registers", done.stderr)
+    assert len(stacks) == len(registers)
+    assert len(registers) % len(archs) == 0
+    return [(int(a), int(b), int(c)) for (a, b), c in zip(stacks, registers, strict=True)]
