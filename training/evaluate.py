@@ -282,4 +282,6 @@ def monitor_paint(
                 image = paint(latent, picture.shape[:2])
             bicubic.append(psnr(to_picture(decoder.baseline(latent)), picture))
             painted.append(psnr(to_picture(image), picture))
-        print(f"  paint {group:<10} PSNR {np.mean(bicubic):.2f} -> {np.mean(painted):.2f}", flush=True)
+        print(
+            f"  paint {group:<10} PSNR {np.mean(bicubic):.2f} -> {np.mean(painted):.2f}", flush=True
+        )

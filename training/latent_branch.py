@@ -25,6 +25,9 @@ from .initialise import PIXEL_GAIN, PIXEL_OFFSET
 if TYPE_CHECKING:
     from .train_pid import Trainer
 
+_CODING_RATE = 0.3  # learning rate of the autoencoder, as a share of the stack's
+_CODING_WEIGHT = 0.5  # weight of its own reconstruction
+
 
 def paint(net: PiDNet, head: nn.Conv2d, latent: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, 3, H, W): the picture the latent branch and the linear head see in the latent."""
@@ -33,36 +36,56 @@ def paint(net: PiDNet, head: nn.Conv2d, latent: Tensor, size: tuple[int, int]) -
     return F.pixel_shuffle(head(features), patch)
 
 
-def train_latent_branch(
-    trainer: Trainer, steps: int, learning_rate: float, head: nn.Conv2d | None = None
-) -> None:
-    """Trains `trainer.net.lq_proj`'s stack for `steps` batches and folds the head into the net.
+def train_latent_branch(trainer: Trainer, cycles: Sequence[tuple[int, float]]) -> None:
+    """Trains the stack of `trainer.net.lq_proj` and folds the head into the net.
 
     Args:
-        head: a head to go on with; None starts a new one.
+        cycles: (steps, peak learning rate) of each cosine cycle; a cycle starts from the averaged
+            weights of the one before.
+    """
+    from .train_pid import TIMES
+
+    net, config = trainer.net, trainer.net.config
+    head = nn.Conv2d(config.lq_hidden_dim, 3 * config.patch_size**2, 1)
+    nn.init.zeros_(head.bias)
+    for steps, learning_rate in cycles:
+        train_cycle(trainer, head, steps, learning_rate)
+    trainer.autoencoder.requires_grad_(False)
+    with torch.no_grad():
+        images, _ = trainer.sampler.batch(0.0, whole=False)
+        grid = tuple(side // config.patch_size for side in images.shape[-2:])
+        features = net.lq_proj.features(trainer.clean_latent(images), grid)
+    fold(net, head, features, TIMES)
+
+
+def train_cycle(trainer: Trainer, head: nn.Conv2d, steps: int, learning_rate: float) -> None:
+    """One cosine cycle; leaves the averaged weights in the stack, the head and the autoencoder.
+
+    The autoencoder trains along at a lower rate, on its own loss and on the painting's: the latent
+    then serves both ways to read it. Its latent statistics stay as they are.
     """
     from .evaluate import monitor_paint
-    from .train_pid import TIMES, picture_loss
+    from .train_pid import low_quality, picture_loss
 
     net, recipe = trainer.net, trainer.recipe
-    config = net.config
-    if head is None:
-        head = nn.Conv2d(config.lq_hidden_dim, 3 * config.patch_size**2, 1)
-        nn.init.zeros_(head.bias)
     stack = net.lq_proj.latent_proj
-    parameters = [*stack.parameters(), *head.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98))
+    autoencoder = trainer.autoencoder.requires_grad_(True)
+    painting, coding = [*stack.parameters(), *head.parameters()], list(autoencoder.parameters())
+    parameters = painting + coding
+    groups = [{"params": painting, "scale": 1.0}, {"params": coding, "scale": _CODING_RATE}]
+    optimiser = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
     average = [parameter.detach().clone() for parameter in parameters]
     started, losses = time.monotonic(), []
     for step in range(1, steps + 1):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * min(step / 50, 0.97 * cosine + 0.03)
+            group["lr"] = learning_rate * group["scale"] * min(step / 50, 0.97 * cosine + 0.03)
         images, _ = trainer.sampler.batch(0.0, whole=False)
-        with torch.no_grad():
-            latent = trainer.clean_latent(images)
+        small = low_quality(images)
+        latent = autoencoder.encode(small)
         predicted = paint(net, head, latent, tuple(images.shape[-2:]))
         loss = picture_loss(predicted, images, recipe)
+        loss = loss + _CODING_WEIGHT * picture_loss(autoencoder.decode(latent), small, recipe)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
@@ -82,11 +105,6 @@ def train_latent_branch(
             monitor_paint(lambda z, size: paint(net, head, z, size), trainer.autoencoder)
             if step < steps:
                 _swap(parameters, average)
-    with torch.no_grad():
-        images, _ = trainer.sampler.batch(0.0, whole=False)
-        grid = tuple(side // config.patch_size for side in images.shape[-2:])
-        features = net.lq_proj.features(trainer.clean_latent(images), grid)
-    fold(net, head, features, TIMES)
 
 
 @torch.no_grad()

@@ -74,6 +74,7 @@ _STARTED = (
 )
 _LATE = 0.7  # share of the steps after which the late odds hold
 _LEVELS = (1.0, 1.4, 2.0, 4.0)  # by how much pictures are shrunk before crops are cut
+_ENLARGED = 0.2  # share of crops enlarged twice: photographs are often that smooth
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Recipe:
     """Everything that decides the outcome of a training run.
 
     Args:
-        branch_steps, branch_learning_rate: of the first stage, see `latent_branch`.
+        branch: (steps, learning rate) of each cycle of the first stage, see `latent_branch`.
         steps: optimiser steps of the second stage. Each trains on all calls of one sampler run.
         learning_rate: peak of AdamW, after a linear warm-up and before a cosine decay.
         started_rate: share of it for the parameters that the first stage leaves in a good state.
@@ -95,15 +96,14 @@ class Recipe:
         seed: of the weights, the batches and the noise.
     """
 
-    branch_steps: int = 2500
-    branch_learning_rate: float = 2e-3
-    steps: int = 1100
+    branch: tuple[tuple[int, float], ...] = ((3300, 2e-3), (3000, 1.5e-3), (3600, 8e-4))
+    steps: int = 540
     learning_rate: float = 1e-3
-    started_rate: float = 0.2
+    started_rate: float = 0.15
     warm_up: int = 60
     ema: float = 0.995
     absolute: float = 0.05
-    gradient: float = 0.1
+    gradient: float = 0.04
     noisy: float = 0.15
     no_caption: float = 0.1
     seed: int = 1
@@ -137,11 +137,16 @@ class BatchSampler:
                 level = self.levels[int(rng.integers(len(self.levels)))]
                 index = int(rng.integers(len(level)))
                 picture = level[index]
-                if picture.shape[0] < height or picture.shape[1] < width:
+                enlarge = 2 if rng.random() < _ENLARGED else 1
+                high, wide = height // enlarge, width // enlarge
+                if picture.shape[0] < high or picture.shape[1] < wide:
                     continue
-                top = int(rng.integers(picture.shape[0] - height + 1))
-                left = int(rng.integers(picture.shape[1] - width + 1))
-                crop = picture[top : top + height, left : left + width]
+                top = int(rng.integers(picture.shape[0] - high + 1))
+                left = int(rng.integers(picture.shape[1] - wide + 1))
+                crop = picture[top : top + high, left : left + wide]
+                if enlarge > 1:
+                    enlarged = Image.fromarray(np.ascontiguousarray(crop))
+                    crop = np.asarray(enlarged.resize((width, height), Image.BICUBIC))
                 chosen.append(index)
                 crops.append(recolour(rng, crop[:, ::-1] if rng.random() < 0.5 else crop))
         images = torch.from_numpy(np.ascontiguousarray(np.stack(crops)))
@@ -180,8 +185,8 @@ def picture_loss(
 ) -> Tensor:
     """Squared error, a little absolute error, and absolute error of the differences.
 
-    Each picture counts by how far it is off relative to its own error, which makes the squared error
-    a mean of decibels: otherwise the few busiest pictures would decide everything.
+    Each picture's error counts relative to its own size, which makes the squared error a mean of
+    decibels: otherwise the few busiest pictures would decide everything.
 
     `trust`, (B, 1, 1, 1) or a number, further scales the error of each picture.
     """
@@ -355,9 +360,10 @@ class Trainer:
             for block in self.net.pixel_blocks:
                 block.compile(dynamic=True)
         if not self.branch_trained:
-            train_latent_branch(self, self.recipe.branch_steps, self.recipe.branch_learning_rate)
+            train_latent_branch(self, self.recipe.branch)
             self.average.load_state_dict(self.net.state_dict())
             self.branch_trained = True
+            self.autoencoder.save(self.work / "autoencoder.safetensors")
             self.save_checkpoint()
             monitor(Decoder(self.average, self.autoencoder))
         started, first = time.monotonic(), self.step
