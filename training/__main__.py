@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -26,7 +27,7 @@ def _command() -> str:
 
 
 def _few(count: int, effort: float) -> int:
-    return max(1, round(count * effort))
+    return max(1, round(count * effort)) if count else 0
 
 
 _work = click.option(
@@ -84,7 +85,8 @@ def pid(work: Path, effort: float, compiled: bool, resume: bool) -> None:
     full = train_pid.Recipe()
     recipe = train_pid.Recipe(
         steps=_few(full.steps, effort),
-        branch=tuple((_few(steps, effort), rate) for steps, rate in full.branch),
+        branch=tuple(replace(c, steps=_few(c.steps, effort)) for c in full.branch),
+        patch_steps=_few(full.patch_steps, effort),
     )
     encoder = ConvAutoencoder.load(work / "autoencoder.safetensors")
     trainer = train_pid.Trainer(work / "pictures", encoder, recipe, work)

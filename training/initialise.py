@@ -21,7 +21,7 @@ from pixeldiff.models.pid.lq_projection import SigmaGate
 # dominates the RMS of a pixel token, so the final norm acts on the pixel almost linearly; both
 # dwarf the sin/cos position table (amplitude 1), which would otherwise leak into the velocity.
 PIXEL_GAIN = 96.0
-PIXEL_OFFSET = 384.0
+PIXEL_OFFSET = 1536.0
 
 
 def initialise(net: PiDNet, seed: int) -> None:
@@ -76,7 +76,7 @@ def _lay_pixel_path(net: PiDNet, generator: torch.Generator) -> None:
     for block in net.pixel_blocks:
         modulation = block.adaLN_modulation[0]
         weight = modulation.weight.unflatten(0, (-1, 6, p))
-        weight.normal_(0.0, 0.001, generator=generator)
+        weight.zero_()
         # The attention gate multiplies this bias, which makes it a linear map from a patch's
         # conditioning to each of its pixels: the shortest way for the picture to reach the output.
         block.expand_from_attn.bias.fill_(PIXEL_GAIN / 2)

@@ -9,6 +9,7 @@ the first PiT block, which is linear in u, paints them.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from pixeldiff.models.pid import PiDNet
 from .initialise import PIXEL_GAIN, PIXEL_OFFSET
 
 if TYPE_CHECKING:
-    from .train_pid import Trainer
+    from .train_pid import Cycle, Trainer
 
 _CODING_RATE = 0.3  # learning rate of the autoencoder, as a share of the stack's
 _CODING_WEIGHT = 0.5  # weight of its own reconstruction
@@ -36,20 +37,18 @@ def paint(net: PiDNet, head: nn.Conv2d, latent: Tensor, size: tuple[int, int]) -
     return F.pixel_shuffle(head(features), patch)
 
 
-def train_latent_branch(trainer: Trainer, cycles: Sequence[tuple[int, float]]) -> None:
+def train_latent_branch(trainer: Trainer, cycles: Sequence[Cycle]) -> None:
     """Trains the stack of `trainer.net.lq_proj` and folds the head into the net.
 
-    Args:
-        cycles: (steps, peak learning rate) of each cosine cycle; a cycle starts from the averaged
-            weights of the one before.
+    A cycle starts from the averaged weights of the one before.
     """
     from .train_pid import TIMES
 
     net, config = trainer.net, trainer.net.config
     head = nn.Conv2d(config.lq_hidden_dim, 3 * config.patch_size**2, 1)
     nn.init.zeros_(head.bias)
-    for steps, learning_rate in cycles:
-        train_cycle(trainer, head, steps, learning_rate)
+    for cycle in cycles:
+        train_cycle(trainer, head, cycle)
     trainer.autoencoder.requires_grad_(False)
     with torch.no_grad():
         images, _ = trainer.sampler.batch(0.0, whole=False)
@@ -58,34 +57,45 @@ def train_latent_branch(trainer: Trainer, cycles: Sequence[tuple[int, float]]) -
     fold(net, head, features, TIMES)
 
 
-def train_cycle(trainer: Trainer, head: nn.Conv2d, steps: int, learning_rate: float) -> None:
+def train_cycle(trainer: Trainer, head: nn.Conv2d, cycle: Cycle) -> None:
     """One cosine cycle; leaves the averaged weights in the stack, the head and the autoencoder.
 
-    The autoencoder trains along at a lower rate, on its own loss and on the painting's: the latent
-    then serves both ways to read it. Its latent statistics stay as they are.
+    In a coding cycle the autoencoder trains along at a lower rate, on its own loss and on the
+    painting's: the latent then serves both ways to read it. Its latent statistics stay as they are.
     """
     from .evaluate import monitor_paint
-    from .train_pid import low_quality, picture_loss
+    from .train_pid import low_quality, picture_loss, similarity
 
-    net, recipe = trainer.net, trainer.recipe
+    net = trainer.net
+    # The structural term has its own weight in a cycle.
+    recipe = dataclasses.replace(trainer.recipe, structure=0.0)
     stack = net.lq_proj.latent_proj
-    autoencoder = trainer.autoencoder.requires_grad_(True)
-    painting, coding = [*stack.parameters(), *head.parameters()], list(autoencoder.parameters())
-    parameters = painting + coding
+    autoencoder = trainer.autoencoder.requires_grad_(cycle.coding)
+    painting = [*stack.parameters(), *head.parameters()]
+    coding = list(autoencoder.parameters()) if cycle.coding else []
+    parameters, steps = painting + coding, cycle.steps
     groups = [{"params": painting, "scale": 1.0}, {"params": coding, "scale": _CODING_RATE}]
-    optimiser = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(groups, lr=cycle.learning_rate, betas=(0.9, 0.98))
     average = [parameter.detach().clone() for parameter in parameters]
     started, losses = time.monotonic(), []
     for step in range(1, steps + 1):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * group["scale"] * min(step / 50, 0.97 * cosine + 0.03)
+            rate = min(step / 50, 0.97 * cosine + 0.03)
+            group["lr"] = cycle.learning_rate * group["scale"] * rate
         images, _ = trainer.sampler.batch(0.0, whole=False)
         small = low_quality(images)
         latent = autoencoder.encode(small)
         predicted = paint(net, head, latent, tuple(images.shape[-2:]))
-        loss = picture_loss(predicted, images, recipe)
-        loss = loss + _CODING_WEIGHT * picture_loss(autoencoder.decode(latent), small, recipe)
+        if cycle.structure:
+            error = predicted - images
+            loss = error.square().mean() + 0.03 * error.abs().mean()
+            loss = loss + cycle.structure * (1 - similarity(predicted, images))
+        else:
+            loss = picture_loss(predicted, images, recipe)
+        if cycle.coding:
+            own = picture_loss(autoencoder.decode(latent), small, recipe)
+            loss = loss + _CODING_WEIGHT * own
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)

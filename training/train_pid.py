@@ -34,6 +34,7 @@ from pixeldiff.text.tiny import TinyTextEmbedder
 from .cache import PictureCache
 from .initialise import initialise
 from .latent_branch import train_latent_branch
+from .patch_stream import train_patch_stream
 from .train_autoencoder import recolour
 
 T_LIST = (0.999, 0.866, 0.634, 0.342, 0.0)
@@ -80,32 +81,61 @@ _ENLARGED = 0.2  # share of crops enlarged twice: photographs are often that smo
 
 
 @dataclass(frozen=True)
+class Cycle:
+    """One cosine cycle of the first stage.
+
+    Args:
+        steps: optimiser steps.
+        learning_rate: peak of AdamW.
+        coding: whether the autoencoder trains along.
+        structure: weight of 1 - SSIM. Where it is positive the loss is that, plain squared error
+            and a little absolute error; else it is `picture_loss`.
+    """
+
+    steps: int
+    learning_rate: float
+    coding: bool = False
+    structure: float = 0.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides the outcome of a training run.
 
     Args:
-        branch: (steps, learning rate) of each cycle of the first stage, see `latent_branch`.
-        steps: optimiser steps of the second stage. Each trains one call of a sampler run.
-        learning_rate: peak of AdamW, after a linear warm-up and before a cosine decay.
+        branch: the first stage, see `latent_branch`.
+        patch_steps: steps of the second stage, see `patch_stream`; 0 leaves that stream at zero.
+        steps: optimiser steps of the third stage. Each trains one call of a sampler run.
+        learning_rate: peak of AdamW in stages two and three, after a linear warm-up and before a
+            cosine decay.
         started_rate: share of it for the parameters that the first stage leaves in a good state.
         warm_up: steps of the warm-up.
         ema: decay of the averaged weights that are shipped.
         absolute: weight of the Charbonnier loss beside the squared error.
         gradient: weight of the Charbonnier loss of horizontal and vertical differences; it buys
             edges as steep as the original's for a little squared error.
+        structure: weight of 1 - SSIM in stages two and three, against grain and steps between
+            patches.
         noisy: share of pictures whose latent is noised, sigma uniform in [0, 0.8].
         no_caption: share of pictures with the null caption.
         seed: of the weights, the batches and the noise.
     """
 
-    branch: tuple[tuple[int, float], ...] = ((3300, 2e-3), (3000, 1.5e-3), (3600, 8e-4))
-    steps: int = 1400
-    learning_rate: float = 1e-3
+    branch: tuple[Cycle, ...] = (
+        Cycle(3300, 2e-3),
+        Cycle(3000, 1.5e-3),
+        Cycle(4000, 1e-3, coding=True),
+        Cycle(2400, 8e-4, structure=0.04),
+    )
+    patch_steps: int = 0
+    steps: int = 300
+    learning_rate: float = 3e-4
     started_rate: float = 0.15
     warm_up: int = 60
-    ema: float = 0.995
+    ema: float = 0.99
     absolute: float = 0.05
     gradient: float = 0.04
+    structure: float = 0.03
     noisy: float = 0.15
     no_caption: float = 0.1
     seed: int = 1
@@ -199,7 +229,28 @@ def picture_loss(
     if recipe.gradient:
         across, down = error.diff(dim=3), error.diff(dim=2)
         loss = loss + recipe.gradient * (_charbonnier(across) + _charbonnier(down))
+    if recipe.structure:
+        loss = loss + recipe.structure * (1 - similarity(predicted, target, trust))
     return loss
+
+
+def similarity(a: Tensor, b: Tensor, trust: Tensor | float = 1.0) -> Tensor:
+    """Mean structural similarity of pictures in [-1, 1], Gaussian windows two pixels apart."""
+    offsets = torch.arange(11, dtype=a.dtype) - 5
+    profile = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    kernel = torch.outer(profile, profile) / profile.sum() ** 2
+    kernel = kernel.expand(a.shape[1], 1, 11, 11).contiguous()
+
+    def window(x: Tensor) -> Tensor:
+        return F.conv2d(x, kernel, stride=2, groups=x.shape[1])
+
+    mean_a, mean_b = window(a), window(b)
+    var_a, var_b = window(a * a) - mean_a**2, window(b * b) - mean_b**2
+    covariance = window(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    score = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    score = score / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return 1 - ((1 - score) * trust).mean()
 
 
 class Trainer:
@@ -354,8 +405,13 @@ class Trainer:
         if not self.branch_trained:
             train_latent_branch(self, self.recipe.branch)
             self.average.load_state_dict(self.net.state_dict())
+            if self.recipe.patch_steps:
+                train_patch_stream(self, self.recipe.patch_steps, self.recipe.learning_rate)
             self.branch_trained = True
-            self.autoencoder.save(self.work / "autoencoder.safetensors")
+            self.autoencoder.save(
+                self.work / "autoencoder.safetensors",
+                metadata={"training": {"with_pid": dataclasses.asdict(self.recipe)}},
+            )
             self.save_checkpoint()
             monitor(Decoder(self.average, self.autoencoder))
         started, first = time.monotonic(), self.step
@@ -407,7 +463,13 @@ def save_network(net: PiDNet, path: Path, recipe: Recipe, command: str, steps: i
             {"command": command, **dataclasses.asdict(recipe), "steps_done": steps}
         ),
     }
-    tensors = {name: t.detach().bfloat16().contiguous() for name, t in net.state_dict().items()}
+    tensors = {}
+    for name, tensor in net.state_dict().items():
+        # The way of the noisy pixel through the network must be exact to a thousandth; it lies in
+        # small tensors, which stay fp32.
+        exact = tensor.dim() < 2 or name.startswith(("pixel_embedder.", "final_layer."))
+        dtype = torch.float32 if exact else torch.bfloat16
+        tensors[name] = tensor.detach().to(dtype).contiguous()
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, partial, metadata=metadata)
