@@ -60,12 +60,12 @@ def initialise(net: PiDNet, seed: int) -> None:
 def _lay_pixel_path(net: PiDNet, generator: torch.Generator) -> None:
     """v = x at the start, and a pixel MLP whose gate can change that gain."""
     p, channels = net.config.pixel_hidden_size, net.config.in_channels
-    # Orthonormal directions: one per colour, and one of constant magnitude for the offset.
-    offset = torch.ones(p)
-    offset[1::2] = -1
-    offset /= offset.norm()
+    # Orthonormal directions for the colours, and the last two channels for the offset alone: what
+    # steers the two differs in size so much that one bf16 value could not hold both.
+    offset = torch.zeros(p)
+    offset[-2:] = torch.tensor([1.0, -1.0]) / math.sqrt(2)
     basis = torch.randn(p, channels, generator=generator)
-    basis -= offset[:, None] * (offset @ basis)
+    basis[-2:] = 0
     colours = torch.linalg.qr(basis).Q
     embed, final = net.pixel_embedder.proj, net.final_layer.linear
     embed.weight.copy_(PIXEL_GAIN * colours)

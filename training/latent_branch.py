@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from pixeldiff.models.pid import PiDNet
 
-from .initialise import PIXEL_GAIN, PIXEL_OFFSET
+from .initialise import PIXEL_GAIN
 
 if TYPE_CHECKING:
     from .train_pid import Cycle, Trainer
@@ -166,7 +166,7 @@ def fold(net: PiDNet, head: nn.Conv2d, features: Tensor, times: Sequence[float])
     # The final norm divides by the RMS of q, so a token scaled by t has 1/t of the gain. The colour
     # part, x - paint, is t (eps - x0) and scales by itself; the offset is made to.
     solve = torch.linalg.pinv(clock) @ (t - 1)
-    weight += (PIXEL_OFFSET / step) * net.pixel_embedder.proj.bias.sign().double()[:, None] * solve
+    weight += net.pixel_embedder.proj.bias.double()[:, None] / step * solve
     modulation = block.adaLN_modulation[0]
     modulation.weight.unflatten(0, (pixels, 6, p))[:, 2] = weight.float()
     bias = (
