@@ -20,8 +20,8 @@ from pixeldiff.models.pid.lq_projection import SigmaGate
 # Amplitudes of the pixel stream: noisy pixel, and constant offset orthogonal to it. The offset
 # dominates the RMS of a pixel token, so the final norm acts on the pixel almost linearly; both
 # dwarf the sin/cos position table (amplitude 1), which would otherwise leak into the velocity.
-PIXEL_GAIN = 96.0
-PIXEL_OFFSET = 1536.0
+PIXEL_GAIN = 2048.0
+PIXEL_OFFSET = 32768.0
 
 
 def initialise(net: PiDNet, seed: int) -> None:
