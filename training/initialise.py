@@ -20,8 +20,8 @@ from pixeldiff.models.pid.lq_projection import SigmaGate
 # Amplitudes of the pixel stream: noisy pixel, and constant offset orthogonal to it. The offset
 # dominates the RMS of a pixel token, so the final norm acts on the pixel almost linearly; both
 # dwarf the sin/cos position table (amplitude 1), which would otherwise leak into the velocity.
-PIXEL_GAIN = 24.0
-PIXEL_OFFSET = 96.0
+PIXEL_GAIN = 96.0
+PIXEL_OFFSET = 1536.0
 
 
 def initialise(net: PiDNet, seed: int) -> None:
@@ -60,12 +60,12 @@ def initialise(net: PiDNet, seed: int) -> None:
 def _lay_pixel_path(net: PiDNet, generator: torch.Generator) -> None:
     """v = x at the start, and a pixel MLP whose gate can change that gain."""
     p, channels = net.config.pixel_hidden_size, net.config.in_channels
-    # Orthonormal directions: one per colour, and one of constant magnitude for the offset.
-    offset = torch.ones(p)
-    offset[1::2] = -1
-    offset /= offset.norm()
+    # Orthonormal directions for the colours, and the last two channels for the offset alone: what
+    # steers the two differs in size so much that one bf16 value could not hold both.
+    offset = torch.zeros(p)
+    offset[-2:] = torch.tensor([1.0, -1.0]) / math.sqrt(2)
     basis = torch.randn(p, channels, generator=generator)
-    basis -= offset[:, None] * (offset @ basis)
+    basis[-2:] = 0
     colours = torch.linalg.qr(basis).Q
     embed, final = net.pixel_embedder.proj, net.final_layer.linear
     embed.weight.copy_(PIXEL_GAIN * colours)
@@ -76,7 +76,7 @@ def _lay_pixel_path(net: PiDNet, generator: torch.Generator) -> None:
     for block in net.pixel_blocks:
         modulation = block.adaLN_modulation[0]
         weight = modulation.weight.unflatten(0, (-1, 6, p))
-        weight.normal_(0.0, 0.001, generator=generator)
+        weight.zero_()
         # The attention gate multiplies this bias, which makes it a linear map from a patch's
         # conditioning to each of its pixels: the shortest way for the picture to reach the output.
         block.expand_from_attn.bias.fill_(PIXEL_GAIN / 2)

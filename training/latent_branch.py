@@ -9,6 +9,7 @@ the first PiT block, which is linear in u, paints them.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -20,10 +21,13 @@ from torch.nn import functional as F
 
 from pixeldiff.models.pid import PiDNet
 
-from .initialise import PIXEL_GAIN, PIXEL_OFFSET
+from .initialise import PIXEL_GAIN
 
 if TYPE_CHECKING:
-    from .train_pid import Trainer
+    from .train_pid import Cycle, Trainer
+
+_CODING_RATE = 0.3  # learning rate of the autoencoder, as a share of the stack's
+_CODING_WEIGHT = 0.5  # weight of its own reconstruction
 
 
 def paint(net: PiDNet, head: nn.Conv2d, latent: Tensor, size: tuple[int, int]) -> Tensor:
@@ -33,31 +37,71 @@ def paint(net: PiDNet, head: nn.Conv2d, latent: Tensor, size: tuple[int, int]) -
     return F.pixel_shuffle(head(features), patch)
 
 
-def train_latent_branch(trainer: Trainer, steps: int, learning_rate: float) -> None:
-    """Trains `trainer.net.lq_proj`'s stack for `steps` batches and folds the head into the net."""
-    from .train_pid import TIMES, picture_loss
+def train_latent_branch(trainer: Trainer, cycles: Sequence[Cycle]) -> None:
+    """Trains the stack of `trainer.net.lq_proj` and folds the head into the net.
 
-    net, recipe = trainer.net, trainer.recipe
-    config = net.config
+    A cycle starts from the averaged weights of the one before.
+    """
+    from .train_pid import TIMES
+
+    net, config = trainer.net, trainer.net.config
     head = nn.Conv2d(config.lq_hidden_dim, 3 * config.patch_size**2, 1)
     nn.init.zeros_(head.bias)
+    for cycle in cycles:
+        train_cycle(trainer, head, cycle)
+    trainer.autoencoder.requires_grad_(False)
+    with torch.no_grad():
+        images, _ = trainer.sampler.batch(0.0, whole=False)
+        grid = tuple(side // config.patch_size for side in images.shape[-2:])
+        features = net.lq_proj.features(trainer.clean_latent(images), grid)
+    fold(net, head, features, TIMES)
+
+
+def train_cycle(trainer: Trainer, head: nn.Conv2d, cycle: Cycle) -> None:
+    """One cosine cycle; leaves the averaged weights in the stack, the head and the autoencoder.
+
+    In a coding cycle the autoencoder trains along at a lower rate, on its own loss and on the
+    painting's: the latent then serves both ways to read it. Its latent statistics stay as they are.
+    """
+    from .evaluate import monitor_paint
+    from .train_pid import low_quality, picture_loss, similarity
+
+    net = trainer.net
+    # The structural term has its own weight in a cycle.
+    recipe = dataclasses.replace(trainer.recipe, structure=0.0)
     stack = net.lq_proj.latent_proj
-    parameters = [*stack.parameters(), *head.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98))
+    autoencoder = trainer.autoencoder.requires_grad_(cycle.coding)
+    painting = [*stack.parameters(), *head.parameters()]
+    coding = list(autoencoder.parameters()) if cycle.coding else []
+    parameters, steps = painting + coding, cycle.steps
+    groups = [{"params": painting, "scale": 1.0}, {"params": coding, "scale": _CODING_RATE}]
+    optimiser = torch.optim.AdamW(groups, lr=cycle.learning_rate, betas=(0.9, 0.98))
+    average = [parameter.detach().clone() for parameter in parameters]
     started, losses = time.monotonic(), []
     for step in range(1, steps + 1):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * min(step / 50, 0.9 * cosine + 0.1)
+            rate = min(step / 50, 0.97 * cosine + 0.03)
+            group["lr"] = cycle.learning_rate * group["scale"] * rate
         images, _ = trainer.sampler.batch(0.0, whole=False)
-        with torch.no_grad():
-            latent = trainer.clean_latent(images)
+        small = low_quality(images)
+        latent = autoencoder.encode(small)
         predicted = paint(net, head, latent, tuple(images.shape[-2:]))
-        loss = picture_loss(predicted, images, recipe)
+        if cycle.structure:
+            error = predicted - images
+            loss = error.square().mean() + 0.03 * error.abs().mean()
+            loss = loss + cycle.structure * (1 - similarity(predicted, images))
+        else:
+            loss = picture_loss(predicted, images, recipe)
+        if cycle.coding:
+            own = picture_loss(autoencoder.decode(latent), small, recipe)
+            loss = loss + _CODING_WEIGHT * own
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
         optimiser.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, parameters, weight=1 - min(0.995, step / (step + 20)))
         losses.append((predicted.detach() - images).square().mean().item())
         if step % 100 == 0 or step == steps:
             psnr = 10 * math.log10(4 * len(losses) / sum(losses))
@@ -66,11 +110,19 @@ def train_latent_branch(trainer: Trainer, steps: int, learning_rate: float) -> N
                 f"latent branch {step}/{steps}  PSNR {psnr:.2f} dB  {pace:.2f} s/step", flush=True
             )
             losses = []
-    with torch.no_grad():
-        images, _ = trainer.sampler.batch(0.0, whole=False)
-        grid = tuple(side // config.patch_size for side in images.shape[-2:])
-        features = net.lq_proj.features(trainer.clean_latent(images), grid)
-    fold(net, head, features, TIMES)
+        if step % 500 == 0 or step == steps:
+            _swap(parameters, average)
+            monitor_paint(lambda z, size: paint(net, head, z, size), trainer.autoencoder)
+            if step < steps:
+                _swap(parameters, average)
+
+
+@torch.no_grad()
+def _swap(one: list[Tensor], other: list[Tensor]) -> None:
+    for a, b in zip(one, other, strict=True):
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)
 
 
 @torch.no_grad()
@@ -114,7 +166,7 @@ def fold(net: PiDNet, head: nn.Conv2d, features: Tensor, times: Sequence[float])
     # The final norm divides by the RMS of q, so a token scaled by t has 1/t of the gain. The colour
     # part, x - paint, is t (eps - x0) and scales by itself; the offset is made to.
     solve = torch.linalg.pinv(clock) @ (t - 1)
-    weight += (PIXEL_OFFSET / step) * net.pixel_embedder.proj.bias.sign().double()[:, None] * solve
+    weight += net.pixel_embedder.proj.bias.double()[:, None] / step * solve
     modulation = block.adaLN_modulation[0]
     modulation.weight.unflatten(0, (pixels, 6, p))[:, 2] = weight.float()
     bias = (

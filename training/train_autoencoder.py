@@ -56,7 +56,7 @@ class CropSampler:
 
 
 def recolour(rng: np.random.Generator, crop: np.ndarray) -> np.ndarray:
-    """Now and then permutes or inverts the channels of (H, W, 3) uint8, or drops the colour."""
+    """Varies (H, W, 3) uint8: channels permuted, inverted or made equal, contrast stretched."""
     draw = rng.random()
     if draw < 0.3:
         crop = crop[..., rng.permutation(3)]
@@ -64,6 +64,9 @@ def recolour(rng: np.random.Generator, crop: np.ndarray) -> np.ndarray:
         crop = np.repeat(crop[..., 1:2], 3, axis=-1)
     if rng.random() < 0.15:
         crop = 255 - crop
+    if rng.random() < 0.5:
+        gain, middle = np.exp(rng.uniform(-0.3, 0.8)), crop.mean()
+        crop = np.clip((crop - middle) * gain + middle, 0, 255).astype(np.uint8)
     return crop
 
 

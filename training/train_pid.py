@@ -1,9 +1,10 @@
 """Trains the demo PiD on its own sampler's trajectories.
 
 Each optimiser step draws a batch of pictures, rolls the few-step sampler from pure noise exactly as
-inference does, and regresses the clean picture of every call on the way (the trajectory itself is
-detached). It is the self-rollout of PiD's distillation (arXiv 2605.23902) with the teacher replaced
-by the truth: what the network meets in training is what it meets when it decodes.
+inference does up to a random one of its calls, and regresses that call's clean picture (the
+trajectory before it is detached). It is the self-rollout of PiD's distillation (arXiv 2605.23902)
+with the teacher replaced by the truth: what the network meets in training is what it meets when it
+decodes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixeldiff.models.autoencoder import ConvAutoencoder
@@ -32,6 +34,7 @@ from pixeldiff.text.tiny import TinyTextEmbedder
 from .cache import PictureCache
 from .initialise import initialise
 from .latent_branch import train_latent_branch
+from .patch_stream import train_patch_stream
 from .train_autoencoder import recolour
 
 T_LIST = (0.999, 0.866, 0.634, 0.342, 0.0)
@@ -64,9 +67,35 @@ _SHAPES = (
     (512, 512, 2, 0.12, 0.25),
     (1024, 1024, 1, 0.05, 0.30),
 )
-_STARTED = ("lq_proj.", "pit_lq_gate.", "pixel_embedder.", "pixel_blocks.", "final_layer.")
+_STARTED = (
+    "t_embedder.",
+    "lq_proj.",
+    "pit_lq_gate.",
+    "pixel_embedder.",
+    "pixel_blocks.",
+    "final_layer.",
+)
 _LATE = 0.7  # share of the steps after which the late odds hold
 _LEVELS = (1.0, 1.4, 2.0, 4.0)  # by how much pictures are shrunk before crops are cut
+_ENLARGED = 0.2  # share of crops enlarged twice: photographs are often that smooth
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One cosine cycle of the first stage.
+
+    Args:
+        steps: optimiser steps.
+        learning_rate: peak of AdamW.
+        coding: whether the autoencoder trains along.
+        structure: weight of 1 - SSIM. Where it is positive the loss is that, plain squared error
+            and a little absolute error; else it is `picture_loss`.
+    """
+
+    steps: int
+    learning_rate: float
+    coding: bool = False
+    structure: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,30 +103,40 @@ class Recipe:
     """Everything that decides the outcome of a training run.
 
     Args:
-        branch_steps, branch_learning_rate: of the first stage, see `latent_branch`.
-        steps: optimiser steps of the second stage. Each trains on all calls of one sampler run.
-        learning_rate: peak of AdamW, after a linear warm-up and before a cosine decay.
+        branch: the first stage, see `latent_branch`.
+        patch_steps: steps of the second stage, see `patch_stream`; 0 leaves that stream at zero.
+        steps: optimiser steps of the third stage. Each trains one call of a sampler run.
+        learning_rate: peak of AdamW in stages two and three, after a linear warm-up and before a
+            cosine decay.
         started_rate: share of it for the parameters that the first stage leaves in a good state.
         warm_up: steps of the warm-up.
         ema: decay of the averaged weights that are shipped.
         absolute: weight of the Charbonnier loss beside the squared error.
         gradient: weight of the Charbonnier loss of horizontal and vertical differences; it buys
             edges as steep as the original's for a little squared error.
+        structure: weight of 1 - SSIM in stages two and three, against grain and steps between
+            patches.
         noisy: share of pictures whose latent is noised, sigma uniform in [0, 0.8].
         no_caption: share of pictures with the null caption.
         seed: of the weights, the batches and the noise.
     """
 
-    branch_steps: int = 2500
-    branch_learning_rate: float = 2e-3
-    steps: int = 1100
-    learning_rate: float = 1.5e-3
-    started_rate: float = 0.3
+    branch: tuple[Cycle, ...] = (
+        Cycle(3300, 2e-3),
+        Cycle(3000, 1.5e-3),
+        Cycle(4000, 1e-3, coding=True),
+        Cycle(2400, 8e-4, structure=0.04),
+    )
+    patch_steps: int = 0
+    steps: int = 300
+    learning_rate: float = 3e-4
+    started_rate: float = 0.15
     warm_up: int = 60
-    ema: float = 0.995
+    ema: float = 0.99
     absolute: float = 0.05
-    gradient: float = 0.1
-    noisy: float = 0.25
+    gradient: float = 0.04
+    structure: float = 0.03
+    noisy: float = 0.15
     no_caption: float = 0.1
     seed: int = 1
 
@@ -130,11 +169,16 @@ class BatchSampler:
                 level = self.levels[int(rng.integers(len(self.levels)))]
                 index = int(rng.integers(len(level)))
                 picture = level[index]
-                if picture.shape[0] < height or picture.shape[1] < width:
+                enlarge = 2 if rng.random() < _ENLARGED else 1
+                high, wide = height // enlarge, width // enlarge
+                if picture.shape[0] < high or picture.shape[1] < wide:
                     continue
-                top = int(rng.integers(picture.shape[0] - height + 1))
-                left = int(rng.integers(picture.shape[1] - width + 1))
-                crop = picture[top : top + height, left : left + width]
+                top = int(rng.integers(picture.shape[0] - high + 1))
+                left = int(rng.integers(picture.shape[1] - wide + 1))
+                crop = picture[top : top + high, left : left + wide]
+                if enlarge > 1:
+                    enlarged = Image.fromarray(np.ascontiguousarray(crop))
+                    crop = np.asarray(enlarged.resize((width, height), Image.BICUBIC))
                 chosen.append(index)
                 crops.append(recolour(rng, crop[:, ::-1] if rng.random() < 0.5 else crop))
         images = torch.from_numpy(np.ascontiguousarray(np.stack(crops)))
@@ -168,14 +212,45 @@ def _charbonnier(error: Tensor) -> Tensor:
     return (error.square() + 1e-4).sqrt().mean()
 
 
-def picture_loss(predicted: Tensor, target: Tensor, recipe: Recipe) -> Tensor:
-    """Squared error, a little absolute error, and absolute error of the differences."""
+def picture_loss(
+    predicted: Tensor, target: Tensor, recipe: Recipe, trust: Tensor | float = 1.0
+) -> Tensor:
+    """Squared error, a little absolute error, and absolute error of the differences.
+
+    Each picture's error counts relative to its own size, which makes the squared error a mean of
+    decibels: otherwise the few busiest pictures would decide everything.
+
+    `trust`, (B, 1, 1, 1) or a number, further scales the error of each picture.
+    """
     error = predicted - target
+    own = error.detach().square().mean(dim=(1, 2, 3), keepdim=True)
+    error = error * trust * (0.012 / (own + 0.001)).sqrt()
     loss = error.square().mean() + recipe.absolute * _charbonnier(error)
     if recipe.gradient:
         across, down = error.diff(dim=3), error.diff(dim=2)
         loss = loss + recipe.gradient * (_charbonnier(across) + _charbonnier(down))
+    if recipe.structure:
+        loss = loss + recipe.structure * (1 - similarity(predicted, target, trust))
     return loss
+
+
+def similarity(a: Tensor, b: Tensor, trust: Tensor | float = 1.0) -> Tensor:
+    """Mean structural similarity of pictures in [-1, 1], Gaussian windows two pixels apart."""
+    offsets = torch.arange(11, dtype=a.dtype) - 5
+    profile = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    kernel = torch.outer(profile, profile) / profile.sum() ** 2
+    kernel = kernel.expand(a.shape[1], 1, 11, 11).contiguous()
+
+    def window(x: Tensor) -> Tensor:
+        return F.conv2d(x, kernel, stride=2, groups=x.shape[1])
+
+    mean_a, mean_b = window(a), window(b)
+    var_a, var_b = window(a * a) - mean_a**2, window(b * b) - mean_b**2
+    covariance = window(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    score = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    score = score / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return 1 - ((1 - score) * trust).mean()
 
 
 class Trainer:
@@ -200,23 +275,28 @@ class Trainer:
         self.sampler = BatchSampler(PictureCache(pictures), recipe.seed)
         self.noise = torch.Generator().manual_seed(recipe.seed)
         self.optimiser = torch.optim.AdamW(
-            self._groups(),
+            self.groups(),
             betas=(0.9, 0.98),
             weight_decay=1e-3,
         )
         self.step, self.branch_trained = 0, False
 
-    def _groups(self) -> list[dict]:
-        """Parameters that the first stage has trained or laid out learn more slowly."""
-        fresh, started = [], []
+    def groups(self, without: tuple[str, ...] = ()) -> list[dict]:
+        """Parameter groups with their share of the learning rate, but for names that start so.
+
+        An Adam step moves every weight about as far, so a layer's output moves in proportion to its
+        inputs: wide layers get a smaller share. So do parameters the first stage leaves in a good
+        state, which fresh neighbours would otherwise shake out of it.
+        """
+        groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.net.named_parameters():
-            if parameter.requires_grad:
-                early = name.startswith(_STARTED) and "output_heads" not in name
-                (started if early else fresh).append(parameter)
-        return [
-            {"params": fresh, "scale": 1.0},
-            {"params": started, "scale": self.recipe.started_rate},
-        ]
+            if not parameter.requires_grad or (without and name.startswith(without)):
+                continue
+            scale = min(1.0, 128 / parameter.shape[1]) if parameter.dim() == 2 else 1.0
+            if name.startswith(_STARTED) and "output_heads" not in name:
+                scale *= self.recipe.started_rate
+            groups.setdefault(scale, []).append(parameter)
+        return [{"params": members, "scale": scale} for scale, members in groups.items()]
 
     def _freeze_unused(self) -> None:
         """The text output of the last block reaches nothing; zeros compress and never train."""
@@ -243,38 +323,32 @@ class Trainer:
         kept = ["" if rng.random() < recipe.no_caption else caption for caption in captions]
         return latent.bfloat16().float(), sigma, self.embed.encode(kept)
 
-    def train_step(self) -> list[float]:
-        """One optimiser step; returns the squared error of each call of the schedule."""
-        recipe, net = self.recipe, self.net
+    def train_step(self) -> float:
+        """One optimiser step on one call of a sampler run; returns its squared error."""
+        recipe, net, rng = self.recipe, self.net, self.sampler.rng
         images, captions = self.sampler.batch(self.step / recipe.steps)
         latent, sigma, text = self.condition(images, captions)
-        times = _schedule(self.sampler.rng)
+        times = _schedule(rng)
+        chosen = int(rng.integers(len(times) - 1))
         condition = net.prepare(latent, text, sigma, size=tuple(images.shape[-2:]))
-        # Calls are back-propagated one by one down to these leaves, and what is shared by all of
-        # them (the latent branch) once at the end: a quarter of the memory, the same gradient.
-        shared = [condition.text, *condition.features, *condition.logits]
-        leaves = [t.detach().requires_grad_() for t in shared]
-        count = len(condition.features)
-        condition = dataclasses.replace(
-            condition, text=leaves[0], features=leaves[1 : 1 + count], logits=leaves[1 + count :]
-        )
-        self.optimiser.zero_grad(set_to_none=True)
+        # A noisy latent leaves an error ten times that of a clean one; unweighted, a few of them
+        # would decide what the network learns about all.
+        trust = (1 - sigma)[:, None, None, None]
         x = self._randn(*images.shape)
-        errors = []
-        # 1/t evens out the size of the velocity's gradient, t of it being the picture's.
-        weights = [1 / t for t in times[:-1]]
-        for weight, t, following in zip(weights, times[:-1], times[1:], strict=True):
+        for index, (t, following) in enumerate(pairwise(times)):
             velocity = net.step(x, torch.full((len(x),), 1000 * t), condition)
             predicted = x - t * velocity
-            (weight / sum(weights) * picture_loss(predicted, images, recipe)).backward()
+            if index == chosen:
+                break
+            # Not under no_grad: the compiled blocks would be compiled a second time for it.
             predicted = predicted.detach()
-            errors.append((predicted - images).square().mean().item())
-            if following:
-                x = (1 - following) * predicted + following * self._randn(*images.shape)
-        with_gradient = [(a, b.grad) for a, b in zip(shared, leaves, strict=True)]
-        torch.autograd.backward(*zip(*with_gradient, strict=True))
+            x = (1 - following) * predicted + following * self._randn(*images.shape)
+        loss = picture_loss(predicted, images, recipe, trust)
+        self.optimiser.zero_grad(set_to_none=True)
+        # 1/t evens out the size of the velocity's gradient, t of it being the picture's.
+        (0.6 / t * loss).backward()
         self._update()
-        return errors
+        return ((predicted.detach() - images) * trust).square().mean().item()
 
     def _update(self) -> None:
         recipe = self.recipe
@@ -310,7 +384,8 @@ class Trainer:
         self.step, self.branch_trained = state["step"], True
         self.net.load_state_dict(state["net"])
         self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        if self.step:
+            self.optimiser.load_state_dict(state["optimiser"])
         self.noise.set_state(state["noise"])
         self.sampler.rng.bit_generator.state = json.loads(state["batches"])
 
@@ -328,23 +403,26 @@ class Trainer:
             for block in self.net.pixel_blocks:
                 block.compile(dynamic=True)
         if not self.branch_trained:
-            train_latent_branch(self, self.recipe.branch_steps, self.recipe.branch_learning_rate)
+            train_latent_branch(self, self.recipe.branch)
             self.average.load_state_dict(self.net.state_dict())
+            if self.recipe.patch_steps:
+                train_patch_stream(self, self.recipe.patch_steps, self.recipe.learning_rate)
             self.branch_trained = True
+            self.autoencoder.save(
+                self.work / "autoencoder.safetensors",
+                metadata={"training": {"with_pid": dataclasses.asdict(self.recipe)}},
+            )
             self.save_checkpoint()
             monitor(Decoder(self.average, self.autoencoder))
         started, first = time.monotonic(), self.step
-        seen: list[list[float]] = []
+        seen: list[float] = []
         while self.step < self.recipe.steps:
-            errors = self.train_step()
-            if len(errors) == len(T_LIST) - 1:
-                seen.append(errors)
-            if self.step % 25 == 0 and seen:
-                psnr = [f"{10 * math.log10(4 / value):.2f}" for value in np.mean(seen, axis=0)]
+            seen.append(self.train_step())
+            if self.step % 50 == 0:
+                psnr = 10 * math.log10(4 / np.mean(seen))
                 pace = (time.monotonic() - started) / (self.step - first)
                 print(
-                    f"pid {self.step}/{self.recipe.steps}  PSNR per call {' '.join(psnr)} dB  "
-                    f"{pace:.2f} s/step",
+                    f"pid {self.step}/{self.recipe.steps}  PSNR {psnr:.2f} dB  {pace:.2f} s/step",
                     flush=True,
                 )
                 seen = []
@@ -385,7 +463,13 @@ def save_network(net: PiDNet, path: Path, recipe: Recipe, command: str, steps: i
             {"command": command, **dataclasses.asdict(recipe), "steps_done": steps}
         ),
     }
-    tensors = {name: t.detach().bfloat16().contiguous() for name, t in net.state_dict().items()}
+    tensors = {}
+    for name, tensor in net.state_dict().items():
+        # The way of the noisy pixel through the network must be exact to a thousandth; it lies in
+        # small tensors, which stay fp32.
+        exact = tensor.dim() < 2 or name.startswith(("pixel_embedder.", "final_layer."))
+        dtype = torch.float32 if exact else torch.bfloat16
+        tensors[name] = tensor.detach().to(dtype).contiguous()
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, partial, metadata=metadata)
