@@ -48,9 +48,9 @@ def rope_2d(
         k = g / (g - 2) if g > 2 else 0.0
         base_y *= (h / reference[0]) ** k
         base_x *= (w / reference[1]) ** k
-    slots = torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim
-    angle_x = torch.outer(torch.linspace(0, SPAN, w), 1 / base_x**slots)
-    angle_y = torch.outer(torch.linspace(0, SPAN, h), 1 / base_y**slots)
+    slots = torch.arange(0, head_dim, 4, dtype=torch.float32, device="cpu") / head_dim
+    angle_x = torch.outer(torch.linspace(0, SPAN, w, device="cpu"), 1 / base_x**slots)
+    angle_y = torch.outer(torch.linspace(0, SPAN, h, device="cpu"), 1 / base_y**slots)
     grids = (angle_x[None].expand(h, w, -1), angle_y[:, None].expand(h, w, -1))
     angle = torch.stack(grids, -1).reshape(h * w, head_dim // 2)
     return angle.cos().to(device), angle.sin().to(device)
@@ -60,8 +60,8 @@ def rope_1d(
     length: int, head_dim: int, *, theta: float = 10000.0, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of the text's rotary angles, each (length, head_dim/2) fp32."""
-    slots = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), 1 / theta**slots)
+    slots = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    angle = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), 1 / theta**slots)
     return angle.cos().to(device), angle.sin().to(device)
 
 
@@ -74,8 +74,8 @@ def pixel_sincos(
     its column in the horizontal table, then of its row in the vertical one. Evaluated in fp64.
     """
     m = channels // 4
-    freq = 10000.0 ** (-torch.arange(m, dtype=torch.float64) / m)
-    angle = torch.arange(start, start + length, dtype=torch.float64)[:, None] * freq
+    freq = 10000.0 ** (-torch.arange(m, dtype=torch.float64, device="cpu") / m)
+    angle = torch.arange(start, start + length, dtype=torch.float64, device="cpu")[:, None] * freq
     return torch.cat((angle.sin(), angle.cos()), -1).float().to(device)
 
 
@@ -86,7 +86,9 @@ def time_frequencies() -> Tensor:
     visible, and the fp32 exponential of different machines differs by as much.
     """
     half = TIME_CHANNELS // 2
-    argument = -math.log(TIME_MAX_PERIOD) * torch.arange(half, dtype=torch.float32) / half
+    argument = (
+        -math.log(TIME_MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device="cpu") / half
+    )
     return argument.double().exp().float()
 
 

@@ -84,12 +84,12 @@ def _draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def fp32(value: float) -> float:
     """The value as fp32 holds it: schedules are fp32 tensors upstream."""
-    return torch.tensor(value, dtype=torch.float32).item()
+    return torch.tensor(value, dtype=torch.float32, device="cpu").item()
 
 
 def network_time(t: float) -> float:
     """1000 t, multiplied in fp32."""
-    return (torch.tensor(t, dtype=torch.float32) * 1000).item()
+    return (torch.tensor(t, dtype=torch.float32, device="cpu") * 1000).item()
 
 
 def student_times(steps: int = 4, t_list: Sequence[float] = STUDENT_T_LIST) -> tuple[float, ...]:
@@ -109,7 +109,8 @@ def student_times(steps: int = 4, t_list: Sequence[float] = STUDENT_T_LIST) -> t
         )
     if steps == 1:
         return (1.0, 0.0)
-    picks = torch.linspace(0, longest, steps + 1, dtype=torch.float64).round().int().tolist()
+    # Half to even, as upstream rounds them; Python's round does the same.
+    picks = [round(i * longest / steps) for i in range(steps + 1)]
     return tuple(fp32(t_list[i]) for i in picks)
 
 
@@ -177,7 +178,7 @@ def teacher_times(steps: int, shift: float) -> tuple[float, ...]:
         raise ValueError(f"steps must be an integer >= 1, got {steps!r}")
     if not shift > 0:
         raise ValueError(f"shift must be positive, got {shift!r}")
-    r = 1 - torch.linspace(1, 0.001, steps + 1, dtype=torch.float32)
+    r = 1 - torch.linspace(1, 0.001, steps + 1, dtype=torch.float32, device="cpu")
     return tuple((shift * r / (1 + (shift - 1) * r)).flip(0).tolist())
 
 

@@ -32,8 +32,8 @@ def launch(
     isa: int | None = None,  # a code of native.ISA_CODES; None takes the best
     threads: int | None = None,  # None takes PyTorch's number
 ) -> tuple[Tensor, Tensor]:
-    x_new = torch.empty(x.shape, dtype=x.dtype)
-    h = torch.empty(x.shape, dtype=x.dtype)
+    x_new = x.new_empty(x.shape)
+    h = x.new_empty(x.shape)
     if h.numel() == 0:
         return x_new, h
     native.load().gated_residual_norm_cpu(

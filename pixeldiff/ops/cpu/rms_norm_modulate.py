@@ -24,7 +24,7 @@ def launch(
     isa: int | None = None,  # a code of native.ISA_CODES; None takes the best
     threads: int | None = None,  # None takes PyTorch's number
 ) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape)
     if y.numel() == 0:
         return y
     native.load().rms_norm_modulate_cpu(
