@@ -117,7 +117,7 @@ def test_decoding_beats_bicubic_on_a_photograph(network, autoencoder, astronaut)
     assert _psnr(decoded, astronaut) > _psnr(bicubic, astronaut)
 
 
-def test_noisy_latents_are_decoded_about_as_well_as_by_the_autoencoder(network, autoencoder, astronaut):
+def test_noisy_latents_are_decoded_about_as_well_as_by_bicubic(network, autoencoder, astronaut):
     metadata, net = network
     times = json.loads(metadata["sampling"])["t_list"]
     latent = autoencoder.encode(_small(astronaut))

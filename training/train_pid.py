@@ -105,7 +105,7 @@ class Recipe:
     Args:
         branch: the first stage, see `latent_branch`.
         patch_steps: steps of the second stage, see `patch_stream`; 0 leaves that stream at zero.
-        steps: optimiser steps of the third stage. Each trains one call of a sampler run.
+        steps: optimiser steps of the third stage, each on one call of a sampler run; 0 skips it.
         learning_rate: peak of AdamW in stages two and three, after a linear warm-up and before a
             cosine decay.
         started_rate: share of it for the parameters that the first stage leaves in a good state.
@@ -128,7 +128,7 @@ class Recipe:
         Cycle(2400, 8e-4, structure=0.04),
     )
     patch_steps: int = 0
-    steps: int = 300
+    steps: int = 0
     learning_rate: float = 3e-4
     started_rate: float = 0.15
     warm_up: int = 60
