@@ -51,7 +51,7 @@ CONFIG = PiDConfig(
     txt_embed_dim=64,
     txt_max_length=16,
     lq_hidden_dim=128,
-    lq_num_res_blocks=3,
+    lq_num_res_blocks=5,
     lq_gate_type="sigma_aware_per_token",
     lq_conv_padding_mode="replicate",
     pit_lq_inject=True,
@@ -126,6 +126,7 @@ class Recipe:
         Cycle(3000, 1.5e-3),
         Cycle(4000, 1e-3, coding=True),
         Cycle(2400, 8e-4, structure=0.04),
+        Cycle(1900, 8e-4, structure=0.06),
     )
     patch_steps: int = 0
     steps: int = 0
