@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixeldiff.models.autoencoder import ConvAutoencoder
 from pixeldiff.models.pid import PiDConfig, PiDNet
+from pixeldiff.out_files import written_whole
 from pixeldiff.text.tiny import TinyTextEmbedder
 
 from .cache import PictureCache
@@ -471,9 +472,5 @@ def save_network(net: PiDNet, path: Path, recipe: Recipe, command: str, steps: i
         exact = tensor.dim() < 2 or name.startswith(("pixel_embedder.", "final_layer."))
         dtype = torch.float32 if exact else torch.bfloat16
         tensors[name] = tensor.detach().to(dtype).contiguous()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole([path]) as (partial,):
+        partial.write_bytes(save(tensors, metadata))

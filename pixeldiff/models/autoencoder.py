@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..out_files import written_whole
 
 _FORMAT = "pixeldiff.autoencoder.v1"
 
@@ -200,12 +202,8 @@ class ConvAutoencoder(nn.Module):
             "config": json.dumps(dataclasses.asdict(self.config)),
             **{name: json.dumps(value) for name, value in (metadata or {}).items()},
         }
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            save_file(tensors, partial, metadata=entries)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with written_whole([path]) as (partial,):
+            partial.write_bytes(save(tensors, entries))
 
     @classmethod
     def load(
