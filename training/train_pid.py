@@ -397,7 +397,7 @@ class Trainer:
         Args:
             monitor_every: steps between checkpoints, each followed by figures on a few pictures.
             compiled: compile the pixel blocks, whose many cheap operations on large tensors take
-                most of the time otherwise (a third less time per step on two cores).
+                most of the time otherwise.
         """
         from .evaluate import Decoder, monitor
 
