@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from pixeldiff.verify import NotUnderstood, verify_file
+from pixeldiff.verify.golden import compare, read_golden
 
 
 @pytest.fixture
@@ -189,3 +190,10 @@ def test_reading_leaves_the_file_alone(gates, tmp_path):
     before = gates.read_bytes()
     verify_file(copy)
     assert (tmp_path / gates.name).read_bytes() == before
+
+
+def test_output_of_another_shape_is_a_miss(golden_dir):
+    golden = read_golden(golden_dir / "pid" / "comp_small.safetensors")
+    key = "out.swiglu.y"
+    assert compare(golden, key, golden.tensors[key]).ok
+    assert not compare(golden, key, golden.tensors[key][None]).ok

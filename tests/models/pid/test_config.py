@@ -84,3 +84,24 @@ def test_impossible_geometry(values, message):
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PiDConfig().hidden_size = 1
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"lq_latent_channels": 0}, "lq_latent_channels must be None or an integer >= 1, got 0"),
+        ({"rope_ref_h": 8}, "rope_ref_h must be at least patch_size = 16, got 8"),
+        (
+            {"lq_aux_rgb_head": True, "sr_scale": 32, "latent_spatial_down_factor": 1},
+            "patch_size must be divisible by sr_scale = 32",
+        ),
+        (
+            {"lq_aux_rgb_head": True, "lq_aux_rgb_head_latent_block_idx": 5},
+            "lq_aux_rgb_head_latent_block_idx must be at most lq_num_res_blocks = 4, got 5",
+        ),
+    ],
+)
+def test_impossible_latent_branch(values, text):
+    with pytest.raises(ValueError) as raised:
+        PiDConfig(**values)
+    assert text in str(raised.value)

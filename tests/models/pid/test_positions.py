@@ -87,3 +87,15 @@ def test_time_embedding():
     want = torch.cat((angle.cos(), angle.sin()), -1)
     torch.testing.assert_close(embedding.double(), want, rtol=0, atol=2e-4)
     assert torch.equal(embedding[0], torch.cat((torch.ones(128), torch.zeros(128))))
+
+
+def test_tables_do_not_follow_a_default_device():
+    with torch.device("meta"):
+        tables = [*rope_2d((2, 3), 8, mode="original"), *rope_1d(3, 8), pixel_sincos(4, 8)]
+        tables += [time_frequencies()]
+    assert {t.device.type for t in tables} == {"cpu"}
+
+
+def test_unknown_rope_mode():
+    with pytest.raises(ValueError, match="mode must be ntk_aware or original, got 'yarn'"):
+        rope_2d((2, 2), 8, mode="yarn")

@@ -368,3 +368,10 @@ def test_interruption(run):
         run(stop)
     assert told == [1, 2]
     assert torch.equal(run(lambda info: None), run(lambda info: True))
+
+
+def test_sde_without_a_source_of_noise():
+    noise = torch.zeros(1, 3, 2, 2)
+    with pytest.raises(ValueError, match="draw: an SDE of more than one step needs"):
+        sample_student(lambda x, tau: x, noise, student_times(2), None)
+    assert sample_student(lambda x, tau: x, noise, student_times(1), None).shape == noise.shape
