@@ -120,3 +120,17 @@ def test_wrong_tensors_are_named(model, tmp_path):
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(ValueError, match=r"decoder\.0\.bias, expected shape \(8,\), got \(5,\)"):
         ConvAutoencoder.load(path)
+
+
+def test_statistics_only_rescale_the_latent():
+    torch.manual_seed(0)
+    model = ConvAutoencoder().eval().requires_grad_(False)
+    for parameter in model.parameters():  # parts of a new one are zero and would hide a mistake
+        parameter.normal_(0, 0.05)
+    image = torch.rand(1, 3, 16, 24) * 2 - 1
+    raw, picture = model.encode(image), model(image)
+    model.latent_shift.copy_(torch.linspace(-3, 3, 16))
+    model.latent_scale.copy_(torch.linspace(0.5, 2, 16))
+    shift, scale = (t.view(1, -1, 1, 1) for t in (model.latent_shift, model.latent_scale))
+    assert torch.allclose(model.encode(image), (raw - shift) / scale, atol=1e-5)
+    assert torch.allclose(model.decode((raw - shift) / scale), picture, atol=1e-4)
