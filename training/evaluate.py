@@ -268,20 +268,24 @@ def monitor(decoder: Decoder) -> None:
         )
 
 
-def monitor_paint(
-    paint: Callable[[Tensor, tuple[int, int]], Tensor], autoencoder: ConvAutoencoder
-) -> None:
-    """One line: mean PSNR of bicubic and of `paint(latent, size)` on the same pictures."""
+def monitor_paint(paint: Callable[[Tensor], Tensor], autoencoder: ConvAutoencoder) -> None:
+    """Mean figures of bicubic and of `paint(latent)` on the same pictures, a line for each kind."""
     decoder = Decoder.__new__(Decoder)
     decoder.autoencoder = autoencoder
     for group, pictures in _monitored().items():
-        bicubic, painted = [], []
+        rows = []
         for picture in pictures:
             latent = decoder.latent(to_tensor(picture))
             with torch.no_grad():
-                image = paint(latent, picture.shape[:2])
-            bicubic.append(psnr(to_picture(decoder.baseline(latent)), picture))
-            painted.append(psnr(to_picture(image), picture))
+                painted = to_picture(paint(latent.clone()))
+            bicubic = to_picture(decoder.baseline(latent))
+            rows.append(
+                [f(p, picture) for f in (psnr, ssim, sharpness) for p in (bicubic, painted)]
+            )
+        figures = np.mean(rows, axis=0)
         print(
-            f"  paint {group:<10} PSNR {np.mean(bicubic):.2f} -> {np.mean(painted):.2f}", flush=True
+            f"  paint {group:<10} PSNR {figures[0]:.2f} -> {figures[1]:.2f}  "
+            f"SSIM {figures[2]:.4f} -> {figures[3]:.4f}  "
+            f"sharpness {figures[4]:.3f} -> {figures[5]:.3f}",
+            flush=True,
         )

@@ -53,7 +53,7 @@ def initialise(net: PiDNet, seed: int) -> None:
             if isinstance(module, SigmaGate):
                 nn.init.trunc_normal_(module.content_proj.weight, std=0.01, generator=generator)
                 module.content_proj.bias.fill_(2.0)
-                module.log_alpha.fill_(math.log(5.0))
+                module.log_alpha.zero_()
         _lay_pixel_path(net, generator)
 
 

@@ -2,14 +2,13 @@
 
 What a small network has to learn most is to read the latent. Only the convolution stack of the
 latent branch is needed for that, so it is trained first with a throw-away linear head that paints
-each 16x16 patch, at a fifteenth of the cost of a sampler run. The head is then folded into the
-network: the stack's features pass the PiT gate into the conditioning u, and the attention gate of
-the first PiT block, which is linear in u, paints them.
+each 16x16 patch, at a fifteenth of the cost of a sampler run; the autoencoder trains along. The
+head is then folded into the network: the stack's features pass the PiT gate into the conditioning
+u, and the attention gate of the first PiT block, which is linear in u, paints them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -22,97 +21,115 @@ from torch.nn import functional as F
 from pixeldiff.models.pid import PiDNet
 
 from .initialise import PIXEL_GAIN
+from .optimiser import MuonAdamW
 
 if TYPE_CHECKING:
     from .train_pid import Cycle, Trainer
 
 _CODING_RATE = 0.3  # learning rate of the autoencoder, as a share of the stack's
 _CODING_WEIGHT = 0.5  # weight of its own reconstruction
+_CONSTANT = 0.3  # share of a cycle at the full rate, before a linear decay to nothing
+_FINE = 0.9  # share of a cycle after which the stack runs in fp32
 
 
-def paint(net: PiDNet, head: nn.Conv2d, latent: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, 3, H, W): the picture the latent branch and the linear head see in the latent."""
-    patch = net.config.patch_size
-    features = net.lq_proj.features(latent, (size[0] // patch, size[1] // patch))
-    return F.pixel_shuffle(head(features), patch)
+def paint(net: PiDNet, head: nn.Conv2d, latent: Tensor, sigma: Tensor | None = None) -> Tensor:
+    """(B, 3, H, W): the picture the latent branch and the linear head see in the latent.
+
+    Args:
+        latent: (B, C, h, w).
+        sigma: (B,), the noise in the latent: the gate closes with it, as it will in the network.
+    """
+    config = net.config
+    size = (side * config.pixels_per_latent_cell for side in latent.shape[-2:])
+    features = net.lq_proj.features(latent, tuple(side // config.patch_size for side in size))
+    if sigma is not None:
+        features = features * _opening(net, sigma) / _opening(net, torch.zeros(1))
+    return F.pixel_shuffle(head(features), config.patch_size)
+
+
+def _opening(net: PiDNet, sigma: Tensor) -> Tensor:
+    gate = net.pit_lq_gate
+    return torch.sigmoid(gate.content_proj.bias - gate.log_alpha.exp() * sigma)[:, None, None, None]
 
 
 def train_latent_branch(trainer: Trainer, cycles: Sequence[Cycle]) -> None:
-    """Trains the stack of `trainer.net.lq_proj` and folds the head into the net.
+    """Trains the stack of `trainer.net.lq_proj` with the autoencoder; folds the head into the net.
 
     A cycle starts from the averaged weights of the one before.
     """
     from .train_pid import TIMES
 
-    net, config = trainer.net, trainer.net.config
+    net, config, autoencoder = trainer.net, trainer.net.config, trainer.autoencoder
     head = nn.Conv2d(config.lq_hidden_dim, 3 * config.patch_size**2, 1)
     nn.init.zeros_(head.bias)
-    for cycle in cycles:
+    for module in (net.lq_proj.latent_proj, head, autoencoder):
+        module.to(memory_format=torch.channels_last)
+    for number, cycle in enumerate(cycles):
         train_cycle(trainer, head, cycle)
-    trainer.autoencoder.requires_grad_(False)
+        trainer.save_painter(head, number)
+    autoencoder.requires_grad_(False)
     with torch.no_grad():
-        images, _ = trainer.sampler.batch(0.0, whole=False)
+        images = trainer.sampler.crops(256, 256, 6)
         grid = tuple(side // config.patch_size for side in images.shape[-2:])
         features = net.lq_proj.features(trainer.clean_latent(images), grid)
+    for module in (net, autoencoder):
+        module.to(memory_format=torch.contiguous_format)
     fold(net, head, features, TIMES)
 
 
 def train_cycle(trainer: Trainer, head: nn.Conv2d, cycle: Cycle) -> None:
-    """One cosine cycle; leaves the averaged weights in the stack, the head and the autoencoder.
+    """One cycle; leaves the averaged weights in the stack, the head and the autoencoder.
 
-    In a coding cycle the autoencoder trains along at a lower rate, on its own loss and on the
-    painting's: the latent then serves both ways to read it. Its latent statistics stay as they are.
+    In a coding cycle the autoencoder trains along at a lower rate, on its own reconstruction and on
+    the painting, so that the latent serves both readers. Else it is frozen, and the stack runs in
+    bf16 until the last tenth of the cycle.
     """
     from .evaluate import monitor_paint
-    from .train_pid import low_quality, picture_loss, similarity
+    from .train_pid import low_quality, picture_loss
 
-    net = trainer.net
-    # The structural term has its own weight in a cycle.
-    recipe = dataclasses.replace(trainer.recipe, structure=0.0)
-    stack = net.lq_proj.latent_proj
-    autoencoder = trainer.autoencoder.requires_grad_(cycle.coding)
-    painting = [*stack.parameters(), *head.parameters()]
+    net, autoencoder, steps = trainer.net, trainer.autoencoder, cycle.steps
+    recipe = cycle.loss(trainer.recipe)
+    autoencoder.requires_grad_(cycle.coding)
+    stack, gate = net.lq_proj.latent_proj, net.pit_lq_gate.log_alpha
+    painting = [*stack.parameters(), *head.parameters(), gate]
     coding = list(autoencoder.parameters()) if cycle.coding else []
-    parameters, steps = painting + coding, cycle.steps
-    groups = [{"params": painting, "scale": 1.0}, {"params": coding, "scale": _CODING_RATE}]
-    optimiser = torch.optim.AdamW(groups, lr=cycle.learning_rate, betas=(0.9, 0.98))
+    parameters = painting + coding
+    optimiser = MuonAdamW([(painting, 1.0), (coding, _CODING_RATE)], cycle.learning_rate)
     average = [parameter.detach().clone() for parameter in parameters]
     started, losses = time.monotonic(), []
     for step in range(1, steps + 1):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimiser.param_groups:
-            rate = min(step / 50, 0.97 * cosine + 0.03)
-            group["lr"] = cycle.learning_rate * group["scale"] * rate
         images, _ = trainer.sampler.batch(0.0, whole=False)
-        small = low_quality(images)
+        small = low_quality(images).contiguous(memory_format=torch.channels_last)
         latent = autoencoder.encode(small)
-        predicted = paint(net, head, latent, tuple(images.shape[-2:]))
-        if cycle.structure:
-            error = predicted - images
-            loss = error.square().mean() + 0.03 * error.abs().mean()
-            loss = loss + cycle.structure * (1 - similarity(predicted, images))
-        else:
-            loss = picture_loss(predicted, images, recipe)
+        noisy, sigma = trainer.noised(latent)
+        trust = (1 - sigma)[:, None, None, None]
+        rough = not cycle.coding and step < _FINE * steps
+        with torch.autocast("cpu", torch.bfloat16, enabled=rough):
+            predicted = paint(net, head, noisy, sigma)
+        predicted = predicted.float()
+        loss = picture_loss(predicted, images, recipe, trust)
         if cycle.coding:
-            own = picture_loss(autoencoder.decode(latent), small, recipe)
+            own = picture_loss(autoencoder.decode(latent), small, trainer.recipe)
             loss = loss + _CODING_WEIGHT * own
-        optimiser.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-        optimiser.step()
+        decay = (1 - step / steps) / (1 - _CONSTANT)
+        optimiser.step(min(step / 50, 1.0, decay + 0.005))
         with torch.no_grad():
             torch._foreach_lerp_(average, parameters, weight=1 - min(0.995, step / (step + 20)))
-        losses.append((predicted.detach() - images).square().mean().item())
-        if step % 100 == 0 or step == steps:
+        losses.append(((predicted.detach() - images) * trust).square().mean().item())
+        if step % 250 == 0 or step == steps:
             psnr = 10 * math.log10(4 * len(losses) / sum(losses))
             pace = (time.monotonic() - started) / step
             print(
-                f"latent branch {step}/{steps}  PSNR {psnr:.2f} dB  {pace:.2f} s/step", flush=True
+                f"latent branch {step}/{steps}  PSNR {psnr:.2f} dB  {pace:.3f} s/step", flush=True
             )
             losses = []
-        if step % 500 == 0 or step == steps:
+        if step % 1000 == 0 or step == steps:
             _swap(parameters, average)
-            monitor_paint(lambda z, size: paint(net, head, z, size), trainer.autoencoder)
+            monitor_paint(lambda z: paint(net, head, z), autoencoder)
             if step < steps:
                 _swap(parameters, average)
 
@@ -143,7 +160,6 @@ def fold(net: PiDNet, head: nn.Conv2d, features: Tensor, times: Sequence[float])
     dim, pixels, p = config.hidden_size, config.patch_size**2, config.pixel_hidden_size
     gate = net.pit_lq_gate
     gate.content_proj.weight.zero_()
-    gate.log_alpha.zero_()
     opening = torch.sigmoid(gate.content_proj.bias).item()
 
     t = torch.tensor(times, dtype=torch.float64)

@@ -44,7 +44,7 @@ TIMES = (1.0, *T_LIST[:-1])  # every time the network is called at; a single ste
 CONFIG = PiDConfig(
     hidden_size=128,
     num_groups=2,
-    patch_depth=4,
+    patch_depth=2,
     pixel_depth=1,
     pixel_hidden_size=8,
     pixel_attn_hidden_size=144,
@@ -52,7 +52,8 @@ CONFIG = PiDConfig(
     txt_embed_dim=64,
     txt_max_length=16,
     lq_hidden_dim=128,
-    lq_num_res_blocks=5,
+    lq_num_res_blocks=7,
+    lq_interval=1,
     lq_gate_type="sigma_aware_per_token",
     lq_conv_padding_mode="replicate",
     pit_lq_inject=True,
@@ -83,20 +84,24 @@ _ENLARGED = 0.2  # share of crops enlarged twice: photographs are often that smo
 
 @dataclass(frozen=True)
 class Cycle:
-    """One cosine cycle of the first stage.
+    """One cycle of the first stage.
 
     Args:
         steps: optimiser steps.
-        learning_rate: peak of AdamW.
+        learning_rate: peak of `MuonAdamW`.
         coding: whether the autoencoder trains along.
-        structure: weight of 1 - SSIM. Where it is positive the loss is that, plain squared error
-            and a little absolute error; else it is `picture_loss`.
+        structure, energy: weights of these terms of `picture_loss`.
     """
 
     steps: int
     learning_rate: float
     coding: bool = False
     structure: float = 0.0
+    energy: float = 0.0
+
+    def loss(self, recipe: Recipe) -> Recipe:
+        """`recipe` with the weights of this cycle."""
+        return dataclasses.replace(recipe, structure=self.structure, energy=self.energy)
 
 
 @dataclass(frozen=True)
@@ -117,17 +122,16 @@ class Recipe:
             edges as steep as the original's for a little squared error.
         structure: weight of 1 - SSIM in stages two and three, against grain and steps between
             patches.
+        energy: weight of the difference in local gradient energy there: pictures as sharp as the
+            original where squared error alone would blur what it cannot know.
         noisy: share of pictures whose latent is noised, sigma uniform in [0, 0.8].
         no_caption: share of pictures with the null caption.
         seed: of the weights, the batches and the noise.
     """
 
     branch: tuple[Cycle, ...] = (
-        Cycle(3300, 2e-3),
-        Cycle(3000, 1.5e-3),
-        Cycle(4000, 1e-3, coding=True),
-        Cycle(2400, 8e-4, structure=0.04),
-        Cycle(1900, 8e-4, structure=0.06),
+        Cycle(9000, 2e-3, coding=True, structure=0.02),
+        Cycle(7000, 1.2e-3, structure=0.05),
     )
     patch_steps: int = 0
     steps: int = 0
@@ -137,8 +141,9 @@ class Recipe:
     ema: float = 0.99
     absolute: float = 0.05
     gradient: float = 0.04
-    structure: float = 0.03
-    noisy: float = 0.15
+    structure: float = 0.05
+    energy: float = 0.0
+    noisy: float = 0.12
     no_caption: float = 0.1
     seed: int = 1
 
@@ -163,29 +168,39 @@ class BatchSampler:
         odds[-1] *= whole
         height, width, count, *_ = _SHAPES[int(rng.choice(len(_SHAPES), p=odds / odds.sum()))]
         if height == 1024:  # whole pictures, some of them not square
-            chosen = [int(rng.integers(len(self.captions)))]
-            crops = [recolour(rng, np.asarray(self.levels[0][chosen[0]]))]
-        else:
-            chosen, crops = [], []
-            while len(crops) < count:
-                level = self.levels[int(rng.integers(len(self.levels)))]
-                index = int(rng.integers(len(level)))
-                picture = level[index]
-                enlarge = 2 if rng.random() < _ENLARGED else 1
-                high, wide = height // enlarge, width // enlarge
-                if picture.shape[0] < high or picture.shape[1] < wide:
-                    continue
-                top = int(rng.integers(picture.shape[0] - high + 1))
-                left = int(rng.integers(picture.shape[1] - wide + 1))
-                crop = picture[top : top + high, left : left + wide]
-                if enlarge > 1:
-                    enlarged = Image.fromarray(np.ascontiguousarray(crop))
-                    crop = np.asarray(enlarged.resize((width, height), Image.BICUBIC))
-                chosen.append(index)
-                crops.append(recolour(rng, crop[:, ::-1] if rng.random() < 0.5 else crop))
-        images = torch.from_numpy(np.ascontiguousarray(np.stack(crops)))
-        images = images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-        return images.contiguous(), [self.captions[i] for i in chosen]
+            chosen = int(rng.integers(len(self.captions)))
+            picture = recolour(rng, np.asarray(self.levels[0][chosen]))
+            return _to_tensor([picture]), [self.captions[chosen]]
+        return self._cut(height, width, count)
+
+    def crops(self, height: int, width: int, count: int) -> Tensor:
+        """(count, 3, height, width) fp32 in [-1, 1]."""
+        return self._cut(height, width, count)[0]
+
+    def _cut(self, height: int, width: int, count: int) -> tuple[Tensor, list[str]]:
+        rng, chosen, crops = self.rng, [], []
+        while len(crops) < count:
+            level = self.levels[int(rng.integers(len(self.levels)))]
+            index = int(rng.integers(len(level)))
+            picture = level[index]
+            enlarge = 2 if rng.random() < _ENLARGED else 1
+            high, wide = height // enlarge, width // enlarge
+            if picture.shape[0] < high or picture.shape[1] < wide:
+                continue
+            top = int(rng.integers(picture.shape[0] - high + 1))
+            left = int(rng.integers(picture.shape[1] - wide + 1))
+            crop = picture[top : top + high, left : left + wide]
+            if enlarge > 1:
+                enlarged = Image.fromarray(np.ascontiguousarray(crop))
+                crop = np.asarray(enlarged.resize((width, height), Image.BICUBIC))
+            chosen.append(index)
+            crops.append(recolour(rng, crop[:, ::-1] if rng.random() < 0.5 else crop))
+        return _to_tensor(crops), [self.captions[i] for i in chosen]
+
+
+def _to_tensor(pictures: list[np.ndarray]) -> Tensor:
+    images = torch.from_numpy(np.ascontiguousarray(np.stack(pictures)))
+    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
 
 
 def _shrunk(picture: np.ndarray, factor: float) -> np.ndarray:
@@ -233,18 +248,28 @@ def picture_loss(
         loss = loss + recipe.gradient * (_charbonnier(across) + _charbonnier(down))
     if recipe.structure:
         loss = loss + recipe.structure * (1 - similarity(predicted, target, trust))
+    if recipe.energy:
+        contrast = gradient_energy(predicted) - gradient_energy(target)
+        loss = loss + recipe.energy * (contrast * trust).abs().mean()
     return loss
 
 
+def gradient_energy(images: Tensor) -> Tensor:
+    """(B, 1, h, w): root of the mean squared differences of the luma in 8x8 windows, 4 apart."""
+    luma = images.mean(dim=1, keepdim=True)
+    across, down = luma.diff(dim=3)[:, :, 1:], luma.diff(dim=2)[:, :, :, 1:]
+    return (F.avg_pool2d(across.square() + down.square(), 8, stride=4) + 1e-4).sqrt()
+
+
 def similarity(a: Tensor, b: Tensor, trust: Tensor | float = 1.0) -> Tensor:
-    """Mean structural similarity of pictures in [-1, 1], Gaussian windows two pixels apart."""
+    """Mean structural similarity of pictures in [-1, 1], Gaussian windows four pixels apart."""
     offsets = torch.arange(11, dtype=a.dtype) - 5
     profile = torch.exp(-(offsets**2) / (2 * 1.5**2))
-    kernel = torch.outer(profile, profile) / profile.sum() ** 2
-    kernel = kernel.expand(a.shape[1], 1, 11, 11).contiguous()
+    profile = (profile / profile.sum()).expand(a.shape[1], 1, 11)
 
     def window(x: Tensor) -> Tensor:
-        return F.conv2d(x, kernel, stride=2, groups=x.shape[1])
+        x = F.conv2d(x, profile[..., None], stride=(4, 1), groups=x.shape[1])
+        return F.conv2d(x, profile[..., None, :], stride=(1, 4), groups=x.shape[1])
 
     mean_a, mean_b = window(a), window(b)
     var_a, var_b = window(a * a) - mean_a**2, window(b * b) - mean_b**2
@@ -260,7 +285,6 @@ class Trainer:
 
     Args:
         pictures: folder of a filled `PictureCache`.
-        autoencoder: trained, frozen.
         recipe: see `Recipe`.
         work: folder for the checkpoint `pid.pt`, overwritten as training goes.
     """
@@ -314,14 +338,18 @@ class Trainer:
         """The normalised latent of the pictures at a quarter of their size."""
         return self.autoencoder.encode(low_quality(images))
 
+    def noised(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """((1 - sigma) latent + sigma noise, sigma (B,)); sigma is 0 for most pictures."""
+        rng, count = self.sampler.rng, len(latent)
+        noisy = rng.random(count) < self.recipe.noisy
+        sigma = torch.from_numpy(np.where(noisy, rng.uniform(0, 0.8, count), 0.0)).float()
+        s = sigma[:, None, None, None]
+        return (1 - s) * latent + s * self._randn(*latent.shape), sigma
+
     def condition(self, images: Tensor, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """(latent as decoding gets it, sigma (B,), caption embeddings) for a batch of pictures."""
         rng, recipe = self.sampler.rng, self.recipe
-        latent = self.clean_latent(images)
-        noisy = rng.random(len(captions)) < recipe.noisy
-        sigma = torch.from_numpy(np.where(noisy, rng.uniform(0, 0.8, len(captions)), 0.0)).float()
-        s = sigma[:, None, None, None]
-        latent = (1 - s) * latent + s * self._randn(*latent.shape)
+        latent, sigma = self.noised(self.clean_latent(images))
         kept = ["" if rng.random() < recipe.no_caption else caption for caption in captions]
         return latent.bfloat16().float(), sigma, self.embed.encode(kept)
 
@@ -367,10 +395,23 @@ class Trainer:
             averaged, current = list(self.average.parameters()), list(self.net.parameters())
             torch._foreach_lerp_(averaged, current, weight=1 - ema)
 
+    def save_painter(self, head: nn.Conv2d, cycle: int) -> None:
+        """Keeps the state of the first stage after `cycle` in the work folder."""
+        state = {
+            "cycle": cycle,
+            "net": self.net.state_dict(),
+            "head": head.state_dict(),
+            "autoencoder": self.autoencoder.state_dict(),
+        }
+        partial = self.work / "painter.pt.part"
+        torch.save(state, partial)
+        os.replace(partial, self.work / "painter.pt")
+
     def save_checkpoint(self) -> None:
         state = {
             "step": self.step,
             "net": self.net.state_dict(),
+            "autoencoder": self.autoencoder.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "noise": self.noise.get_state(),
@@ -385,6 +426,8 @@ class Trainer:
         state = torch.load(self.work / "pid.pt", weights_only=True)
         self.step, self.branch_trained = state["step"], True
         self.net.load_state_dict(state["net"])
+        self.autoencoder.load_state_dict(state["autoencoder"])
+        self.autoencoder.requires_grad_(False)
         self.average.load_state_dict(state["average"])
         if self.step:
             self.optimiser.load_state_dict(state["optimiser"])
