@@ -13,11 +13,12 @@ import torch
 
 from pixeldiff.models.autoencoder import ConvAutoencoder
 
-from . import cache, train_pid
+from . import cache, train_autoencoder, train_pid
 
 ROOT = Path(__file__).resolve().parent
 ASSETS = ROOT.parent / "pixeldiff" / "assets" / "demo"
 PICTURES = 480
+AUTOENCODER_STEPS = 1000
 FILES = ("autoencoder.safetensors", "pid.safetensors")
 
 
@@ -67,17 +68,28 @@ def pictures(work: Path, effort: float) -> None:
 @main.command()
 @_work
 @_effort
+def autoencoder(work: Path, effort: float) -> None:
+    """Train the autoencoder (needs the pictures)."""
+    steps = _few(AUTOENCODER_STEPS, effort)
+    output = work / "autoencoder.safetensors"
+    train_autoencoder.train(work / "pictures", output, steps=steps, command=_command())
+
+
+@main.command()
+@_work
+@_effort
 @_compiled
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint in the work folder.")
 def pid(work: Path, effort: float, compiled: bool, resume: bool) -> None:
-    """Train the autoencoder and PiD (needs the pictures)."""
+    """Train PiD (needs the pictures and the autoencoder, which it trains on)."""
     full = train_pid.Recipe()
     recipe = train_pid.Recipe(
         steps=_few(full.steps, effort),
         branch=tuple(replace(c, steps=_few(c.steps, effort)) for c in full.branch),
         patch_steps=_few(full.patch_steps, effort),
     )
-    trainer = train_pid.Trainer(work / "pictures", recipe, work)
+    encoder = ConvAutoencoder.load(work / "autoencoder.safetensors")
+    trainer = train_pid.Trainer(work / "pictures", encoder, recipe, work)
     if resume:
         trainer.resume()
     trainer.run(compiled=compiled)
@@ -126,6 +138,7 @@ def demo(context: click.Context, work: Path, effort: float, compiled: bool, ship
     """Everything: pictures, both trainings, the shipped files and the measurement."""
     work.mkdir(parents=True, exist_ok=True)
     context.invoke(pictures, work=work, effort=effort)
+    context.invoke(autoencoder, work=work, effort=effort)
     context.invoke(pid, work=work, effort=effort, compiled=compiled, resume=False)
     weights, result = work, work / "demo.json"
     if shipping:

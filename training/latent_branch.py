@@ -62,6 +62,8 @@ def train_latent_branch(trainer: Trainer, cycles: Sequence[Cycle]) -> None:
     net, config, autoencoder = trainer.net, trainer.net.config, trainer.autoencoder
     head = nn.Conv2d(config.lq_hidden_dim, 3 * config.patch_size**2, 1)
     nn.init.zeros_(head.bias)
+    with torch.no_grad():
+        head.weight.mul_(0.1)
     for module in (net.lq_proj.latent_proj, head, autoencoder):
         module.to(memory_format=torch.channels_last)
     for number, cycle in enumerate(cycles):
@@ -109,7 +111,7 @@ def train_cycle(trainer: Trainer, head: nn.Conv2d, cycle: Cycle) -> None:
         predicted = predicted.float()
         loss = picture_loss(predicted, images, recipe, trust)
         if cycle.coding:
-            own = picture_loss(autoencoder.decode(latent), small, trainer.recipe)
+            own = picture_loss(autoencoder.decode(latent), small, recipe)
             loss = loss + _CODING_WEIGHT * own
         for parameter in parameters:
             parameter.grad = None

@@ -68,11 +68,26 @@ def train_patch_stream(trainer: Trainer, steps: int, learning_rate: float) -> No
     from .train_pid import TIMES, picture_loss
 
     net, recipe, rng = trainer.net, trainer.recipe, trainer.sampler.rng
-    untouched = ("s_embedder.", "pixel_embedder.", "final_layer.", "t_embedder.")
+    # What the first stage trained stays as it is: the patch stream learns what that one cannot see.
+    untouched = (
+        "s_embedder.",
+        "pixel_embedder.",
+        "pixel_blocks.",
+        "final_layer.",
+        "t_embedder.",
+        "lq_proj.latent_proj.",
+        "lq_proj.pit_head.",
+        "pit_lq_gate.",
+    )
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(
         trainer.groups(without=untouched), lr=learning_rate, betas=(0.9, 0.98), weight_decay=1e-3
     )
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     of_net = {id(p): name for name, p in net.named_parameters()}
     averaged = dict(trainer.average.named_parameters())
     average = [averaged[of_net[id(p)]] for p in parameters]
@@ -104,4 +119,6 @@ def train_patch_stream(trainer: Trainer, steps: int, learning_rate: float) -> No
         if step % 500 == 0 or step == steps:
             monitor(Decoder(trainer.average, trainer.autoencoder))
             trainer.save_checkpoint()
+    for parameter in trained:
+        parameter.requires_grad_(True)
     net.load_state_dict(trainer.average.state_dict())

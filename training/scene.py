@@ -72,11 +72,12 @@ def _mountains(rng: np.random.Generator, picture: np.ndarray) -> None:
         crest = _ridge(rng, n, level, rise)
         inside = np.clip((y - crest) * n + 0.5, 0, 1)[..., None]
         rock = power_noise(rng, n, n, 2.2)
-        slope = np.gradient(blur(rock[..., None], 1.2)[..., 0], axis=1)
+        slope = np.gradient(blur(rock[..., None], 5.0)[..., 0], axis=1)
         light = 1 + contrast * np.clip(slope / slope.std(), -2.5, 2.5)
         face = np.array(colour, np.float32) / 255 * light[..., None]
         depth = np.clip((y - crest) / rise, 0, 1)
-        white = np.clip((0.34 - depth + 0.09 * rock) * 9, 0, 1) * (slope > 0) * snow
+        white = np.clip((0.34 - depth + 0.09 * rock) * 9, 0, 1) * snow
+        white *= np.clip(0.5 + 1.5 * slope / slope.std(), 0, 1)
         face += white[..., None] * (np.array([0.93, 0.86, 0.88], np.float32) - face) * 0.8
         mist = np.clip((depth - 0.45) * 1.5, 0, 1)[..., None] * 0.55
         face += mist * (np.array([0.86, 0.72, 0.68], np.float32) - face)

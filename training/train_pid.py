@@ -110,10 +110,11 @@ class Recipe:
 
     Args:
         branch: the first stage, see `latent_branch`.
-        patch_steps: steps of the second stage, see `patch_stream`; 0 leaves that stream at zero.
+        patch_steps, patch_rate: steps and learning rate of the second stage, see `patch_stream`;
+            without steps that stream stays at zero.
         steps: optimiser steps of the third stage, each on one call of a sampler run; 0 skips it.
-        learning_rate: peak of AdamW in stages two and three, after a linear warm-up and before a
-            cosine decay.
+        learning_rate: peak of AdamW in stage three, after a linear warm-up and before a cosine
+            decay.
         started_rate: share of it for the parameters that the first stage leaves in a good state.
         warm_up: steps of the warm-up.
         ema: decay of the averaged weights that are shipped.
@@ -130,10 +131,12 @@ class Recipe:
     """
 
     branch: tuple[Cycle, ...] = (
-        Cycle(9000, 2e-3, coding=True, structure=0.02),
-        Cycle(7000, 1.2e-3, structure=0.05),
+        Cycle(4000, 1e-3, coding=True, structure=0.02),
+        Cycle(16000, 1e-3, structure=0.03),
+        Cycle(1500, 3e-4, structure=0.06, energy=0.16),
     )
-    patch_steps: int = 0
+    patch_steps: int = 900
+    patch_rate: float = 1e-3
     steps: int = 0
     learning_rate: float = 3e-4
     started_rate: float = 0.15
@@ -142,8 +145,8 @@ class Recipe:
     absolute: float = 0.05
     gradient: float = 0.04
     structure: float = 0.05
-    energy: float = 0.0
-    noisy: float = 0.12
+    energy: float = 0.16
+    noisy: float = 0.08
     no_caption: float = 0.1
     seed: int = 1
 
@@ -451,7 +454,7 @@ class Trainer:
             train_latent_branch(self, self.recipe.branch)
             self.average.load_state_dict(self.net.state_dict())
             if self.recipe.patch_steps:
-                train_patch_stream(self, self.recipe.patch_steps, self.recipe.learning_rate)
+                train_patch_stream(self, self.recipe.patch_steps, self.recipe.patch_rate)
             self.branch_trained = True
             self.autoencoder.save(
                 self.work / "autoencoder.safetensors",
