@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import pixel_head as head
 from .checks import check_device, check_float, check_shape
+from .pixel_head import check as check_head
+from .pixel_head import reference as head
 from .registry import Backend, define
 
 SAMPLE_TYPES = ("sde", "ode")
@@ -60,7 +61,7 @@ def reference(
     q, norm_weight, weight, bias, x, noise, t, t_next, ode, predicts_x0, fp64_state, want_x0,
     patch, eps,
 ):  # fmt: skip
-    v = head.reference(q, norm_weight, weight, bias, *x.shape[2:], patch, eps)
+    v = head(q, norm_weight, weight, bias, *x.shape[2:], patch, eps)
     x_next, x0 = update(
         x,
         v,
@@ -155,7 +156,7 @@ def pixel_head_step(
         raise ValueError(
             f"{op}: x must be (B, {weight.shape[0]}, H, W) for this head, got {tuple(x.shape)}"
         )
-    head.check(op, q, norm_weight, weight, bias, tuple(x.shape[2:]), patch)
+    check_head(op, q, norm_weight, weight, bias, tuple(x.shape[2:]), patch)
     images = q.shape[0] * patch * patch // (x.shape[2] * x.shape[3])
     check_shape(op, "x", x, "(B, C, H, W)", (images, *x.shape[1:]))
     if sample_type == "sde" and t_next != 0:

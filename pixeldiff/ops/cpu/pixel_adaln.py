@@ -20,11 +20,11 @@ CHUNK_BYTES = 4 << 20  # of modulation and what accompanies it: well inside the 
 
 
 def why_not(*tensors: Tensor) -> str | None:
-    """`tensors` begins with q and u; those that a GEMM multiplies must have one dtype."""
-    reason = native.why_not() or native.why_not_tensors("cpu", *tensors[:1])
+    """The first of `tensors` is q; GEMMs want the others in its dtype."""
+    q = tensors[0]
+    reason = native.why_not() or native.why_not_tensors("cpu", q[..., :1])
     if reason is not None:
         return reason
-    q = tensors[0]
     for t in tensors[1:]:
         if t.device != q.device or t.dtype != q.dtype:
             return f"needs every tensor in {q.dtype} on the CPU, got {t.dtype} on {t.device}"
