@@ -19,36 +19,42 @@ constexpr double kMinTime = 0.05;  // MIN_TIME of pixeldiff/ops/pixel_head_step.
 // The arithmetic of x0 (and of the velocity, where the network predicts x0) in S, as PyTorch rounds
 // it: scalars to the type of the tensor they meet, every operation for itself.
 template <class S>
-static void update(const PixelHeadStepArgs& a, const float* v, int64_t offset, int64_t n) {
-  const float* x = a.x + offset;
-  float* x_next = a.x_next + offset;
-  float x0[Vec::width], velocity[Vec::width];
+static void update(const PixelHeadStepArgs& a, Vec output, int64_t offset, int64_t n) {
+  constexpr int W = Vec::width;  // loops of a fixed length vectorise; lanes beyond n are idle
+  float v[W], x[W], x0[W], next[W];
+  output.store(v);
+  load_n(a.x + offset, n).store(x);
   const S t = (S)a.t, divisor = (S)(a.t > kMinTime ? a.t : kMinTime);
-  for (int64_t i = 0; i < n; ++i) x0[i] = a.predicts_x0 ? v[i] : (float)((S)x[i] - t * (S)v[i]);
-  if (a.x0 != nullptr) memcpy(a.x0 + offset, x0, (size_t)n * sizeof(float));
+  if (a.predicts_x0)
+    output.store(x0);
+  else
+    for (int i = 0; i < W; ++i) x0[i] = (float)((S)x[i] - t * (S)v[i]);
+  if (a.x0 != nullptr) store_n(Vec::load(x0), a.x0 + offset, n);
   if (a.t_next == 0) {
-    memcpy(x_next, x0, (size_t)n * sizeof(float));
-  } else if (!a.ode) {
+    store_n(Vec::load(x0), a.x_next + offset, n);
+    return;
+  }
+  if (!a.ode) {
     const float keep = (float)(1 - a.t_next), add = (float)a.t_next;
-    const float* noise = a.noise + offset;
-    for (int64_t i = 0; i < n; ++i) x_next[i] = keep * x0[i] + add * noise[i];
+    float noise[W];
+    load_n(a.noise + offset, n).store(noise);
+    for (int i = 0; i < W; ++i) next[i] = keep * x0[i] + add * noise[i];
   } else {
     const float move = (float)(a.t_next - a.t);
-    for (int64_t i = 0; i < n; ++i)
-      velocity[i] = a.predicts_x0 ? (float)(((S)x[i] - (S)x0[i]) / divisor) : v[i];
-    for (int64_t i = 0; i < n; ++i) x_next[i] = x[i] + move * velocity[i];
+    if (a.predicts_x0)
+      for (int i = 0; i < W; ++i) v[i] = (float)(((S)x[i] - (S)x0[i]) / divisor);
+    for (int i = 0; i < W; ++i) next[i] = x[i] + move * v[i];
   }
+  store_n(Vec::load(next), a.x_next + offset, n);
 }
 
 template <int C, class T>
 static void patches(const PixelHeadStepArgs& a, int64_t begin, int64_t end) {
   for_colours<C, T>(a.head, begin, end, [&](Vec v, int64_t offset, int64_t n) {
-    float lanes[Vec::width];
-    v.store(lanes);
     if (a.fp64_state)
-      update<double>(a, lanes, offset, n);
+      update<double>(a, v, offset, n);
     else
-      update<float>(a, lanes, offset, n);
+      update<float>(a, v, offset, n);
   });
 }
 
