@@ -88,7 +88,8 @@ def test_prepared_timesteps(config):
         v = net.step(kw["x"], 634.0, ready)
         assert torch.equal(net.step(kw["x"], 634.0, bare), v)
         tensor = net.step(kw["x"], torch.full((batch,), 634.0), bare)
-        torch.testing.assert_close(tensor, v, rtol=1e-5, atol=1e-5)
+        # Each is within 2.5e-5 of the fp64 network, fused or not: fp32's own error.
+        torch.testing.assert_close(tensor, v, rtol=1e-5, atol=5e-5)
         if batch == 1:
             assert torch.equal(tensor, v)
         assert not torch.equal(net.step(kw["x"], 342.0, ready), v)
