@@ -4,6 +4,7 @@
 #include "gated_residual_norm.h"
 #include "parallel.h"
 #include "rms_norm_modulate.h"
+#include "variants.h"
 
 namespace pixeldiff::cpu {
 namespace {
@@ -40,25 +41,6 @@ void run_rows(const Args& args, RowsFunction<Args> rows, int64_t scratch_floats,
       },
       &job);
 }
-
-template <class Function>
-Function variant(Isa isa, Function portable, Function avx2, Function avx512) {
-  if (isa == Isa::avx512) return avx512;
-  return isa == Isa::avx2 ? avx2 : portable;
-}
-
-#ifdef PIXELDIFF_HAVE_AVX2
-#define PIXELDIFF_AVX2(name) avx2::name
-#else
-#define PIXELDIFF_AVX2(name) portable::name
-#endif
-#ifdef PIXELDIFF_HAVE_AVX512
-#define PIXELDIFF_AVX512(name) avx512::name
-#else
-#define PIXELDIFF_AVX512(name) portable::name
-#endif
-#define PIXELDIFF_VARIANT(isa, name) \
-  variant(isa, &portable::name, &PIXELDIFF_AVX2(name), &PIXELDIFF_AVX512(name))
 
 }  // namespace
 

@@ -7,6 +7,7 @@ from .pixel_adaln_compress import pixel_adaln_compress
 from .pixel_adaln_mlp import pixel_adaln_mlp
 from .pixel_embed import pixel_embed
 from .pixel_head import pixel_head
+from .pixel_head_step import pixel_head_step
 from .qk_norm_rope import qk_norm_rope
 from .registry import backend, explain
 from .rms_norm import rms_norm
@@ -24,6 +25,7 @@ __all__ = [
     "pixel_adaln_mlp",
     "pixel_embed",
     "pixel_head",
+    "pixel_head_step",
     "qk_norm_rope",
     "rms_norm",
     "rms_norm_modulate",

@@ -58,10 +58,16 @@ def _pixel_compress(t: Callable[..., Tensor]) -> tuple[Any, ...]:
 
 
 def _pixel_embed(t: Callable[..., Tensor]) -> tuple[Any, ...]:
-    side = 2 * PATCH
-    table = t(side, PIXEL // 2, dtype=torch.float32)
-    image = t(1, 3, side, side, dtype=torch.float32)
-    return (image, t(PIXEL, 3), t(PIXEL), table, table, PATCH)
+    table = t(2 * PATCH, PIXEL // 2, dtype=torch.float32)
+    return (_image(t), t(PIXEL, 3), t(PIXEL), table, table, PATCH)
+
+
+def _image(t: Callable[..., Tensor]) -> Tensor:
+    return t(1, 3, 2 * PATCH, 2 * PATCH, dtype=torch.float32)
+
+
+def _head(t: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    return t(TOKENS, PATCH**2, PIXEL), t(PIXEL), t(3, PIXEL), t(3)
 
 
 _ARGUMENTS: dict[str, Callable[[Callable[..., Tensor]], tuple[Any, ...]]] = {
@@ -81,8 +87,9 @@ _ARGUMENTS: dict[str, Callable[[Callable[..., Tensor]], tuple[Any, ...]]] = {
     "pixel_embed": _pixel_embed,
     "pixel_adaln_compress": _pixel_compress,
     "pixel_adaln_mlp": _pixel_mlp,
-    "pixel_head": lambda t: (
-        *(t(TOKENS, PATCH**2, PIXEL), t(PIXEL), t(3, PIXEL), t(3)),
-        *(2 * PATCH, 2 * PATCH, PATCH, 1e-6),
+    "pixel_head": lambda t: (*_head(t), 2 * PATCH, 2 * PATCH, PATCH, 1e-6),
+    "pixel_head_step": lambda t: (
+        *(*_head(t), _image(t), _image(t), 0.866, 0.634),
+        *(False, False, True, True, PATCH, 1e-6),
     ),
 }

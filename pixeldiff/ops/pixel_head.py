@@ -8,7 +8,9 @@ from torch.nn.functional import linear
 
 from .checks import check_float, check_rank, check_shape
 from .patchify import unpatchify
-from .registry import define, upcast
+from .registry import Backend, define, upcast
+
+BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.pixel_head"),)
 
 
 def reference(q, norm_weight, weight, bias, height, width, patch, eps):
@@ -29,6 +31,7 @@ _op = define(
     " float eps) -> Tensor",
     reference=reference,
     fake=_fake,
+    backends=BACKENDS,
 )
 
 
@@ -61,11 +64,24 @@ def pixel_head(
     Raises:
         ValueError: shape. TypeError: dtype.
 
-    Backends: reference. Gradients: through the reference.
+    Backends: cpu (fp32, bf16, fp16), reference. Gradients: through the reference.
     Cost: B*H*W*(p*sizeof(q) + 4*C) bytes; bandwidth-bound.
     Source: PiD (arXiv 2605.23902), final layer.
     """
-    op = "pixel_head"
+    height, width = size
+    check("pixel_head", q, norm_weight, weight, bias, size, patch)
+    return _op(q, norm_weight, weight, bias, height, width, patch, eps)
+
+
+def check(
+    op: str,
+    q: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    size: tuple[int, int],
+    patch: int,
+) -> None:
     check_float(op, q=q, norm_weight=norm_weight, weight=weight, bias=bias)
     check_rank(op, "q", q, "(B*N, P*P, p)")
     height, width = size
@@ -80,4 +96,3 @@ def pixel_head(
     check_shape(op, "norm_weight", norm_weight, "(p,)", (p,))
     check_shape(op, "weight", weight, "(C, p)", (weight.shape[0], p))
     check_shape(op, "bias", bias, "(C,)", (weight.shape[0],))
-    return _op(q, norm_weight, weight, bias, height, width, patch, eps)

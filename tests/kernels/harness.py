@@ -72,6 +72,41 @@ def launcher(op: str, backend: str) -> tuple[Callable, str]:
     return import_module(f"pixeldiff.ops.cuda.{op}").launch, "cuda"
 
 
+def usable_isas() -> list[str]:
+    """Instruction sets the CPU kernels were compiled for and this processor runs."""
+    if native.why_not() is not None:
+        pytest.skip(native.why_not())
+    return [name for name, code in native.ISA_CODES.items() if native.load().isa_usable(code)]
+
+
+each_isa = pytest.mark.parametrize("isa", native.ISA_CODES)
+
+
+def check_threads(op: str, isa: str, *args) -> None:
+    """The kernel's result does not depend on its number of threads, bit for bit."""
+    launcher(op, f"cpu-{isa}")  # skips where this instruction set cannot run
+    launch, code = import_module(f"pixeldiff.ops.cpu.{op}").launch, native.ISA_CODES[isa]
+
+    def run(threads: int) -> tuple[Tensor, ...]:
+        result = launch(*args, isa=code, threads=threads)
+        return result if isinstance(result, tuple) else (result,)
+
+    for threads in (2, 7, 1000):
+        for a, b in zip(run(1), run(threads), strict=True):
+            assert torch.equal(a, b)
+
+
+def check_not_finite_like(y: Tensor, want: Tensor) -> None:
+    """NaN and infinities in the same places, the rest about equal; `want` holds some of each."""
+    assert torch.equal(y.isnan(), want.isnan())
+    assert torch.equal(y.isinf(), want.isinf())
+    assert not want.isfinite().all()
+    assert want.isfinite().any()
+    tolerance = 16 * torch.finfo(y.dtype).eps
+    ok = want.isfinite()
+    torch.testing.assert_close(y[ok], want[ok], rtol=tolerance, atol=tolerance * 8)
+
+
 def run_in_interpreter(test_file: str) -> None:
     """Run the "triton" cases of a test file in Triton's interpreter."""
     if util.find_spec("triton") is None:

@@ -1,10 +1,17 @@
 """pixel_adaln_compress against fp64, with every modulation value found by its index."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
+from harness import check_not_finite_like, check_threads, each_isa, launcher, usable_isas
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rules import (
+    EPS32,
     Draw,
+    assert_bitwise,
     assert_within_twice_eager,
     at_odd_stride,
     check_compiles,
@@ -21,12 +28,19 @@ from rules import (
 from torch.nn.functional import linear, rms_norm
 
 from pixeldiff.ops import pixel_adaln_compress
+from pixeldiff.ops.cpu import pixel_adaln
+
+reference = import_module("pixeldiff.ops.pixel_adaln_compress").reference
 
 # (R, P*P, p, D, A)
 SHAPES = {
     "production": (6, 256, 16, 96, 288),
     "primes": (7, 9, 4, 13, 11),
     "one": (1, 1, 1, 1, 1),
+    "patch8": (5, 64, 8, 32, 48),
+    "p12": (3, 4, 12, 16, 20),
+    "p20": (4, 25, 20, 9, 16),
+    "one-patch": (1, 64, 8, 24, 40),
     "empty": (0, 4, 4, 8, 8),
 }
 
@@ -74,6 +88,88 @@ def test_matches_oracle(dtype, std, shape, backend):
         a = pixel_adaln_compress(*args)
     assert a.dtype == dtype
     assert_within_twice_eager(a, eager(*args), oracle(*args))
+
+
+def within_budget(y, eager, want):
+    """Twice eager's error; a result so small that eager hit it by luck may round once."""
+    budget = max(2 * np.abs(f64(eager) - want).max(), torch.finfo(y.dtype).eps * np.abs(want).max())
+    budget += 4 * EPS32 * np.abs(want).max()
+    assert np.abs(f64(y) - want).max() <= budget
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_instruction_set(dtype, shape, isa):
+    launch, _ = launcher("pixel_adaln_compress", f"cpu-{isa}")
+    if shape[2] % 4:
+        pytest.skip("the kernels take multiples of 4 channels")
+    args = arguments(dtype, shape)
+    within_budget(launch(*args, 1e-6), eager(*args), oracle(*args))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_random_shapes(data):
+    """Chunks of any number of patches, groups of pixels with and without a rest."""
+    draw = data.draw
+    p, patch = 4 * draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    shape = (draw(st.integers(1, 9)), patch**2, p, *(draw(st.integers(1, 20)) for _ in range(2)))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    args = arguments(dtype, shape, draw(st.sampled_from([1.0, 1e-3, 30.0])))
+    launch, _ = launcher("pixel_adaln_compress", f"cpu-{draw(st.sampled_from(usable_isas()))}")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pixel_adaln, "CHUNK_BYTES", draw(st.sampled_from([1, 3000, 10000])))
+        patched.setattr(pixel_adaln, "GROUP", draw(st.sampled_from([1, 5, 16, 40])))
+        y = launch(*args, 1e-6)
+    within_budget(y, eager(*args), oracle(*args))
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    """Beyond the rounding of the GEMMs, whose order of summation may depend on their size."""
+    launch, _ = launcher("pixel_adaln_compress", f"cpu-{usable_isas()[-1]}")
+    args = arguments(torch.float32, (37, 64, 8, 24, 40))
+    whole = launch(*args, 1e-6)
+    for chunk, group in ((1, 16), (20_000, 7), (50_000, 64)):
+        monkeypatch.setattr(pixel_adaln, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(pixel_adaln, "GROUP", group)
+        torch.testing.assert_close(launch(*args, 1e-6), whole, rtol=1e-5, atol=1e-5)
+
+
+@each_isa
+def test_threads_do_not_change_the_result(isa):
+    check_threads(
+        "pixel_adaln_compress", isa, *arguments(torch.bfloat16, (300, 64, 8, 16, 24)), 1e-6
+    )
+
+
+@each_isa
+def test_inference_mode(isa):
+    launch, _ = launcher("pixel_adaln_compress", f"cpu-{isa}")
+    args = arguments(torch.float32, (3, 9, 8, 13, 11))
+    want = launch(*args, 1e-6)
+    with torch.inference_mode():
+        assert_bitwise(launch(*args, 1e-6), want)
+
+
+@each_isa
+def test_not_finite(isa):
+    """A pixel's NaN or infinity, and one in u, take the tokens of their patches."""
+    launch, _ = launcher("pixel_adaln_compress", f"cpu-{isa}")
+    q, u, *rest = arguments(torch.float32, (6, 16, 8, 24, 40))
+    q[1, 5, 3], q[2, 15, 7], u[4, 0] = torch.nan, torch.inf, torch.inf
+    a = launch(q, u, *rest, 1e-6)
+    check_not_finite_like(a, reference(q, u, *rest, 1e-6))
+    assert a.isfinite().all(1).tolist() == [True, False, False, True, False, True]
+
+
+@each_isa
+@pytest.mark.parametrize("std", [1e15, 1e-15])
+def test_magnitudes(isa, std):
+    launch, _ = launcher("pixel_adaln_compress", f"cpu-{isa}")
+    q, u, *rest = arguments(torch.float32, (6, 16, 8, 24, 40))
+    args = (q * std, u, *rest)
+    within_budget(launch(*args, 1e-6), eager(*args), oracle(*args))
 
 
 def test_strided():

@@ -1,11 +1,16 @@
 """pixel_adaln_mlp against fp64, with every modulation value found by its index."""
 
 import math
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
+from harness import check_not_finite_like, check_threads, each_isa, launcher, usable_isas
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rules import (
+    EPS32,
     Draw,
     assert_bitwise,
     assert_within_twice_eager,
@@ -24,12 +29,19 @@ from rules import (
 from torch.nn.functional import gelu, linear, rms_norm
 
 from pixeldiff.ops import pixel_adaln_mlp
+from pixeldiff.ops.cpu import pixel_adaln
+
+reference = import_module("pixeldiff.ops.pixel_adaln_mlp").reference
 
 # (R, P*P, p, D, A); the MLP is 4p wide.
 SHAPES = {
     "production": (6, 256, 16, 96, 288),
     "primes": (7, 9, 4, 13, 11),
     "one": (1, 1, 1, 1, 1),
+    "patch8": (5, 64, 8, 32, 48),
+    "p12": (3, 4, 12, 16, 20),
+    "p20": (4, 25, 20, 9, 16),
+    "one-patch": (1, 64, 8, 24, 40),
     "empty": (0, 4, 4, 8, 8),
 }
 NAMES = [
@@ -106,10 +118,112 @@ def test_matches_oracle(dtype, std, shape, backend):
     assert_within_twice_eager(q, eager(*args), oracle(*args))
 
 
+def within_budget(y, eager, want):
+    """Twice eager's error; a result so small that eager hit it by luck may round once."""
+    budget = max(2 * np.abs(f64(eager) - want).max(), torch.finfo(y.dtype).eps * np.abs(want).max())
+    budget += 4 * EPS32 * np.abs(want).max()
+    assert np.abs(f64(y) - want).max() <= budget
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_instruction_set(dtype, shape, isa):
+    launch, _ = launcher("pixel_adaln_mlp", f"cpu-{isa}")
+    if shape[2] % 4:
+        pytest.skip("the kernels take multiples of 4 channels")
+    args = arguments(dtype, shape)
+    within_budget(launch(*args, 1e-6), eager(*args), oracle(*args))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_random_shapes(data):
+    """Chunks of any number of patches, groups of pixels with and without a rest."""
+    draw = data.draw
+    p, patch = 4 * draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    shape = (draw(st.integers(1, 9)), patch**2, p, *(draw(st.integers(1, 20)) for _ in range(2)))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    args = arguments(dtype, shape, draw(st.sampled_from([1.0, 1e-3, 30.0])))
+    launch, _ = launcher("pixel_adaln_mlp", f"cpu-{draw(st.sampled_from(usable_isas()))}")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pixel_adaln, "CHUNK_BYTES", draw(st.sampled_from([1, 3000, 10000])))
+        patched.setattr(pixel_adaln, "GROUP", draw(st.sampled_from([1, 5, 16, 40])))
+        y = launch(*args, 1e-6)
+    within_budget(y, eager(*args), oracle(*args))
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    """Beyond the rounding of the GEMMs, whose order of summation may depend on their size."""
+    launch, _ = launcher("pixel_adaln_mlp", f"cpu-{usable_isas()[-1]}")
+    args = arguments(torch.float32, (37, 64, 8, 24, 40))
+    whole = launch(*args, 1e-6)
+    for chunk, group in ((1, 16), (20_000, 7), (50_000, 64)):
+        monkeypatch.setattr(pixel_adaln, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(pixel_adaln, "GROUP", group)
+        torch.testing.assert_close(launch(*args, 1e-6), whole, rtol=1e-5, atol=1e-5)
+
+
+@each_isa
+def test_threads_do_not_change_the_result(isa):
+    check_threads("pixel_adaln_mlp", isa, *arguments(torch.bfloat16, (300, 64, 8, 16, 24)), 1e-6)
+
+
+@each_isa
+def test_inference_mode(isa):
+    launch, _ = launcher("pixel_adaln_mlp", f"cpu-{isa}")
+    args = arguments(torch.float32, (3, 9, 8, 13, 11))
+    want = launch(*args, 1e-6)
+    with torch.inference_mode():
+        assert_bitwise(launch(*args, 1e-6), want)
+
+
+@each_isa
+def test_not_finite(isa):
+    """Of a pixel its own channels, of u and attn all that they reach."""
+    launch, _ = launcher("pixel_adaln_mlp", f"cpu-{isa}")
+    q, u, attn, *rest = arguments(torch.float32, (6, 16, 8, 24, 40))
+    q[1, 5, 3], q[2, 15, 7], u[4, 0], attn[5, 1] = torch.nan, torch.inf, torch.inf, -torch.inf
+    y = launch(q, u, attn, *rest, 1e-6)
+    check_not_finite_like(y, reference(q, u, attn, *rest, 1e-6))
+    assert (~y.isfinite()).any(2).sum(1).tolist() == [0, 1, 1, 0, 16, 16]
+
+
+@each_isa
+@pytest.mark.parametrize("std", [1e15, 1e-15])
+def test_magnitudes(isa, std):
+    launch, _ = launcher("pixel_adaln_mlp", f"cpu-{isa}")
+    q, u, attn, *rest = arguments(torch.float32, (6, 16, 8, 24, 40))
+    args = (q * std, u, attn, *rest)
+    within_budget(launch(*args, 1e-6), eager(*args), oracle(*args))
+
+
+@each_isa
+def test_gelu_over_its_whole_range(isa):
+    """With q = 0, scale = -1 and identities for the MLP the result is gelu(shift)."""
+    launch, _ = launcher("pixel_adaln_mlp", f"cpu-{isa}")
+    x = torch.cat([torch.linspace(-14, 14, 16300), torch.logspace(-30, 30, 84)])[:16384]
+    x[-40::2] *= -1
+    ada_bias = torch.zeros(4096, 6, 4)
+    ada_bias[:, 3], ada_bias[:, 4], ada_bias[:, 5] = x.view(4096, 4), -1, 1
+    zeros, one = torch.zeros, torch.eye(4)
+    y = launch(
+        zeros(1, 4096, 4), zeros(1, 1), zeros(1, 1), zeros(16384, 1), zeros(16384),
+        zeros(6 * 16384, 1), ada_bias.flatten(), torch.ones(4), one, zeros(4), one, zeros(4), 1e-6,
+    ).flatten()  # fmt: skip
+    x, y = f64(x, y)
+    want = x * np.vectorize(lambda t: 0.5 * math.erfc(-t / math.sqrt(2)))(x)
+    error = np.abs(y - want)
+    assert (error <= 1e-7 * np.maximum(np.abs(x), 0.1)).all()
+    near = x > -1
+    assert (error[near] <= 3e-7 * np.abs(want[near])).all()
+    assert (y[x < -8] == 0).all()
+
+
 def test_gelu_is_the_exact_form():
     """The tanh approximation is off by up to 5e-4: far outside fp32."""
     q, u, attn, ew, eb, aw, ab, nw, fc1_w, fc1_b, fc2_w, fc2_b = arguments(
-        torch.float32, (64, 1, 1, 1, 1)
+        torch.float32, (64, 1, 4, 1, 1)
     )
     rest = (ew, eb, aw, ab, nw, fc1_w * 2, fc1_b, fc2_w, fc2_b)
     np.testing.assert_allclose(f64(call(q, u, attn, *rest)), oracle(q, u, attn, *rest), atol=3e-6)

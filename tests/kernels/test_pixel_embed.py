@@ -1,12 +1,18 @@
 """pixel_embed against fp64: one linear a pixel, plus the separable position, in patch order."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
+from harness import check_not_finite_like, check_threads, each_isa, launcher, usable_isas
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rules import (
     Draw,
     assert_bitwise,
     assert_one_rounding,
+    at_odd_stride,
     check_compiles,
     check_gradients,
     check_meta,
@@ -20,11 +26,17 @@ from rules import (
 
 from pixeldiff.ops import pixel_embed
 
+reference = import_module("pixeldiff.ops.pixel_embed").reference
+
 # (B, C, H, W, p, P)
 SHAPES = {
     "production": (1, 3, 64, 96, 16, 16),
     "primes": (2, 5, 21, 35, 4, 7),
     "one": (1, 1, 1, 1, 2, 1),
+    "released-patch8": (1, 3, 16, 48, 8, 8),
+    "p12-patch2": (3, 1, 4, 10, 12, 2),
+    "p20-patch19": (1, 4, 19, 38, 20, 19),
+    "one-p4": (1, 1, 1, 1, 4, 1),
     "empty": (0, 3, 8, 12, 4, 4),
 }
 
@@ -64,6 +76,54 @@ def test_matches_oracle(dtype, std, shape, backend):
         q = call(*args)
     assert q.dtype == dtype
     assert_one_rounding(q, oracle(*args))
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_instruction_set(dtype, shape, isa):
+    launch, _ = launcher("pixel_embed", f"cpu-{isa}")
+    if shape[4] % 4:
+        pytest.skip("the kernels take multiples of 4 channels")
+    args = arguments(dtype, shape)
+    assert_one_rounding(launch(*args), oracle(*args))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_random_shapes(data):
+    draw = data.draw
+    p, patch = 4 * draw(st.integers(1, 6)), draw(st.integers(1, 17))
+    h, w = (patch * draw(st.integers(1, 4)) for _ in range(2))
+    shape = (draw(st.integers(1, 2)), draw(st.integers(1, 4)), h, w, p, patch)
+    x, *rest = arguments(draw(st.sampled_from([torch.float32, torch.bfloat16])), shape)
+    x = at_odd_stride(x).to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])))
+    launch, _ = launcher("pixel_embed", f"cpu-{draw(st.sampled_from(usable_isas()))}")
+    assert_one_rounding(launch(x, *rest), oracle(x, *rest))
+
+
+@each_isa
+def test_threads_do_not_change_the_result(isa):
+    check_threads("pixel_embed", isa, *arguments(torch.bfloat16, (2, 3, 96, 96, 8, 16)))
+
+
+@each_isa
+@pytest.mark.parametrize("std", [1e30, 1e-30])
+def test_magnitudes(isa, std):
+    launch, _ = launcher("pixel_embed", f"cpu-{isa}")
+    args = arguments(torch.float32, (1, 3, 16, 32, 8, 16), std)
+    assert_one_rounding(launch(*args), oracle(*args))
+
+
+@each_isa
+def test_not_finite(isa):
+    """Of one pixel only."""
+    launch, _ = launcher("pixel_embed", f"cpu-{isa}")
+    x, *rest = arguments(torch.float32, (1, 3, 16, 32, 8, 16))
+    x[0, 1, 3, 4], x[0, 2, 15, 31] = torch.nan, torch.inf
+    q = launch(x, *rest)
+    check_not_finite_like(q, reference(x, *rest))
+    assert q.isfinite().all(-1).sum() == 16 * 32 - 2
 
 
 def test_strided_image():

@@ -1,8 +1,13 @@
 """pixel_head against fp64: norm, linear, and every pixel back to its place."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
+from harness import check_not_finite_like, check_threads, each_isa, launcher, usable_isas
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rules import (
     Draw,
     assert_one_rounding,
@@ -21,11 +26,17 @@ from rules import (
 
 from pixeldiff.ops import pixel_head
 
+reference = import_module("pixeldiff.ops.pixel_head").reference
+
 # (B, C, H, W, p, P)
 SHAPES = {
     "production": (1, 3, 64, 96, 16, 16),
     "primes": (2, 5, 21, 35, 4, 7),
     "one": (1, 1, 1, 1, 1, 1),
+    "released-patch8": (1, 3, 16, 48, 8, 8),
+    "p12-patch2": (3, 1, 4, 10, 12, 2),
+    "p20-patch19": (1, 4, 19, 38, 20, 19),
+    "one-p4": (1, 1, 1, 1, 4, 1),
     "empty": (0, 3, 8, 12, 4, 4),
 }
 
@@ -63,6 +74,56 @@ def test_matches_oracle(dtype, std, shape, backend):
         v = call(*args)
     assert v.dtype == torch.float32
     assert_one_rounding(v, oracle(*args))
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_instruction_set(dtype, shape, isa):
+    launch, _ = launcher("pixel_head", f"cpu-{isa}")
+    if shape[4] % 4:
+        pytest.skip("the kernels take multiples of 4 channels")
+    args = arguments(dtype, shape)
+    assert_one_rounding(launch(*args, 1e-6), oracle(*args))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_random_shapes(data):
+    draw = data.draw
+    p, patch = 4 * draw(st.integers(1, 6)), draw(st.integers(1, 17))
+    h, w = (patch * draw(st.integers(1, 4)) for _ in range(2))
+    shape = (draw(st.integers(1, 2)), draw(st.integers(1, 4)), h, w, p, patch)
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    args = arguments(dtype, shape, draw(st.sampled_from([1.0, 1e-3, 1e3])))
+    launch, _ = launcher("pixel_head", f"cpu-{draw(st.sampled_from(usable_isas()))}")
+    assert_one_rounding(launch(*args, 1e-6), oracle(*args))
+
+
+@each_isa
+def test_threads_do_not_change_the_result(isa):
+    check_threads("pixel_head", isa, *arguments(torch.bfloat16, (2, 3, 96, 96, 8, 16)), 1e-6)
+
+
+@each_isa
+@pytest.mark.parametrize("std", [1e15, 1e-15])
+def test_magnitudes(isa, std):
+    """Squares stay in fp32's range; below the root of eps the norm is x / sqrt(eps)."""
+    launch, _ = launcher("pixel_head", f"cpu-{isa}")
+    args = arguments(torch.float32, (1, 3, 16, 32, 8, 16), std)
+    assert_one_rounding(launch(*args, 1e-6), oracle(*args))
+
+
+@each_isa
+def test_not_finite(isa):
+    """Of one pixel only; squares that overflow give the bias, as in the reference."""
+    launch, _ = launcher("pixel_head", f"cpu-{isa}")
+    q, *rest = arguments(torch.float32, (1, 3, 16, 32, 8, 16))
+    q[0, 5, 1], q[1, 255, 7], q[1, 0] = torch.nan, torch.inf, 1e30
+    v = launch(q, *rest, 1e-6)
+    check_not_finite_like(v, reference(q, *rest, 1e-6))
+    assert v.isfinite().sum() == (16 * 32 - 2) * 3
+    assert torch.equal(v[0, :, 0, 16], rest[2])
 
 
 def test_strided_stream():

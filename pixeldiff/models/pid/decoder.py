@@ -9,6 +9,7 @@ import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from .samplers import (
     StepInfo,
     dynamic_shift,
     network_time,
-    sample_student,
+    run_student,
     sample_teacher,
     student_times,
     teacher_times,
@@ -267,15 +268,15 @@ class PiDDecoder:
             taus = [network_time(t) for t in times[:-1]]
             condition = self.net.prepare(latent, y, sigma, size=size, timesteps=taus)
             if self.distilled:
-                result = sample_student(
-                    lambda x, tau: self.net.step(x, tau, condition),
-                    noise,
-                    times,
-                    draw,
+                advance = partial(
+                    self.net.student_step,
+                    condition,
                     sample_type=sample_type,
                     prediction_type=self.sampling.prediction_type,
                     state_dtype=STATE_DTYPES[state_dtype],
-                    callback=callback,
+                )
+                result = run_student(
+                    advance, noise, times, draw, sample_type=sample_type, callback=callback
                 )
             else:
                 negative = None if null is None else self.net.recaption(condition, null)

@@ -21,6 +21,7 @@ from .lq_projection import LQProjection, SigmaGate
 from .mmdit_block import MMDiTBlock, Rope, Trace
 from .pit_block import PiTBlock
 from .positions import pixel_sincos, rope_1d, rope_2d
+from .samplers import Draw, network_time
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,49 @@ class PiDNet(nn.Module):
 
         `t` may be a float: one that `prepare` was given as a timestep costs nothing here.
         """
+        q = self._pixels(x, t, condition, trace)
+        size, patch = condition.size, self.config.patch_size
+        return ops.pixel_head(q, *self._head(), size=size, patch=patch)
+
+    def student_step(
+        self,
+        condition: PiDCondition,
+        x: Tensor,
+        t: float,
+        t_next: float,
+        draw: Draw | None,
+        want_x0: bool = True,
+        *,
+        sample_type: str = "sde",
+        prediction_type: str = "velocity",
+        state_dtype: torch.dtype = torch.float64,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step of the student's sampler from diffusion time t to t_next: `step` at 1000 t, and
+        the update of x in the same pass over the image.
+
+        Args:
+            draw: the step's noise by shape, called once; None in an ODE and in the last step.
+            The rest, and the result: as for `pixeldiff.ops.pixel_head_step`.
+        """
+        q = self._pixels(x, network_time(t), condition)
+        return ops.pixel_head_step(
+            q,
+            *self._head(),
+            x,
+            None if draw is None else draw(tuple(x.shape)),
+            t=t,
+            t_next=t_next,
+            patch=self.config.patch_size,
+            sample_type=sample_type,
+            prediction_type=prediction_type,
+            state_dtype=state_dtype,
+            want_x0=want_x0,
+        )
+
+    def _pixels(
+        self, x: Tensor, t: Tensor | float, condition: PiDCondition, trace: Trace | None = None
+    ) -> Tensor:
+        """The pixel stream before the head, (B*N, P*P, p)."""
         batch, *rest = condition.text.shape[0], self.config.in_channels, *condition.size
         if tuple(x.shape) != (batch, *rest):
             raise ValueError(
@@ -256,7 +300,7 @@ class PiDNet(nn.Module):
         return s
 
     def _pixel_stream(self, x, u, condition, trace):
-        patch, embed, final = self.config.patch_size, self.pixel_embedder.proj, self.final_layer
+        patch, embed = self.config.patch_size, self.pixel_embedder.proj
         q = ops.pixel_embed(
             x, embed.weight, embed.bias, condition.pos_x, condition.pos_y, patch=patch
         )
@@ -266,14 +310,11 @@ class PiDNet(nn.Module):
             q = block(q, u, condition.pixel_rope, x.shape[0])
             if trace:
                 trace(f"pixel_blocks.{k}", q)
-        return ops.pixel_head(
-            q,
-            final.norm.weight,
-            final.linear.weight,
-            final.linear.bias,
-            size=condition.size,
-            patch=patch,
-        )
+        return q
+
+    def _head(self) -> tuple[Tensor, Tensor, Tensor]:
+        final = self.final_layer
+        return final.norm.weight, final.linear.weight, final.linear.bias
 
     def _latent_branch(self, latent, sigma, grid, y, trace):
         c = self.config

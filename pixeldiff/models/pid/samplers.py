@@ -16,10 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...ops.pixel_head_step import PREDICTION_TYPES, SAMPLE_TYPES, update
+
 STUDENT_T_LIST = (0.999, 0.866, 0.634, 0.342, 0.0)
-MIN_TIME = 0.05  # floor of t where an x0-predicting network's velocity divides by it
 
 Velocity = Callable[[Tensor, float], Tensor]
+Draw = Callable[[tuple[int, ...]], Tensor]
+Advance = Callable[[Tensor, float, float, Draw | None, bool], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def sample_student(
     velocity: Velocity,
     noise: Tensor,
     times: Sequence[float],
-    draw: Callable[[tuple[int, ...]], Tensor] | None,
+    draw: Draw | None,
     *,
     sample_type: str = "sde",
     prediction_type: str = "velocity",
@@ -146,24 +149,50 @@ def sample_student(
     Raises:
         ValueError: an unknown sample or prediction type. Interrupted: the callback returned False.
     """
-    _one_of("sample_type", sample_type, ("sde", "ode"))
-    _one_of("prediction_type", prediction_type, ("velocity", "x0"))
+    _one_of("sample_type", sample_type, SAMPLE_TYPES)
+    _one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+
+    def advance(
+        x: Tensor, t: float, t_next: float, draw: Draw | None, want_x0: bool
+    ) -> tuple[Tensor, Tensor]:
+        out = velocity(x, network_time(t))
+        return update(
+            x,
+            out,
+            None if draw is None else draw(tuple(x.shape)),
+            t,
+            t_next,
+            sample_type=sample_type,
+            prediction_type=prediction_type,
+            state_dtype=state_dtype,
+        )
+
+    return run_student(advance, noise, times, draw, sample_type=sample_type, callback=callback)
+
+
+def run_student(
+    advance: Advance,
+    noise: Tensor,
+    times: Sequence[float],
+    draw: Draw | None,
+    *,
+    sample_type: str = "sde",
+    callback: Callback | None = None,
+) -> Tensor:
+    """`sample_student` for a network that makes whole steps, `PiDNet.student_step`.
+
+    Args:
+        advance: (x, t, t_next, draw, want_x0) -> (x at t_next, x0), the network's output at t put
+            through `pixeldiff.ops.pixel_head_step.update`, or bitwise the same. Its draw is None
+            where the step takes no noise; x0 may be None unless wanted.
+        The others: as for `sample_student`.
+    """
     if sample_type == "sde" and len(times) > 2 and draw is None:
         raise ValueError("draw: an SDE of more than one step needs a source of noise, got None")
     x = noise
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        out = velocity(x, network_time(t))
-        x0 = out
-        if prediction_type == "velocity":
-            x0 = _by_plane(lambda a, b, t=t: a - t * b, x, out, state_dtype)
-        if t_next == 0:
-            x = x0
-        elif sample_type == "sde":
-            x = (1 - t_next) * x0 + t_next * draw(tuple(x.shape))
-        else:
-            if prediction_type == "x0":
-                out = _by_plane(lambda a, b, t=t: (a - b) / max(t, MIN_TIME), x, x0, state_dtype)
-            x = x + (t_next - t) * out
+        fresh = draw if sample_type == "sde" and t_next != 0 else None
+        x, x0 = advance(x, t, t_next, fresh, callback is not None)
         _report(callback, i + 1, len(times) - 1, t, x0)
     return x
 
@@ -245,14 +274,6 @@ def sample_teacher(
         previous, previous_lambda = x0, lam
         _report(callback, i + 1, len(times) - 1, t, x0)
     return x
-
-
-def _by_plane(f, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    # One colour plane at a time, so that the wide copies are a third of the image each.
-    out = torch.empty_like(a)
-    for c in range(a.shape[1]):
-        out[:, c] = f(a[:, c].to(dtype), b[:, c].to(dtype))
-    return out
 
 
 def _report(callback: Callback | None, step: int, steps: int, t: float, x0: Tensor) -> None:

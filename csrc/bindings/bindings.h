@@ -1,0 +1,10 @@
+// One function per file of this folder; module.cpp calls them all.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pixeldiff {
+
+void bind_pixel(pybind11::module_& m);
+
+}  // namespace pixeldiff

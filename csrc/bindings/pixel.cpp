@@ -1,0 +1,164 @@
+// Bindings of the pixel stream's kernels. Every tensor not given with strides is contiguous.
+#include "arguments.h"
+#include "bindings.h"
+
+#include "../cpu/pixel_adaln_compress.h"
+#include "../cpu/pixel_adaln_mlp.h"
+#include "../cpu/pixel_embed.h"
+#include "../cpu/pixel_head.h"
+#include "../cpu/pixel_head_step.h"
+
+namespace py = pybind11;
+
+namespace pixeldiff {
+namespace {
+
+using bindings::Address;
+using bindings::to_dtype;
+using bindings::to_isa;
+using bindings::to_pointer;
+using Four = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+using Strides = std::tuple<int64_t, int64_t, int64_t>;
+
+constexpr int64_t kMaxChannels = 64;  // of pixel_tile.h
+
+void check_sizes(int64_t p, int64_t patch, int64_t height, int64_t width) {
+  if (p < 4 || p > kMaxChannels || p % 4)
+    throw std::invalid_argument("p must be a multiple of 4 up to 64, got " + std::to_string(p));
+  if (patch < 1 || height < 0 || width < 0 || height % patch || width % patch)
+    throw std::invalid_argument("H and W must be multiples of the patch size");
+}
+
+// x: address, dtype code, strides over B, C, H
+void pixel_embed_cpu(Four sizes, int64_t patch, int64_t p, Address x, int x_dtype, Strides strides,
+                     Address weight, Address bias, Address pos_x_planes, Address pos_y, int dtype,
+                     Address q, int isa, int threads) {
+  const auto [B, C, H, W] = sizes;
+  check_sizes(p, patch, H, W);
+  const auto [stride_b, stride_c, stride_h] = strides;
+  const PixelEmbedArgs args{B,
+                            C,
+                            H,
+                            W,
+                            patch,
+                            p,
+                            to_dtype(x_dtype),
+                            to_pointer<const void>("x", x),
+                            stride_b,
+                            stride_c,
+                            stride_h,
+                            to_pointer<const float>("weight", weight),
+                            to_pointer<const float>("bias", bias),
+                            to_pointer<const float>("pos_x", pos_x_planes),
+                            to_pointer<const float>("pos_y", pos_y),
+                            to_dtype(dtype),
+                            to_pointer<void>("q", q)};
+  const cpu::Isa chosen = to_isa(isa);
+  py::gil_scoped_release unlocked;
+  cpu::pixel_embed(args, chosen, threads);
+}
+
+// sizes: R, J, p, elements between patches of q
+PixelGroup to_group(Four sizes, int dtype, Address q, Address mod, Address norm, float eps) {
+  const auto [R, J, p, patch_stride] = sizes;
+  check_sizes(p, 1, R, J);
+  if (patch_stride < J * p) throw std::invalid_argument("patches of q must not overlap");
+  return {R,
+          J,
+          p,
+          to_dtype(dtype),
+          patch_stride,
+          to_pointer<const void>("q", q),
+          to_pointer<const void>("mod", mod),
+          to_pointer<const float>("norm", norm),
+          eps};
+}
+
+void pixel_adaln_compress_cpu(Four sizes, int dtype, Address q, Address mod, Address norm,
+                              float eps, Address z, int isa, int threads) {
+  const PixelAdalnCompressArgs args{to_group(sizes, dtype, q, mod, norm, eps),
+                                    to_pointer<void>("z", z)};
+  const cpu::Isa chosen = to_isa(isa);
+  py::gil_scoped_release unlocked;
+  cpu::pixel_adaln_compress(args, chosen, threads);
+}
+
+void pixel_adaln_mlp_cpu(Four sizes, int dtype, Address q, Address mod, Address norm, float eps,
+                         Address attn, int64_t hidden, Address fc1_weight, Address fc1_bias,
+                         Address fc2_columns, Address fc2_bias, Address out, int isa, int threads) {
+  const PixelAdalnMlpArgs args{to_group(sizes, dtype, q, mod, norm, eps),
+                               to_pointer<const void>("attn", attn),
+                               hidden,
+                               to_pointer<const float>("fc1 weight", fc1_weight),
+                               to_pointer<const float>("fc1 bias", fc1_bias),
+                               to_pointer<const float>("fc2 weight", fc2_columns),
+                               to_pointer<const float>("fc2 bias", fc2_bias),
+                               to_pointer<void>("out", out)};
+  const cpu::Isa chosen = to_isa(isa);
+  py::gil_scoped_release unlocked;
+  cpu::pixel_adaln_mlp(args, chosen, threads);
+}
+
+// sizes: R, H, W, C
+PixelHeadArgs to_head(Four sizes, int64_t patch, int64_t p, int dtype, Address q, Address norm,
+                      Address weight, Address bias, float eps) {
+  const auto [R, H, W, C] = sizes;
+  check_sizes(p, patch, H, W);
+  const int64_t patches = H / patch * (W / patch);
+  if (patches == 0 || R % patches) throw std::invalid_argument("q must hold whole images");
+  return {R,
+          H,
+          W,
+          patch,
+          p,
+          C,
+          to_dtype(dtype),
+          to_pointer<const void>("q", q),
+          to_pointer<const float>("norm", norm),
+          to_pointer<const float>("weight", weight),
+          to_pointer<const float>("bias", bias),
+          nullptr,
+          eps};
+}
+
+void pixel_head_cpu(Four sizes, int64_t patch, int64_t p, int dtype, Address q, Address norm,
+                    Address weight, Address bias, float eps, Address v, int isa, int threads) {
+  PixelHeadArgs args = to_head(sizes, patch, p, dtype, q, norm, weight, bias, eps);
+  args.v = to_pointer<float>("v", v);
+  const cpu::Isa chosen = to_isa(isa);
+  py::gil_scoped_release unlocked;
+  cpu::pixel_head(args, chosen, threads);
+}
+
+// noise is 0 in an ODE and in the last step, x0 where it is not wanted.
+void pixel_head_step_cpu(Four sizes, int64_t patch, int64_t p, int dtype, Address q, Address norm,
+                         Address weight, Address bias, float eps, Address x, Address noise,
+                         Address x_next, Address x0, double t, double t_next, bool ode,
+                         bool predicts_x0, bool fp64_state, int isa, int threads) {
+  if (!ode && t_next != 0) to_pointer<const float>("noise", noise);
+  const PixelHeadStepArgs args{to_head(sizes, patch, p, dtype, q, norm, weight, bias, eps),
+                               to_pointer<const float>("x", x),
+                               reinterpret_cast<const float*>(noise),
+                               to_pointer<float>("x_next", x_next),
+                               reinterpret_cast<float*>(x0),
+                               t,
+                               t_next,
+                               ode,
+                               predicts_x0,
+                               fp64_state};
+  const cpu::Isa chosen = to_isa(isa);
+  py::gil_scoped_release unlocked;
+  cpu::pixel_head_step(args, chosen, threads);
+}
+
+}  // namespace
+
+void bind_pixel(py::module_& m) {
+  m.def("pixel_embed_cpu", &pixel_embed_cpu);
+  m.def("pixel_adaln_compress_cpu", &pixel_adaln_compress_cpu);
+  m.def("pixel_adaln_mlp_cpu", &pixel_adaln_mlp_cpu);
+  m.def("pixel_head_cpu", &pixel_head_cpu);
+  m.def("pixel_head_step_cpu", &pixel_head_step_cpu);
+}
+
+}  // namespace pixeldiff

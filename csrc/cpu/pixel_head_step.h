@@ -1,0 +1,23 @@
+#pragma once
+
+#include "../pixel_head.h"
+#include "isa.h"
+
+namespace pixeldiff::cpu {
+
+// Runs the variant compiled for `isa` on `threads` threads at most; the caller has checked that
+// `isa` is usable. The result does not depend on `threads`.
+void pixel_head_step(const PixelHeadStepArgs& args, Isa isa, int threads);
+
+// One variant each, on patches [begin, end).
+namespace portable {
+void pixel_head_step_patches(const PixelHeadStepArgs&, int64_t, int64_t);
+}
+namespace avx2 {
+void pixel_head_step_patches(const PixelHeadStepArgs&, int64_t, int64_t);
+}
+namespace avx512 {
+void pixel_head_step_patches(const PixelHeadStepArgs&, int64_t, int64_t);
+}
+
+}  // namespace pixeldiff::cpu
