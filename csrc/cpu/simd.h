@@ -3,6 +3,8 @@
 // the namespace; `Vec` lives inside it so that no two variants share a symbol. For the same reason
 // these files use no inline function or template of the standard library: the linker keeps a
 // single copy of those and could keep one that the processor at hand cannot run.
+//
+// Vec::max(a, b) is a > b ? a : b in each lane: b when either is NaN.
 #pragma once
 
 #include <stdint.h>
@@ -50,7 +52,9 @@ struct Vec {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   Vec operator+(Vec b) const { return {_mm512_add_ps(v, b.v)}; }
+  Vec operator-(Vec b) const { return {_mm512_sub_ps(v, b.v)}; }
   Vec operator*(Vec b) const { return {_mm512_mul_ps(v, b.v)}; }
+  static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 };
 
@@ -85,7 +89,9 @@ struct Vec {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   Vec operator+(Vec b) const { return {_mm256_add_ps(v, b.v)}; }
+  Vec operator-(Vec b) const { return {_mm256_sub_ps(v, b.v)}; }
   Vec operator*(Vec b) const { return {_mm256_mul_ps(v, b.v)}; }
+  static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 };
 
@@ -159,9 +165,19 @@ struct Vec {
     for (int i = 0; i < width; ++i) r.v[i] = v[i] + b.v[i];
     return r;
   }
+  Vec operator-(Vec b) const {
+    Vec r;
+    for (int i = 0; i < width; ++i) r.v[i] = v[i] - b.v[i];
+    return r;
+  }
   Vec operator*(Vec b) const {
     Vec r;
     for (int i = 0; i < width; ++i) r.v[i] = v[i] * b.v[i];
+    return r;
+  }
+  static Vec max(Vec a, Vec b) {
+    Vec r;
+    for (int i = 0; i < width; ++i) r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
     return r;
   }
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
@@ -195,6 +211,19 @@ inline void store_n(Vec a, T* p, int64_t n) {
     a.store(p);
   else
     store_tail(a, p, n);
+}
+
+// Lanes 2i and 2i + 1 exchanged.
+inline Vec swap_pairs(Vec a) {
+#if defined(__AVX512F__)
+  return {_mm512_permute_ps(a.v, 0b10110001)};
+#elif defined(__AVX2__)
+  return {_mm256_permute_ps(a.v, 0b10110001)};
+#else
+  Vec r;
+  for (int i = 0; i < Vec::width; ++i) r.v[i] = a.v[i ^ 1];
+  return r;
+#endif
 }
 
 inline float sum_lanes(Vec a) {

@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pixeldiff {
+
+void bind_joint_attention(pybind11::module_& m);
+void bind_qk_norm_rope(pybind11::module_& m);
+
+}  // namespace pixeldiff
