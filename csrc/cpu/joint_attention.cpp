@@ -129,19 +129,41 @@ static inline void multiply(const typename A::Element* a,  // (count, V * width)
 
 // The softmax rows of V vectors of queries, and where they are kept between blocks.
 struct Tile {
-  void* q;     // (elements of d, V * width)
-  float* o;    // (d padded, V * width), not yet divided by the sum
-  float* max;  // (V * width), of the logits so far, in units of log 2
-  float* sum;  // (V * width), of 2^(logit - max)
+  void* q;         // (elements of d, V * width)
+  float* o;        // (d padded, V * width), not yet divided by the sum
+  float* max;      // (V * width), of the logits so far, in units of log 2
+  float* sum;      // (V * width), of 2^(logit - max)
+  float* missing;  // (V * width), what rounding took from the sum
 };
 
-// Logits of one block, scaled to units of log 2, and their maximum over the keys.
+// Scales `rows` rows of logits to units of log 2, stores them and raises `largest` to their
+// maximum. Not more than that may live across `multiply`: its registers are all taken.
+template <int V>
+static inline void store_logits(const Vec (&acc)[kRows][V], int64_t rows, float factor,
+                                float* logits, float* largest) {
+  Vec most[V];
+#pragma GCC unroll 3
+  for (int v = 0; v < V; ++v) most[v] = Vec::load(largest + v * Vec::width);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    if (r >= rows) break;
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      const Vec x = acc[r][v] * Vec::fill(factor);
+      most[v] = Vec::max(x, most[v]);
+      x.store(logits + (r * V + v) * Vec::width);
+    }
+  }
+#pragma GCC unroll 3
+  for (int v = 0; v < V; ++v) most[v].store(largest + v * Vec::width);
+}
+
+// Logits of one block; `largest` (V * width) becomes the maximum of itself and them.
 template <class A, int V>
 static inline void block_logits(const typename A::Element* q, const typename A::Element* k,
                                 int64_t depth, int64_t keys, float scale, float* logits,
-                                Vec (&largest)[V]) {
-  constexpr int64_t kLanes = V * Vec::width;
-  const Vec factor = Vec::fill(scale * 1.44269504088896341f);
+                                float* largest) {
+  const float factor = scale * 1.44269504088896341f;
   for (int64_t s = 0; s < keys; s += kRows) {
     Vec acc[kRows][V];
 #pragma GCC unroll 8
@@ -149,64 +171,73 @@ static inline void block_logits(const typename A::Element* q, const typename A::
 #pragma GCC unroll 3
       for (int v = 0; v < V; ++v) acc[r][v] = Vec::zero();
     multiply<A, V>(q, k + s * depth, depth, 1, depth, acc);
-    if (s + kRows <= keys) {
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-        for (int v = 0; v < V; ++v) {
-          const Vec x = acc[r][v] * factor;
-          largest[v] = Vec::max(x, largest[v]);
-          x.store(logits + (s + r) * kLanes + v * Vec::width);
-        }
-      }
-    } else {  // the last rows are padding
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        if (s + r >= keys) break;
-#pragma GCC unroll 3
-        for (int v = 0; v < V; ++v) {
-          const Vec x = acc[r][v] * factor;
-          largest[v] = Vec::max(x, largest[v]);
-          x.store(logits + (s + r) * kLanes + v * Vec::width);
-        }
-      }
-    }
+    float* out = logits + s * V * Vec::width;
+    if (keys - s >= kRows)
+      store_logits<V>(acc, kRows, factor, out, largest);
+    else  // the last rows are padding
+      store_logits<V>(acc, keys - s, factor, out, largest);
   }
 }
 
-// Replaces the logits by the weights 2^(logit - largest), as elements, and adds them to sum.
-template <int V>
-static inline void block_weights(Fp32, float* logits, int64_t keys, const Vec (&largest)[V],
-                                 Vec (&sum)[V]) {
-  for (int64_t s = 0; s < keys; ++s) {
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) {
-      float* p = logits + (s * V + v) * Vec::width;
-      const Vec weight = exp2_nonpositive(Vec::load(p) - largest[v]);
-      sum[v] = sum[v] + weight;
-      weight.store(p);
-    }
+// Weights 2^(logit - most) of 8 keys at logits[r * stride], and their sum as a tree: where all
+// weights are nearly 1, adding them one by one would round the same way every time.
+static inline Vec weigh(Fp32, const float* logits, int64_t stride, Vec most, float* out) {
+  Vec w[8];
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) {
+    w[r] = exp2_nonpositive(Vec::load(logits + r * stride) - most);
+    w[r].store(out + r * stride);
   }
+  return ((w[0] + w[1]) + (w[2] + w[3])) + ((w[4] + w[5]) + (w[6] + w[7]));
+}
+static inline Vec weigh_tail(Fp32, const float* logits, int64_t stride, int64_t keys, Vec most,
+                             float* out) {
+  Vec sum = Vec::zero();
+  for (int64_t r = 0; r < keys; ++r) {
+    const Vec w = exp2_nonpositive(Vec::load(logits + r * stride) - most);
+    w.store(out + r * stride);
+    sum = sum + w;
+  }
+  return sum;
 }
 
 #if defined(__AVX512BF16__)
-template <int V>
-static inline void block_weights(Bf16Pairs, float* logits, int64_t keys, const Vec (&largest)[V],
-                                 Vec (&sum)[V]) {
-  for (int64_t s = 0; s < keys; s += 2) {
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) {
-      const float* p = logits + (s * V + v) * Vec::width;
-      const Vec low = exp2_nonpositive(Vec::load(p) - largest[v]);
-      Vec high = Vec::zero();
-      if (s + 1 < keys) high = exp2_nonpositive(Vec::load(p + V * Vec::width) - largest[v]);
-      sum[v] = sum[v] + (low + high);
-      // Pair s / 2 overwrites logits that have been read.
-      _mm512_storeu_si512(logits + (s / 2 * V + v) * Vec::width, Bf16Pairs::join(low, high));
-    }
+static inline Vec weigh(Bf16Pairs, const float* logits, int64_t stride, Vec most, float* out) {
+  Vec w[8];
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) w[r] = exp2_nonpositive(Vec::load(logits + r * stride) - most);
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r)
+    _mm512_storeu_si512(out + r * stride, Bf16Pairs::join(w[2 * r], w[2 * r + 1]));
+  return ((w[0] + w[1]) + (w[2] + w[3])) + ((w[4] + w[5]) + (w[6] + w[7]));
+}
+static inline Vec weigh_tail(Bf16Pairs, const float* logits, int64_t stride, int64_t keys, Vec most,
+                             float* out) {
+  Vec sum = Vec::zero();
+  for (int64_t r = 0; r < keys; r += 2) {
+    const Vec low = exp2_nonpositive(Vec::load(logits + r * stride) - most);
+    Vec high = Vec::zero();
+    if (r + 1 < keys) high = exp2_nonpositive(Vec::load(logits + (r + 1) * stride) - most);
+    _mm512_storeu_si512(out + r / 2 * stride, Bf16Pairs::join(low, high));
+    sum = sum + (low + high);
   }
+  return sum;
 }
 #endif
+
+// Replaces the logits of one vector of queries by their weights, as elements (those of key pair i
+// overwrite logits i, which have been read), and returns the sum.
+template <class A>
+static inline Vec block_weights(float* logits, int64_t stride, int64_t keys, Vec most) {
+  Vec sum = Vec::zero();
+  int64_t s = 0;
+  for (; s + 8 <= keys; s += 8)
+    sum = sum + weigh(A(), logits + s * stride, stride, most, logits + s / A::kFold * stride);
+  if (s < keys)
+    sum = sum + weigh_tail(A(), logits + s * stride, stride, keys - s, most,
+                           logits + s / A::kFold * stride);
+  return sum;
+}
 
 // One block of keys into one tile of queries.
 template <class A, int V>
@@ -214,17 +245,22 @@ static void attend(const Tile& tile, const float* k, const float* v, int64_t dep
                    int64_t keys, float scale, float* logits) {
   using Element = typename A::Element;
   constexpr int64_t kLanes = V * Vec::width;
-  Vec largest[V], rescale[V], sum[V];
-  for (int j = 0; j < V; ++j) largest[j] = Vec::load(tile.max + j * Vec::width);
+  Vec before[V], rescale[V];
+  for (int j = 0; j < V; ++j) before[j] = Vec::load(tile.max + j * Vec::width);
   block_logits<A, V>((const Element*)tile.q, (const Element*)k, depth, keys, scale, logits,
-                     largest);
+                     tile.max);
   for (int j = 0; j < V; ++j) {
-    rescale[j] = exp2_nonpositive(Vec::load(tile.max + j * Vec::width) - largest[j]);
-    largest[j].store(tile.max + j * Vec::width);
-    sum[j] = Vec::load(tile.sum + j * Vec::width) * rescale[j];
+    const int64_t lane = j * Vec::width;
+    const Vec most = Vec::load(tile.max + lane);
+    rescale[j] = exp2_nonpositive(before[j] - most);
+    // Compensated: thousands of nearly equal blocks would all be rounded the same way.
+    const Vec added = block_weights<A>(logits + lane, kLanes, keys, most) +
+                      Vec::load(tile.missing + lane) * rescale[j];
+    const Vec sum = Vec::load(tile.sum + lane) * rescale[j];
+    const Vec total = sum + added;
+    total.store(tile.sum + lane);
+    (added - (total - sum)).store(tile.missing + lane);
   }
-  block_weights(A(), logits, keys, largest, sum);
-  for (int j = 0; j < V; ++j) sum[j].store(tile.sum + j * Vec::width);
 
   for (int64_t c = 0; c < padded; c += kRows) {
     float* o = tile.o + c * kLanes;
@@ -268,6 +304,7 @@ static void open_tile(const T* q, int64_t stride, int64_t count, int64_t lanes, 
   for (int64_t j = 0; j < lanes; ++j) {
     tile.max[j] = -__FLT_MAX__;  // finite, so that a block of logits that are all -inf weighs 0
     tile.sum[j] = 0;
+    tile.missing[j] = 0;
   }
 }
 
@@ -301,7 +338,7 @@ static void run_item(const JointAttentionArgs& a, int64_t item, const AttentionS
 
   const auto tile_at = [&](int64_t l) {
     return Tile{(Element*)scratch.q + l * depth, scratch.o + l * padded, scratch.max + l,
-                scratch.sum + l};
+                scratch.sum + l, scratch.missing + l};
   };
   const auto lanes_at = [&](int64_t l) { return ceil_to(min_of(queries - l, kTile), Vec::width); };
   for (int64_t l = 0; l < queries; l += kTile)

@@ -18,7 +18,7 @@ constexpr int64_t kAttentionRows = 8;    // head dims are padded to a multiple o
 
 // Where one worker's scratch is cut, in floats; `data` is aligned to 64 bytes.
 struct AttentionScratch {
-  float *q, *o, *max, *sum, *k, *v, *logits, *row;
+  float *q, *o, *max, *sum, *missing, *k, *v, *logits, *row;
 };
 
 // Work items [begin, end) of the B * G * ceil(L / kAttentionQueries).

@@ -28,14 +28,15 @@ struct Parts {
     logits = kAttentionKeys * kAttentionTile;
     row = round_up(padded, kAlign);
   }
-  int64_t total() const { return q + o + 2 * row_state + k + v + logits + row; }
+  int64_t total() const { return q + o + 3 * row_state + k + v + logits + row; }
   AttentionScratch cut(float* p) const {
     AttentionScratch s;
     s.q = p;
     s.o = s.q + q;
     s.max = s.o + o;
     s.sum = s.max + row_state;
-    s.k = s.sum + row_state;
+    s.missing = s.sum + row_state;
+    s.k = s.missing + row_state;
     s.v = s.k + k;
     s.logits = s.v + v;
     s.row = s.logits + logits;
