@@ -108,8 +108,8 @@ def test_views_of_the_joint_buffer():
 
 # --- the CPU kernel -------------------------------------------------------------------------------
 
-# Around every boundary of the kernel: vectors of 8 and 16 queries, tiles of 24 and 48, work items of
-# 192; 4 and 8 keys at a time, blocks of 64 and 128; pairs and groups of 4 and 8 channels.
+# Around every boundary of the kernel: vectors of 8 and 16 queries, tiles of 24 and 48, work items
+# of 192; 4 and 8 keys at a time, blocks of 64 and 128; pairs and groups of 4 and 8 channels.
 TAILS = {
     "released": (1, 300, 333, 2, 64),
     "released-pit": (1, 256, 256, 2, 72),
@@ -197,7 +197,7 @@ def test_small_weights_keep_their_relative_accuracy(isa):
     v = torch.tensor([0.0, 1.0]).reshape(1, 2, 1, 1).expand(1, 2, 4001, 1).contiguous()
     o = f64(run_isa(isa, q, k, v, scale=1.0)).ravel()
     want = 1 / (1 + np.exp(-f64(x)))
-    # Two ulp of the exponential, one of the sum, one of the quotient; and the rounding of x log2(e).
+    # Two ulp of the exponential, one of the sum, one of the quotient; the rounding of x log2(e).
     budget = (4 + np.abs(f64(x)) * 1.5) * EPS32 / 2 * want
     assert (np.abs(o - want) <= budget).all(), np.max(np.abs(o - want) / budget)
 

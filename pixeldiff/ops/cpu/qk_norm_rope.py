@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,16 +10,16 @@ from ... import native
 _ABSENT = (0, (0, 0, 0), (0, 0, 0), (0, 0, 0), (0, 0), (0, 0))
 
 
-def why_not(qkv, q_weight, k_weight, cos, sin, txt_qkv, *rest: Any) -> str | None:
-    txt_q_weight, txt_k_weight, txt_cos, txt_sin, _, _ = rest
-    tensors = (qkv, q_weight, k_weight, cos, sin)
-    tensors += (txt_qkv, txt_q_weight, txt_k_weight, txt_cos, txt_sin)
-    reason = native.why_not() or native.why_not_tensors("cpu", *tensors)
-    if reason is None:
-        for table in (cos, sin, txt_cos, txt_sin):
-            if table is not None and table.dtype != torch.float32:
-                return f"takes rotary tables in float32, got {table.dtype}"
-    return reason
+def why_not(
+    qkv, q_weight, k_weight, cos, sin, txt_qkv, txt_q_weight, txt_k_weight, txt_cos, txt_sin,
+    heads, eps,
+) -> str | None:  # fmt: skip
+    tables = (cos, sin, txt_cos, txt_sin)
+    for table in tables:
+        if table is not None and table.dtype != torch.float32:
+            return f"takes rotary tables in float32, got {table.dtype}"
+    tensors = (qkv, q_weight, k_weight, txt_qkv, txt_q_weight, txt_k_weight)
+    return native.why_not() or native.why_not_tensors("cpu", *tensors, *tables)
 
 
 def launch(
