@@ -43,7 +43,7 @@ static inline int64_t ceil_to(int64_t a, int64_t b) { return (a + b - 1) / b * b
 // Arithmetic in fp32. An element of a packed operand is one number.
 struct Fp32 {
   static constexpr int64_t kFold = 1;  // steps of the contraction per element
-  static constexpr int64_t kKeys = 64;
+  static constexpr int64_t kKeys = 128;
   using Element = float;
   using Operand = Vec;
 
@@ -158,11 +158,13 @@ static inline void store_logits(const Vec (&acc)[kRows][V], int64_t rows, float 
   for (int v = 0; v < V; ++v) most[v].store(largest + v * Vec::width);
 }
 
-// Logits of one block; `largest` (V * width) becomes the maximum of itself and them.
+// Logits of one block; `largest` (V * width) becomes the maximum of itself and them. Not inlined:
+// constants of the surrounding loops would take registers from `multiply`.
 template <class A, int V>
-static inline void block_logits(const typename A::Element* q, const typename A::Element* k,
-                                int64_t depth, int64_t keys, float scale, float* logits,
-                                float* largest) {
+__attribute__((noinline)) static void block_logits(const typename A::Element* q,
+                                                   const typename A::Element* k, int64_t depth,
+                                                   int64_t keys, float scale, float* logits,
+                                                   float* largest) {
   const float factor = scale * 1.44269504088896341f;
   for (int64_t s = 0; s < keys; s += kRows) {
     Vec acc[kRows][V];

@@ -9,9 +9,10 @@ namespace pixeldiff::cpu {
 // `isa` is usable. The result does not depend on `threads`.
 void joint_attention(const JointAttentionArgs& args, Isa isa, int threads);
 
-// Queries of one work item: every variant's tile divides it. Enough of them share a packed block of
-// keys that the packing costs 1/50 of the arithmetic.
-constexpr int64_t kAttentionQueries = 192;
+// Queries of one work item: every variant's tile divides it. So many share a packed block of keys
+// that fetching and packing it takes 5 to 10 % of the time (192: twice that), and few enough that a
+// head of 4096 queries makes eleven items.
+constexpr int64_t kAttentionQueries = 384;
 constexpr int64_t kAttentionKeys = 128;  // most keys packed at a time
 constexpr int64_t kAttentionTile = 48;   // most queries whose logits are held at a time
 constexpr int64_t kAttentionRows = 8;    // head dims are padded to a multiple of this or less

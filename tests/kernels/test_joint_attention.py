@@ -109,14 +109,14 @@ def test_views_of_the_joint_buffer():
 # --- the CPU kernel -------------------------------------------------------------------------------
 
 # Around every boundary of the kernel: vectors of 8 and 16 queries, tiles of 24 and 48, work items
-# of 192; 4 and 8 keys at a time, blocks of 64 and 128; pairs and groups of 4 and 8 channels.
+# of 384; 4 and 8 keys at a time, blocks of 128; pairs and groups of 4 and 8 channels.
 TAILS = {
     "released": (1, 300, 333, 2, 64),
     "released-pit": (1, 256, 256, 2, 72),
     "l2p": (1, 40, 70, 2, 128),
     "demo": (2, 80, 80, 2, 32),
-    "one-more": (1, 193, 129, 1, 65),
-    "one-less": (1, 191, 127, 1, 63),
+    "one-more": (1, 385, 129, 1, 65),
+    "one-less": (1, 383, 127, 1, 63),
     "tile-and-one": (1, 49, 65, 3, 9),
     "vector-and-one": (3, 17, 9, 1, 3),
     "one-query": (2, 1, 131, 2, 40),
@@ -240,7 +240,7 @@ def test_keys_that_are_infinitely_far(dtype, isa):
 @every_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 def test_threads_do_not_change_the_result(dtype, isa):
-    args = arguments(dtype, (2, 200, 70, 3, 24))
+    args = arguments(dtype, (2, 400, 70, 3, 24))
     one = run_isa(isa, *args, threads=1)
     for threads in (2, 5, 1000):
         assert_bitwise(run_isa(isa, *args, threads=threads), one)
