@@ -33,6 +33,10 @@ from pixeldiff.ops import joint_attention
 OP = "joint_attention"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
+# The op itself leaves processors without AVX2 to PyTorch.
+needs_avx2 = pytest.mark.skipif(
+    native.why_not() is not None or native.load().best_isa() == 0, reason="needs AVX2"
+)
 every_isa = pytest.mark.parametrize("isa", native.ISA_CODES)
 
 # (B, L, S, G, d)
@@ -265,7 +269,7 @@ def test_strided_views(dtype, isa):
     assert_bitwise(run_isa(isa, *heads_first), want)
 
 
-@needs_extension
+@needs_avx2
 def test_concurrent_callers():
     inputs = [arguments(torch.float32, (1, 100 + i, 90, 2, 16)) for i in range(4)]
     best = native.load().best_isa()
@@ -302,7 +306,7 @@ def test_writes_nothing_outside_its_rows(dtype, isa):
     assert_bitwise(buffer[32:142].view(want.shape), want)
 
 
-@needs_extension
+@needs_avx2
 def test_offsets_past_two_to_the_31():
     base = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # pages that are not touched cost nothing
     far = base.as_strided((1, 2, 1, 64), (2**32, 2**31, 64, 1))
@@ -312,7 +316,7 @@ def test_offsets_past_two_to_the_31():
         assert_bitwise(joint_attention(far, far, far), joint_attention(near, near, near))
 
 
-@needs_extension
+@needs_avx2
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 def test_public_function_runs_the_cpu_kernel(dtype):
     args = arguments(dtype, (1, 40, 60, 2, 24))
@@ -321,6 +325,17 @@ def test_public_function_runs_the_cpu_kernel(dtype):
         forced_cpu = joint_attention(*args)
     assert_bitwise(joint_attention(*args), forced_cpu)
     assert_bitwise(forced_cpu, launch(*args, 24**-0.5))
+
+
+@needs_extension
+def test_processors_without_avx2_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(native, "best_isa", lambda: native.ISA_CODES["portable"])
+    args = arguments(torch.float32, (1, 4, 6, 2, 8))
+    with pixeldiff.backend("cpu"), pytest.raises(NotImplementedError, match="needs AVX2"):
+        joint_attention(*args)
+    with pixeldiff.backend("reference"):
+        want = joint_attention(*args)
+    assert_bitwise(joint_attention(*args), want)
 
 
 @needs_extension

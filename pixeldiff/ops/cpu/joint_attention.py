@@ -9,7 +9,10 @@ from ... import native
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    return native.why_not() or native.why_not_tensors("cpu", q, k, v)
+    reason = native.why_not() or native.why_not_tensors("cpu", q, k, v)
+    if reason is None and native.best_isa() == native.ISA_CODES["portable"]:
+        return "needs AVX2: without wide vectors PyTorch's own attention is faster"
+    return reason
 
 
 def launch(
