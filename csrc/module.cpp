@@ -2,10 +2,8 @@
 // and has checked shapes and dtypes; what is checked again here is what guards memory.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-#include <string>
-#include <tuple>
 
+#include "bindings/arguments.h"
 #include "bindings/bindings.h"
 #include "build_info.h"
 #include "cpu/gated_residual_norm.h"
@@ -20,41 +18,6 @@ namespace py = pybind11;
 
 namespace pixeldiff {
 namespace {
-
-using Address = uintptr_t;
-using VectorTuple = std::tuple<Address, int, int64_t>;    // data or 0, dtype code, stride over B
-using RowsTuple = std::tuple<Address, int64_t, int64_t>;  // data, stride over B, stride over N
-using Sizes = std::tuple<int64_t, int64_t, int64_t>;      // B, N, D
-
-DType to_dtype(int code) {
-  if (code < 0 || code > 2)
-    throw std::invalid_argument("dtype code must be 0 (fp32), 1 (bf16) or 2 (fp16), got " +
-                                std::to_string(code));
-  return static_cast<DType>(code);
-}
-
-bool is_empty(Sizes sizes) {
-  const auto [B, N, D] = sizes;
-  if (B < 0 || N < 0 || D < 0) throw std::invalid_argument("sizes must not be negative");
-  return B == 0 || N == 0 || D == 0;
-}
-
-Vector to_vector(const char* name, VectorTuple tuple, bool optional = false) {
-  const auto [address, dtype, stride_b] = tuple;
-  if (address == 0 && !optional) throw std::invalid_argument(std::string(name) + " has no data");
-  return {reinterpret_cast<const void*>(address), to_dtype(dtype), stride_b};
-}
-
-Rows to_rows(const char* name, RowsTuple tuple) {
-  const auto [address, stride_b, stride_n] = tuple;
-  if (address == 0) throw std::invalid_argument(std::string(name) + " has no data");
-  return {reinterpret_cast<const void*>(address), stride_b, stride_n};
-}
-
-void* to_output(const char* name, Address address) {
-  if (address == 0) throw std::invalid_argument(std::string(name) + " has no data");
-  return reinterpret_cast<void*>(address);
-}
 
 RmsNormModulateArgs rms_norm_modulate_args(Sizes sizes, int dtype, RowsTuple x, VectorTuple weight,
                                            VectorTuple scale, VectorTuple shift, Address y,
@@ -90,13 +53,6 @@ GatedResidualNormArgs gated_residual_norm_args(Sizes sizes, int dtype, RowsTuple
           to_output("x_new", x_new),
           to_output("h", h),
           eps};
-}
-
-cpu::Isa to_isa(int code) {
-  if (code < 0 || code > 2 || !cpu::isa_usable(static_cast<cpu::Isa>(code)))
-    throw std::invalid_argument("instruction set " + std::to_string(code) +
-                                " was not compiled in or this processor lacks it");
-  return static_cast<cpu::Isa>(code);
 }
 
 void rms_norm_modulate_cpu(Sizes sizes, int dtype, RowsTuple x, VectorTuple weight,
@@ -143,7 +99,7 @@ void gated_residual_norm_cuda(Sizes sizes, int dtype, RowsTuple x, RowsTuple y, 
 
 py::dict build_info() {
   py::list compiled, usable;
-  for (const cpu::Isa isa : {cpu::Isa::portable, cpu::Isa::avx2, cpu::Isa::avx512}) {
+  for (const cpu::Isa isa : cpu::kIsas) {
     if (cpu::isa_compiled(isa)) compiled.append(cpu::isa_name(isa));
     if (cpu::isa_usable(isa)) usable.append(cpu::isa_name(isa));
   }
@@ -172,12 +128,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of pixeldiff; see pixeldiff.native for the loader.";
   m.def("build_info", &build_info, "What this binary was built with, and what of it runs here.");
   m.def("best_isa", [] { return static_cast<int>(cpu::best_isa()); });
-  m.def("isa_usable", [](int code) {
-    return code >= 0 && code <= 2 && cpu::isa_usable(static_cast<cpu::Isa>(code));
-  });
+  m.def("isa_usable",
+        [](int code) { return is_isa_code(code) && cpu::isa_usable(static_cast<cpu::Isa>(code)); });
   m.def("rms_norm_modulate_cpu", &rms_norm_modulate_cpu);
   m.def("gated_residual_norm_cpu", &gated_residual_norm_cpu);
   bind_pixel(m);
+  bind_joint_attention(m);
+  bind_qk_norm_rope(m);
 #ifdef PIXELDIFF_CUDA
   m.def("rms_norm_modulate_cuda", &rms_norm_modulate_cuda);
   m.def("gated_residual_norm_cuda", &gated_residual_norm_cuda);

@@ -18,7 +18,7 @@ from torch import Tensor
 
 # Codes of csrc/dtype.h and csrc/cpu/isa.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2}
+ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 
 _STATUS_FILE = Path(__file__).with_name("_native_status.json")  # written by setup.py
 

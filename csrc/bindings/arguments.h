@@ -1,7 +1,8 @@
-// From what Python passes to what kernels take, with the checks that guard memory.
+// Tuples of the Python side to the structs of the kernels. What guards memory is checked here.
 #pragma once
 
-#include <cstdint>
+#include <pybind11/pybind11.h>
+
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -9,9 +10,12 @@
 #include "../cpu/isa.h"
 #include "../dtype.h"
 
-namespace pixeldiff::bindings {
+namespace pixeldiff {
 
 using Address = uintptr_t;
+using VectorTuple = std::tuple<Address, int, int64_t>;    // data or 0, dtype code, stride over B
+using RowsTuple = std::tuple<Address, int64_t, int64_t>;  // data, stride over B, stride over N
+using Sizes = std::tuple<int64_t, int64_t, int64_t>;      // B, N, D
 
 inline DType to_dtype(int code) {
   if (code < 0 || code > 2)
@@ -20,11 +24,27 @@ inline DType to_dtype(int code) {
   return static_cast<DType>(code);
 }
 
-inline cpu::Isa to_isa(int code) {
-  if (code < 0 || code > 2 || !cpu::isa_usable(static_cast<cpu::Isa>(code)))
-    throw std::invalid_argument("instruction set " + std::to_string(code) +
-                                " was not compiled in or this processor lacks it");
-  return static_cast<cpu::Isa>(code);
+inline bool is_empty(Sizes sizes) {
+  const auto [B, N, D] = sizes;
+  if (B < 0 || N < 0 || D < 0) throw std::invalid_argument("sizes must not be negative");
+  return B == 0 || N == 0 || D == 0;
+}
+
+inline Vector to_vector(const char* name, VectorTuple tuple, bool optional = false) {
+  const auto [address, dtype, stride_b] = tuple;
+  if (address == 0 && !optional) throw std::invalid_argument(std::string(name) + " has no data");
+  return {reinterpret_cast<const void*>(address), to_dtype(dtype), stride_b};
+}
+
+inline Rows to_rows(const char* name, RowsTuple tuple) {
+  const auto [address, stride_b, stride_n] = tuple;
+  if (address == 0) throw std::invalid_argument(std::string(name) + " has no data");
+  return {reinterpret_cast<const void*>(address), stride_b, stride_n};
+}
+
+inline void* to_output(const char* name, Address address) {
+  if (address == 0) throw std::invalid_argument(std::string(name) + " has no data");
+  return reinterpret_cast<void*>(address);
 }
 
 template <class T>
@@ -33,4 +53,15 @@ T* to_pointer(const char* name, Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-}  // namespace pixeldiff::bindings
+inline bool is_isa_code(int code) {
+  return code >= 0 && code <= static_cast<int>(cpu::Isa::avx512_bf16);
+}
+
+inline cpu::Isa to_isa(int code) {
+  if (!is_isa_code(code) || !cpu::isa_usable(static_cast<cpu::Isa>(code)))
+    throw std::invalid_argument("instruction set " + std::to_string(code) +
+                                " was not compiled in or this processor lacks it");
+  return static_cast<cpu::Isa>(code);
+}
+
+}  // namespace pixeldiff

@@ -13,10 +13,6 @@ namespace py = pybind11;
 namespace pixeldiff {
 namespace {
 
-using bindings::Address;
-using bindings::to_dtype;
-using bindings::to_isa;
-using bindings::to_pointer;
 using Four = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
 

@@ -3,8 +3,9 @@
 
 #include "gated_residual_norm.h"
 #include "parallel.h"
+#include "qk_norm_rope.h"
 #include "rms_norm_modulate.h"
-#include "variants.h"
+#include "variant.h"
 
 namespace pixeldiff::cpu {
 namespace {
@@ -23,11 +24,12 @@ struct Job {
   int64_t scratch_per_worker;
 };
 
+// `count` rows of `width` values.
 template <class Args>
-void run_rows(const Args& args, RowsFunction<Args> rows, int64_t scratch_floats, int threads) {
-  const int64_t count = args.B * args.N;
-  if (count == 0 || args.D == 0) return;
-  const int64_t row_bytes = args.D * (args.dtype == DType::f32 ? 4 : 2);
+void run_rows(const Args& args, int64_t count, int64_t width, RowsFunction<Args> rows,
+              int64_t scratch_floats, int threads) {
+  if (count == 0 || width == 0) return;
+  const int64_t row_bytes = width * (args.dtype == DType::f32 ? 4 : 2);
   const int64_t grain = kGrainBytes / row_bytes + 1;
   const int workers = worker_count(count, grain, threads);
   const int64_t per_worker = (scratch_floats + kScratchAlign - 1) / kScratchAlign * kScratchAlign;
@@ -45,11 +47,18 @@ void run_rows(const Args& args, RowsFunction<Args> rows, int64_t scratch_floats,
 }  // namespace
 
 void rms_norm_modulate(const RmsNormModulateArgs& args, Isa isa, int threads) {
-  run_rows(args, PIXELDIFF_VARIANT(isa, rms_norm_modulate_rows), 3 * args.D, threads);
+  run_rows(args, args.B * args.N, args.D, PIXELDIFF_VARIANT(isa, rms_norm_modulate_rows),
+           3 * args.D, threads);
 }
 
 void gated_residual_norm(const GatedResidualNormArgs& args, Isa isa, int threads) {
-  run_rows(args, PIXELDIFF_VARIANT(isa, gated_residual_norm_rows), 4 * args.D, threads);
+  run_rows(args, args.B * args.N, args.D, PIXELDIFF_VARIANT(isa, gated_residual_norm_rows),
+           4 * args.D, threads);
+}
+
+void qk_norm_rope(const QkNormRopeArgs& args, Isa isa, int threads) {
+  run_rows(args, args.B * (args.text.rows + args.image.rows), 3 * args.G * args.d,
+           PIXELDIFF_VARIANT(isa, qk_norm_rope_rows), 10 * args.d, threads);
 }
 
 }  // namespace pixeldiff::cpu

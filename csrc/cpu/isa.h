@@ -3,7 +3,8 @@
 
 namespace pixeldiff::cpu {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
 
 const char* isa_name(Isa isa);
 bool isa_compiled(Isa isa);

@@ -6,7 +6,7 @@
 #include "pixel_embed.h"
 #include "pixel_head.h"
 #include "pixel_head_step.h"
-#include "variants.h"
+#include "variant.h"
 
 namespace pixeldiff::cpu {
 namespace {

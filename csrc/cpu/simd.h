@@ -3,6 +3,8 @@
 // the namespace; `Vec` lives inside it so that no two variants share a symbol. For the same reason
 // these files use no inline function or template of the standard library: the linker keeps a
 // single copy of those and could keep one that the processor at hand cannot run.
+//
+// Vec::max(a, b) is a > b ? a : b in each lane: b when either is NaN.
 #pragma once
 
 #include <stdint.h>
@@ -30,13 +32,33 @@ struct Vec {
   static Vec zero() { return {_mm512_setzero_ps()}; }
   static Vec fill(float a) { return {_mm512_set1_ps(a)}; }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  static Vec load(const bf16* p) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
-  }
+  static Vec load(const bf16* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
   static Vec load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
-  void store(bf16* p) const {
+  void store(bf16* p) const { _mm256_storeu_si256((__m256i*)p, to_bf16()); }
+  void store(f16* p) const {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  // The first n < width elements; a masked access touches nothing else.
+  static __mmask16 first(int64_t n) { return (__mmask16)((1u << n) - 1); }
+  static Vec load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  static Vec load_first(const bf16* p, int64_t n) {
+    return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p));
+  }
+  static Vec load_first(const f16* p, int64_t n) {
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
+  }
+  void store_first(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  void store_first(bf16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), to_bf16()); }
+  void store_first(f16* p, int64_t n) const {
+    _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static Vec widen_bf16(__m256i halves) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
+  }
+  __m256i to_bf16() const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
@@ -44,13 +66,12 @@ struct Vec {
     // Rounding would carry a NaN's payload into infinity.
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(rounded));
-  }
-  void store(f16* p) const {
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    return _mm512_cvtepi32_epi16(rounded);
   }
   Vec operator+(Vec b) const { return {_mm512_add_ps(v, b.v)}; }
+  Vec operator-(Vec b) const { return {_mm512_sub_ps(v, b.v)}; }
   Vec operator*(Vec b) const { return {_mm512_mul_ps(v, b.v)}; }
+  static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 };
 
@@ -85,7 +106,9 @@ struct Vec {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   Vec operator+(Vec b) const { return {_mm256_add_ps(v, b.v)}; }
+  Vec operator-(Vec b) const { return {_mm256_sub_ps(v, b.v)}; }
   Vec operator*(Vec b) const { return {_mm256_mul_ps(v, b.v)}; }
+  static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 };
 
@@ -159,9 +182,19 @@ struct Vec {
     for (int i = 0; i < width; ++i) r.v[i] = v[i] + b.v[i];
     return r;
   }
+  Vec operator-(Vec b) const {
+    Vec r;
+    for (int i = 0; i < width; ++i) r.v[i] = v[i] - b.v[i];
+    return r;
+  }
   Vec operator*(Vec b) const {
     Vec r;
     for (int i = 0; i < width; ++i) r.v[i] = v[i] * b.v[i];
+    return r;
+  }
+  static Vec max(Vec a, Vec b) {
+    Vec r;
+    for (int i = 0; i < width; ++i) r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
     return r;
   }
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
@@ -169,6 +202,16 @@ struct Vec {
 
 #endif
 
+#if defined(__AVX512F__)
+template <class T>
+inline Vec load_tail(const T* p, int64_t n) {
+  return Vec::load_first(p, n);
+}
+template <class T>
+inline void store_tail(Vec a, T* p, int64_t n) {
+  a.store_first(p, n);
+}
+#else
 // The last n < width elements go through a small buffer: no byte outside the row is touched.
 template <class T>
 inline Vec load_tail(const T* p, int64_t n) {
@@ -183,6 +226,7 @@ inline void store_tail(Vec a, T* p, int64_t n) {
   a.store(buffer);
   memcpy(p, buffer, (size_t)n * sizeof(T));
 }
+#endif
 
 // Calls body(i, n) for consecutive pieces of [0, D); n == Vec::width except for the last.
 template <class T>
@@ -197,12 +241,29 @@ inline void store_n(Vec a, T* p, int64_t n) {
     store_tail(a, p, n);
 }
 
+// Lanes 2i and 2i + 1 exchanged.
+inline Vec swap_pairs(Vec a) {
+#if defined(__AVX512F__)
+  return {_mm512_permute_ps(a.v, 0b10110001)};
+#elif defined(__AVX2__)
+  return {_mm256_permute_ps(a.v, 0b10110001)};
+#else
+  Vec r;
+  for (int i = 0; i < Vec::width; ++i) r.v[i] = a.v[i ^ 1];
+  return r;
+#endif
+}
+
 inline float sum_lanes(Vec a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(a.v);
+#else
   float lanes[Vec::width];
   a.store(lanes);
   for (int half = Vec::width / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+#endif
 }
 
 }  // namespace pixeldiff::cpu::PIXELDIFF_ISA

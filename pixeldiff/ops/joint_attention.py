@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .checks import check_float, check_last_contiguous, check_rank, check_shape
-from .registry import define
+from .checks import check_device, check_float, check_last_contiguous, check_rank, check_shape
+from .registry import Backend, define
+
+BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.joint_attention"),)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -24,6 +26,7 @@ _op = define(
     "(Tensor q, Tensor k, Tensor v, float scale) -> Tensor",
     reference=reference,
     fake=_fake,
+    backends=BACKENDS,
 )
 
 
@@ -43,9 +46,11 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
         (B, L, G, d), contiguous, dtype of q.
 
     Raises:
-        ValueError: shape or stride. TypeError: dtype.
+        ValueError: shape, stride or device. TypeError: dtype. NotImplementedError: a forced
+        backend cannot run; says why.
 
-    Backends: reference (PyTorch's scaled dot product attention). Gradients: through it.
+    Backends: cpu (fp32, bf16, fp16), reference (PyTorch's scaled dot product attention).
+    Gradients: through the reference.
     Cost: 4*B*L*S*G*d FLOPs and B*L*S*G exponentials; compute-bound.
     Source: PiD (arXiv 2605.23902), MMDiT joint attention and the PiT blocks' attention.
     """
@@ -63,4 +68,5 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = No
             f"{op}: k and v must have the dtype of q, {q.dtype}, got {k.dtype}, {v.dtype}"
         )
     check_last_contiguous(op, q=q, k=k, v=v)
+    check_device(op, q, k=k, v=v)
     return _op(q, k, v, d**-0.5 if scale is None else scale)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_float, check_last_contiguous, check_rank, check_shape
-from .registry import define, upcast
+from .checks import check_device, check_float, check_last_contiguous, check_rank, check_shape
+from .registry import Backend, define, upcast
+
+BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.qk_norm_rope"),)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -50,6 +52,7 @@ _op = define(
     " float eps) -> Tensor",
     reference=reference,
     fake=_fake,
+    backends=BACKENDS,
 )
 
 
@@ -83,18 +86,19 @@ def qk_norm_rope(
         rounding.
 
     Raises:
-        ValueError: shape or stride. TypeError: dtype.
+        ValueError: shape, stride or device. TypeError: dtype. NotImplementedError: a forced
+        backend cannot run; says why.
 
-    Backends: reference. Gradients: through the reference.
+    Backends: cpu (fp32, bf16, fp16; tables in fp32), reference. Gradients: through the reference.
     Cost: 6*B*(T+N)*G*d*sizeof(qkv) bytes; bandwidth-bound.
     Source: PiD (arXiv 2605.23902), joint attention of the MMDiT blocks, and PixelDiT's rotary.
     """
     op = "qk_norm_rope"
-    _check(op, "", qkv, q_weight, k_weight, rope, heads)
+    _check(op, "", qkv, q_weight, k_weight, rope, heads, qkv)
     if text is None:
         return _op(qkv, q_weight, k_weight, *rope, None, None, None, None, None, heads, eps)
     txt_qkv, txt_q_weight, txt_k_weight, txt_rope = text
-    _check(op, "text ", txt_qkv, txt_q_weight, txt_k_weight, txt_rope, heads)
+    _check(op, "text ", txt_qkv, txt_q_weight, txt_k_weight, txt_rope, heads, qkv)
     if txt_qkv.shape[0] != qkv.shape[0] or txt_qkv.shape[2] != qkv.shape[2]:
         raise ValueError(
             f"{op}: text qkv must be (B, T, 3*G*d) with B = {qkv.shape[0]} and 3*G*d = "
@@ -109,7 +113,7 @@ def qk_norm_rope(
     )
 
 
-def _check(op, who, qkv, q_weight, k_weight, rope, heads):
+def _check(op, who, qkv, q_weight, k_weight, rope, heads, first):
     check_rank(op, f"{who}qkv", qkv, "(B, N, 3*G*d)")
     n, c = qkv.shape[1:]
     if heads < 1 or c % (6 * heads):
@@ -123,3 +127,6 @@ def _check(op, who, qkv, q_weight, k_weight, rope, heads):
     for name, table in zip(("cos", "sin"), rope, strict=True):
         check_shape(op, f"{who}{name}", table, "(N, d/2)", (n, d // 2))
     check_last_contiguous(op, **{f"{who}qkv": qkv})
+    tensors = (qkv, q_weight, k_weight, *rope)
+    names = ("qkv", "q_weight", "k_weight", "cos", "sin")
+    check_device(op, first, **{f"{who}{n}": t for n, t in zip(names, tensors, strict=True)})

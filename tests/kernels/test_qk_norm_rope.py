@@ -1,8 +1,14 @@
 """qk_norm_rope against fp64: RMSNorm per head, rotation as a complex product, one buffer."""
 
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
+from harness import NAMES, launcher, one_rounding
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rules import (
     Draw,
     assert_bitwise,
@@ -20,7 +26,14 @@ from rules import (
     rms,
 )
 
+import pixeldiff
+from pixeldiff import native
 from pixeldiff.ops import qk_norm_rope
+
+OP = "qk_norm_rope"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
+every_isa = pytest.mark.parametrize("isa", native.ISA_CODES)
 
 # (B, N, T, G, d); T = None has no text.
 SHAPES = {
@@ -110,6 +123,168 @@ def test_strided_projection():
     y = call((at_odd_stride(image[0]), *image[1:]), (at_odd_stride(text[0]), *text[1:]), heads)
     assert y.is_contiguous()
     assert_bitwise(y, call(image, text, heads))
+
+
+# --- the CPU kernel -------------------------------------------------------------------------------
+
+
+def run_isa(isa, image, text, heads, **kwargs):
+    launcher(OP, f"cpu-{isa}")  # skips where this processor lacks it
+    launch = import_module("pixeldiff.ops.cpu.qk_norm_rope").launch
+    flat_text = (None,) * 5 if text is None else (*text[:3], *text[3])
+    args = (*image[:3], *image[3], *flat_text, heads, 1e-6)
+    return launch(*args, isa=native.ISA_CODES[isa], **kwargs)
+
+
+def assert_matches(out, args):
+    want = oracle(*args)
+    assert out.is_contiguous()
+    for part in range(2):
+        assert one_rounding(out[part], torch.from_numpy(want[part])) <= 1
+    assert_bitwise(out[2], torch.from_numpy(want[2]).to(out.dtype))
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("std", [1.0, 1e-3, 1e4])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_instruction_set(shape, std, dtype, isa):
+    args = arguments(dtype, shape, std)
+    assert_matches(run_isa(isa, *args), args)
+
+
+@needs_extension
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.sampled_from(DTYPES),
+    st.sampled_from(DTYPES),
+    st.tuples(
+        st.integers(1, 3),
+        st.integers(0, 6),
+        st.one_of(st.none(), st.integers(0, 6)),
+        st.integers(1, 4),
+        st.integers(1, 40).map(lambda half: 2 * half),
+    ),
+    st.sampled_from([1.0, 1e-3, 100.0]),
+    st.sampled_from(sorted(native.ISA_CODES)),
+)
+def test_random_shapes(dtype, weights, shape, std, isa):
+    """Any shape, weights of any type, and rows and tables that start anywhere in memory."""
+    if not native.load().isa_usable(native.ISA_CODES[isa]):
+        return
+    image, text, heads = arguments(dtype, shape, std)
+
+    def strided(stream):
+        qkv, q_weight, k_weight, rope = stream
+        return (
+            *(at_odd_stride(qkv), q_weight.to(weights), k_weight.to(weights)),
+            tuple(map(at_odd_stride, rope)),
+        )
+
+    args = (strided(image), None if text is None else strided(text), heads)
+    assert_matches(run_isa(isa, *args), args)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_not_finite(dtype, isa):
+    """A NaN takes its head; an infinity takes its own channel pair, the rest of its head is 0."""
+    image, text, heads = arguments(dtype, (2, 3, 2, 3, 22))
+    image[0][0, 1, 22 + 5] = torch.nan  # q, head 1
+    text[0][1, 0, 66 + 44 + 20] = torch.inf  # k, head 2, pair 20 and 21
+    image[0][1, 2, 132 + 7] = torch.nan  # v
+    out = run_isa(isa, image, text, heads)
+    with pixeldiff.backend("reference"):
+        want = call(image, text, heads)
+    assert torch.equal(out.isnan(), want.isnan())
+    assert out.isnan().sum() == 22 + 2 + 1
+    assert (out[1, 1, 0, 2, :20] == 0).all()
+    torch.testing.assert_close(out, want, equal_nan=True, rtol=2e-2, atol=1e-3)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_threads_do_not_change_the_result(dtype, isa):
+    args = arguments(dtype, (2, 150, 31, 8, 72))
+    one = run_isa(isa, *args, threads=1)
+    for threads in (2, 7, 1000):
+        assert_bitwise(run_isa(isa, *args, threads=threads), one)
+
+
+@needs_extension
+def test_concurrent_callers():
+    inputs = [arguments(torch.float32, (1, 90 + i, 5, 4, 64)) for i in range(4)]
+    with pixeldiff.backend("cpu"):
+        want = [call(*args) for args in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for got in [list(pool.map(lambda a: call(*a), inputs)) for _ in range(5)]:
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_writes_nothing_outside_its_rows(dtype, isa):
+    (qkv, q_weight, k_weight, (cos, sin)), _, heads = args = arguments(dtype, (1, 3, None, 2, 22))
+    want = run_isa(isa, *args)
+    buffer = torch.full((64 + want.numel(),), 7.0, dtype=dtype)
+    native.load().qk_norm_rope_cpu(
+        (1, heads, 22),
+        native.DTYPE_CODES[dtype],
+        (0, (0, 0, 0), (0, 0, 0), (0, 0, 0), (0, 0), (0, 0)),
+        (
+            3,
+            native.rows(qkv),
+            native.vector(q_weight),
+            native.vector(k_weight),
+            (cos.data_ptr(), cos.stride(0)),
+            (sin.data_ptr(), sin.stride(0)),
+        ),
+        buffer[32:].data_ptr(),
+        1e-6,
+        native.ISA_CODES[isa],
+        2,
+    )
+    assert (buffer[:32] == 7).all()
+    assert (buffer[-32:] == 7).all()
+    assert_bitwise(buffer[32:-32].view(want.shape), want)
+
+
+@needs_extension
+def test_offsets_past_two_to_the_31():
+    image, _, heads = arguments(torch.bfloat16, (2, 1, None, 2, 8))
+    base = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # pages that are not touched cost nothing
+    far = base.as_strided((2, 1, 48), (2**31, 48, 1))
+    far.copy_(image[0])
+    with pixeldiff.backend("cpu"):
+        assert_bitwise(call((far, *image[1:]), None, heads), call(image, None, heads))
+
+
+@needs_extension
+@pytest.mark.parametrize("rows", [3, None], ids=["text", "no-text"])
+def test_public_function_runs_the_cpu_kernel(rows):
+    args = arguments(torch.bfloat16, (2, 5, rows, 2, 24))
+    best = native.load().best_isa()
+    name = next(name for name, code in native.ISA_CODES.items() if code == best)
+    with pixeldiff.backend("cpu"):
+        forced_cpu = call(*args)
+    assert_bitwise(call(*args), forced_cpu)
+    assert_bitwise(forced_cpu, run_isa(name, *args))
+
+
+@needs_extension
+def test_cpu_refuses_other_tables():
+    """Tables in another type than fp32 run in the reference, and a forced kernel says so."""
+    (qkv, q_weight, k_weight, rope), _, heads = arguments(torch.float32, (1, 3, None, 2, 8))
+    image = (qkv, q_weight, k_weight, tuple(t.double() for t in rope))
+    torch.testing.assert_close(
+        call(image, None, heads), call((qkv, q_weight, k_weight, rope), None, heads)
+    )
+    text = r'qk_norm_rope\(backend="cpu"\): takes rotary tables in float32, got torch.float64'
+    wide = (qkv, q_weight, k_weight, tuple(t.bfloat16() for t in rope))
+    with pixeldiff.backend("cpu"), pytest.raises(NotImplementedError, match="in float32, got"):
+        call(wide, None, heads)
+    with pixeldiff.backend("cpu"), pytest.raises(NotImplementedError, match=text):
+        call(image, None, heads)
 
 
 @pytest.mark.parametrize("rows", [3, None], ids=["text", "no-text"])

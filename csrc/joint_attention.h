@@ -1,0 +1,26 @@
+#pragma once
+
+#include "dtype.h"
+
+namespace pixeldiff {
+
+// A (B, rows, G, d) tensor whose last axis is contiguous; strides in elements.
+struct Heads {
+  const void* data;
+  int64_t stride_b;
+  int64_t stride_n;
+  int64_t stride_g;
+};
+
+// o = softmax(scale * q k^T) v, per image and head
+struct JointAttentionArgs {
+  int64_t B, L, S, G, d;
+  DType dtype;  // of all four tensors
+  Heads q;      // (B, L, G, d)
+  Heads k;      // (B, S, G, d)
+  Heads v;      // (B, S, G, d)
+  void* o;      // (B, L, G, d) contiguous
+  float scale;
+};
+
+}  // namespace pixeldiff

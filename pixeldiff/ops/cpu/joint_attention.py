@@ -1,0 +1,46 @@
+"""joint_attention on the CPU; kernel in csrc/cpu/joint_attention.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import native
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    reason = native.why_not() or native.why_not_tensors("cpu", q, k, v)
+    if reason is None and native.best_isa() == native.ISA_CODES["portable"]:
+        return "needs AVX2: without wide vectors PyTorch's own attention is faster"
+    return reason
+
+
+def launch(
+    q: Tensor,  # (B, L, G, d)
+    k: Tensor,  # (B, S, G, d), dtype of q
+    v: Tensor,  # (B, S, G, d), dtype of q
+    scale: float,
+    *,
+    isa: int | None = None,  # a code of native.ISA_CODES; None takes the best
+    threads: int | None = None,  # None takes PyTorch's number
+) -> Tensor:
+    o = q.new_empty(q.shape)
+    if o.numel() == 0:
+        return o
+    b, rows, g, d = q.shape
+    native.load().joint_attention_cpu(
+        (b, rows, k.shape[1], g, d),
+        native.DTYPE_CODES[q.dtype],
+        _heads(q),
+        _heads(k),
+        _heads(v),
+        o.data_ptr(),
+        scale,
+        native.best_isa() if isa is None else isa,
+        torch.get_num_threads() if threads is None else threads,
+    )
+    return o
+
+
+def _heads(t: Tensor) -> tuple[int, int, int, int]:
+    return t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)
