@@ -61,7 +61,8 @@ sanitize: setup
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
 	    ASAN_OPTIONS=detect_leaks=0 \
 	    $(BIN)/python -m pytest tests/kernels/test_rms_norm_modulate.py \
-	    tests/kernels/test_gated_residual_norm.py -k "not triton and not compile" $(ARGS)
+	    tests/kernels/test_gated_residual_norm.py \
+	    tests/kernels/test_sigma_gate.py tests/kernels/test_swiglu.py -k "not triton and not compile" $(ARGS)
 
 train-demo: setup
 	$(BIN)/python -m training demo

@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 
+#include "bindings/bindings.h"
 #include "build_info.h"
 #include "cpu/gated_residual_norm.h"
 #include "cpu/isa.h"
@@ -176,6 +177,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
   m.def("rms_norm_modulate_cpu", &rms_norm_modulate_cpu);
   m.def("gated_residual_norm_cpu", &gated_residual_norm_cpu);
+  bind_sigma_gate(m);
+  bind_swiglu(m);
 #ifdef PIXELDIFF_CUDA
   m.def("rms_norm_modulate_cuda", &rms_norm_modulate_cuda);
   m.def("gated_residual_norm_cuda", &gated_residual_norm_cuda);

@@ -4,6 +4,8 @@
 #include "gated_residual_norm.h"
 #include "parallel.h"
 #include "rms_norm_modulate.h"
+#include "sigma_gate.h"
+#include "swiglu.h"
 
 namespace pixeldiff::cpu {
 namespace {
@@ -68,6 +70,18 @@ void rms_norm_modulate(const RmsNormModulateArgs& args, Isa isa, int threads) {
 
 void gated_residual_norm(const GatedResidualNormArgs& args, Isa isa, int threads) {
   run_rows(args, PIXELDIFF_VARIANT(isa, gated_residual_norm_rows), 4 * args.D, threads);
+}
+
+void sigma_gate_per_token(const SigmaGatePerTokenArgs& args, Isa isa, int threads) {
+  run_rows(args, PIXELDIFF_VARIANT(isa, sigma_gate_per_token_rows), args.D, threads);
+}
+
+void sigma_gate_per_channel(const SigmaGatePerChannelArgs& args, Isa isa, int threads) {
+  run_rows(args, PIXELDIFF_VARIANT(isa, sigma_gate_per_channel_rows), 0, threads);
+}
+
+void swiglu(const SwigluArgs& args, Isa isa, int threads) {
+  run_rows(args, PIXELDIFF_VARIANT(isa, swiglu_rows), 0, threads);
 }
 
 }  // namespace pixeldiff::cpu
