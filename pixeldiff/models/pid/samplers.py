@@ -151,6 +151,7 @@ def sample_student(
     if sample_type == "sde" and len(times) > 2 and draw is None:
         raise ValueError("draw: an SDE of more than one step needs a source of noise, got None")
     x = noise
+    del noise
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         out = velocity(x, network_time(t))
         x0 = out
@@ -165,6 +166,7 @@ def sample_student(
                 out = _by_plane(lambda a, b, t=t: (a - b) / max(t, MIN_TIME), x, x0, state_dtype)
             x = x + (t_next - t) * out
         _report(callback, i + 1, len(times) - 1, t, x0)
+        del out, x0  # or they would last through the next network call
     return x
 
 
@@ -225,6 +227,7 @@ def sample_teacher(
             f"cfg_scale=1"
         )
     x, previous, previous_lambda = noise, None, 0.0
+    del noise
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         tau = network_time(t)
         out = velocity(x, tau)
@@ -244,6 +247,7 @@ def sample_teacher(
                 x = x - 0.5 * (1 - t_next) * phi / r * (x0 - previous)
         previous, previous_lambda = x0, lam
         _report(callback, i + 1, len(times) - 1, t, x0)
+        del out, x0
     return x
 
 

@@ -9,7 +9,7 @@ from ... import native
 
 # Logits that exist at once where there is one a channel: they stay in the caches between the GEMM
 # that writes them and the pass that reads them, and are tall enough for the GEMM's full speed.
-PRODUCT_BYTES = 2 << 20
+PRODUCT_BYTES = 4 << 20
 
 
 def why_not(x: Tensor, feature: Tensor, weight: Tensor, lq_logit: Tensor) -> str | None:
