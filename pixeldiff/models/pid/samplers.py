@@ -165,8 +165,9 @@ def sample_student(
             if prediction_type == "x0":
                 out = _by_plane(lambda a, b, t=t: (a - b) / max(t, MIN_TIME), x, x0, state_dtype)
             x = x + (t_next - t) * out
+        del out
         _report(callback, i + 1, len(times) - 1, t, x0)
-        del out, x0  # or they would last through the next network call
+        del x0  # it would last through the next network call
     return x
 
 
