@@ -2,7 +2,6 @@
 // and has checked shapes and dtypes; what is checked again here is what guards memory.
 #include <pybind11/pybind11.h>
 
-
 #include "bindings/arguments.h"
 #include "bindings/bindings.h"
 #include "build_info.h"
@@ -135,6 +134,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_pixel(m);
   bind_joint_attention(m);
   bind_qk_norm_rope(m);
+  bind_sigma_gate(m);
+  bind_swiglu(m);
 #ifdef PIXELDIFF_CUDA
   m.def("rms_norm_modulate_cuda", &rms_norm_modulate_cuda);
   m.def("gated_residual_norm_cuda", &gated_residual_norm_cuda);

@@ -5,6 +5,8 @@
 #include "parallel.h"
 #include "qk_norm_rope.h"
 #include "rms_norm_modulate.h"
+#include "sigma_gate.h"
+#include "swiglu.h"
 #include "variant.h"
 
 namespace pixeldiff::cpu {
@@ -59,6 +61,21 @@ void gated_residual_norm(const GatedResidualNormArgs& args, Isa isa, int threads
 void qk_norm_rope(const QkNormRopeArgs& args, Isa isa, int threads) {
   run_rows(args, args.B * (args.text.rows + args.image.rows), 3 * args.G * args.d,
            PIXELDIFF_VARIANT(isa, qk_norm_rope_rows), 10 * args.d, threads);
+}
+
+void sigma_gate_per_token(const SigmaGatePerTokenArgs& args, Isa isa, int threads) {
+  run_rows(args, args.B * args.N, args.D, PIXELDIFF_VARIANT(isa, sigma_gate_per_token_rows), args.D,
+           threads);
+}
+
+void sigma_gate_per_channel(const SigmaGatePerChannelArgs& args, Isa isa, int threads) {
+  run_rows(args, args.B * args.N, args.D, PIXELDIFF_VARIANT(isa, sigma_gate_per_channel_rows), 0,
+           threads);
+}
+
+void swiglu(const SwigluArgs& args, Isa isa, int threads) {
+  run_rows(args, args.B * args.N, args.D, PIXELDIFF_VARIANT(isa, swiglu_rows), 0,
+           threads);
 }
 
 }  // namespace pixeldiff::cpu

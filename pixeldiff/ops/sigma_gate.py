@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .checks import check_float, check_rank, check_shape
-from .registry import define, upcast
+from .registry import Backend, define, upcast
+
+BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.sigma_gate"),)
 
 
 def reference(x: Tensor, feature: Tensor, weight: Tensor, lq_logit: Tensor) -> Tensor:
@@ -24,6 +26,7 @@ _op = define(
     "(Tensor x, Tensor feature, Tensor weight, Tensor lq_logit) -> Tensor",
     reference=reference,
     fake=_fake,
+    backends=BACKENDS,
 )
 
 
@@ -49,7 +52,8 @@ def sigma_gate(x: Tensor, feature: Tensor, weight: Tensor, lq_logit: Tensor) -> 
     Raises:
         ValueError: shape. TypeError: dtype.
 
-    Backends: reference. Gradients: through the reference.
+    Backends: cpu (fp32, bf16, fp16; feature of the dtype of x, lq_logit of it or fp32; last axes
+    contiguous), reference. Gradients: through the reference.
     Cost: K = D: 2*B*N*D*D FLOPs; K = 1: 3*B*N*D*sizeof(x) bytes, bandwidth-bound.
     Source: PiD (arXiv 2605.23902), sigma-aware adapter.
     """

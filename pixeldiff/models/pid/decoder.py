@@ -264,9 +264,10 @@ class PiDDecoder:
         if cfg_scale != 1:
             null = self._caption("negative_caption", negative_caption, latent.shape[0])
         with torch.no_grad():
-            noise = draw((latent.shape[0], self.net.config.in_channels, *size))
             taus = [network_time(t) for t in times[:-1]]
             condition = self.net.prepare(latent, y, sigma, size=size, timesteps=taus)
+            shape = (latent.shape[0], self.net.config.in_channels, *size)
+            # Drawn in the calls below: a name for it here would keep it for all steps.
             if self.distilled:
                 advance = partial(
                     self.net.student_step,
@@ -276,14 +277,14 @@ class PiDDecoder:
                     state_dtype=STATE_DTYPES[state_dtype],
                 )
                 result = run_student(
-                    advance, noise, times, draw, sample_type=sample_type, callback=callback
+                    advance, draw(shape), times, draw, sample_type=sample_type, callback=callback
                 )
             else:
                 negative = None if null is None else self.net.recaption(condition, null)
                 result = sample_teacher(
                     lambda x, tau: self.net.step(x, tau, condition),
                     lambda x, tau: self.net.step(x, tau, negative),
-                    noise,
+                    draw(shape),
                     times,
                     cfg_scale=cfg_scale,
                     prediction_type=self.sampling.prediction_type,

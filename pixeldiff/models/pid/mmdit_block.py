@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from ... import ops
@@ -29,13 +28,15 @@ class JointAttention(nn.Module):
 
     def joint_qkv(self, x: Tensor, y: Tensor, rope: Rope, txt_rope: Rope) -> Tensor:
         """(3, B, T+N, G, d): normalised, rotated, text rows first."""
+        qkv, text_qkv = self.qkv_x(x), self.qkv_y(y)
+        del x, y  # if the caller keeps none of its own, their memory is free for the result
         return ops.qk_norm_rope(
-            self.qkv_x(x),
+            qkv,
             self.q_norm_x.weight,
             self.k_norm_x.weight,
             rope,
             heads=self.heads,
-            text=(self.qkv_y(y), self.q_norm_y.weight, self.k_norm_y.weight, txt_rope),
+            text=(text_qkv, self.q_norm_y.weight, self.k_norm_y.weight, txt_rope),
         )
 
 
@@ -75,26 +76,44 @@ class MMDiTBlock(nn.Module):
         trace: Trace | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x (B, N, D), y (B, T, D) -> the same. `image_only` returns y as it came (last block)."""
-        shift_x, scale_x, gate_x, *mlp_x = mod_x.unbind(1)
-        shift_y, scale_y, gate_y, *mlp_y = mod_y.unbind(1)
-        xn = ops.rms_norm_modulate(x, self.norm_x1.weight, scale_x, shift_x)
-        yn = ops.rms_norm_modulate(y, self.norm_y1.weight, scale_y, shift_y)
-        q, k, v = self.attn.joint_qkv(xn, yn, rope, txt_rope).unbind(0)
-        rows = y.shape[1]
-        if image_only:
-            o = ops.joint_attention(q[:, rows:], k, v).flatten(2)
-            return self._finish(x, self.attn.proj_x(o), gate_x, mlp_x, self.norm_x2, self.mlp_x), y
-        o = ops.joint_attention(q, k, v).flatten(2)
-        ox, oy = self.attn.proj_x(o[:, rows:]), self.attn.proj_y(o[:, :rows])
-        if trace:
-            for name, value in (("x_mod", xn), ("y_mod", yn), ("attn_x", ox), ("attn_y", oy)):
-                trace(name, value)
-        x = self._finish(x, ox, gate_x, mlp_x, self.norm_x2, self.mlp_x)
-        y = self._finish(y, oy, gate_y, mlp_y, self.norm_y2, self.mlp_y)
+        rotary = (rope, txt_rope)
+        # Popped, not unpacked: what attention returned is freed once it is added to its stream.
+        outputs = self._attend(x, y, mod_x, mod_y, rotary, image_only=image_only, trace=trace)
+        x = self._finish(x, outputs.pop(), mod_x, self.norm_x2, self.mlp_x)
+        if not image_only:
+            y = self._finish(y, outputs.pop(), mod_y, self.norm_y2, self.mlp_y)
         return x, y
 
+    def _attend(self, x, y, mod_x, mod_y, rotary, *, image_only, trace):
+        """What attention adds to the streams: [text, image], or [image] alone."""
+        rows, attn = y.shape[1], self.attn
+
+        def normed(name: str, stream: Tensor, norm: RMSNorm, mod: Tensor) -> Tensor:
+            h = ops.rms_norm_modulate(stream, norm.weight, mod[:, 1], mod[:, 0])
+            if trace:
+                trace(name, h)
+            return h
+
+        q, k, v = attn.joint_qkv(
+            normed("x_mod", x, self.norm_x1, mod_x),
+            normed("y_mod", y, self.norm_y1, mod_y),
+            *rotary,
+        ).unbind(0)
+        if image_only:
+            q = q[:, rows:]
+        o = ops.joint_attention(q, k, v).flatten(2)
+        del q, k, v
+        if image_only:
+            return [attn.proj_x(o)]
+        outputs = [attn.proj_y(o[:, :rows]), attn.proj_x(o[:, rows:])]
+        if trace:
+            trace("attn_x", outputs[1])
+            trace("attn_y", outputs[0])
+        return outputs
+
     @staticmethod
-    def _finish(x, o, gate, mlp_mod, norm, mlp):
-        shift, scale, mlp_gate = mlp_mod
+    def _finish(x, o, mod, norm, mlp):
+        _, _, gate, shift, scale, mlp_gate = mod.unbind(1)
         x, h = ops.gated_residual_norm(x, o, gate, norm.weight, scale, shift)
-        return torch.addcmul(x, mlp_gate[:, None], mlp(h))
+        del o
+        return mlp.add_gated(x, mlp_gate, h)

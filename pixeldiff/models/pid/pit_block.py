@@ -25,7 +25,9 @@ class RotaryAttention(nn.Module):
         qkv = ops.qk_norm_rope(
             self.qkv(a), self.q_norm.weight, self.k_norm.weight, rope, heads=self.heads
         )
-        return self.proj(ops.joint_attention(*qkv.unbind(0)).flatten(2))
+        o = ops.joint_attention(*qkv.unbind(0)).flatten(2)
+        del qkv
+        return self.proj(o)
 
 
 class PixelMLP(nn.Module):

@@ -190,10 +190,12 @@ def run_student(
     if sample_type == "sde" and len(times) > 2 and draw is None:
         raise ValueError("draw: an SDE of more than one step needs a source of noise, got None")
     x = noise
+    del noise
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         fresh = draw if sample_type == "sde" and t_next != 0 else None
         x, x0 = advance(x, t, t_next, fresh, callback is not None)
         _report(callback, i + 1, len(times) - 1, t, x0)
+        del x0  # it would last through the next network call
     return x
 
 
@@ -254,6 +256,7 @@ def sample_teacher(
             f"cfg_scale=1"
         )
     x, previous, previous_lambda = noise, None, 0.0
+    del noise
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         tau = network_time(t)
         out = velocity(x, tau)
@@ -273,6 +276,7 @@ def sample_teacher(
                 x = x - 0.5 * (1 - t_next) * phi / r * (x0 - previous)
         previous, previous_lambda = x0, lam
         _report(callback, i + 1, len(times) - 1, t, x0)
+        del out, x0
     return x
 
 
