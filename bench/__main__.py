@@ -16,6 +16,7 @@ from pixeldiff.models.pid.decoder import check_device
 from . import show
 from .machine import DTYPES
 from .recorder import Recorder
+from .variants import VARIANTS
 
 
 def comma(kind: Callable[[str], Any] = str, choices: tuple[str, ...] = ()) -> Callable:
@@ -95,7 +96,8 @@ def kernels(
     plan = Plan(
         device=where,
         ops=ops,
-        dtypes=dtypes or (("fp32", "bf16") if cpu and not quick else ("fp32",) if cpu else ("bf16",)),
+        dtypes=dtypes
+        or (("fp32", "bf16") if cpu and not quick else ("fp32",) if cpu else ("bf16",)),
         backends=backends,
         sizes=sizes or ((1024,) if quick else (2048,) if cpu else ()),
         scale=scale or (16 if quick else 4 if cpu else 1),
@@ -106,6 +108,112 @@ def kernels(
         matrix=256 if quick else None,
     )
     _finish(Recorder(path), run(plan), show.kernels)
+
+
+@main.command()
+@click.option(
+    "--config", "config", default="demo", show_default=True, help="demo or a released network"
+)
+@click.option("--size", "side", default=512, show_default=True, help="pixels of a side")
+@click.option("--device", help="cpu or cuda; default: cuda where there is one")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="default: bf16 on CUDA")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    callback=comma(),
+    help="of pixeldiff's variants: a name for every op that has it, or op=name; default: free choice",
+)
+@click.option("--steps", type=click.IntRange(1), help="network calls of an image")
+@click.option("--batch", default=1, show_default=True)
+@click.option(
+    "--compare",
+    "variants",
+    multiple=True,
+    default=("reference,compile",),
+    show_default=True,
+    callback=comma(choices=tuple(VARIANTS)),
+    help=f"beside pixeldiff: {', '.join(VARIANTS)}",
+)
+@click.option(
+    "--images", default=5, show_default=True, help="timed images of each, after the first"
+)
+@click.option(
+    "--new-size", "new_side", type=int, help="side of the new size; default half; 0: none"
+)
+@click.option("--seconds", default=300.0, show_default=True, help="no image starts after them")
+@click.option("--timeout", default=900.0, show_default=True, help="seconds for any one image")
+@threads_option
+@json_option
+@clean_errors
+def decode(
+    config: str,
+    side: int,
+    device: str | None,
+    precision: str | None,
+    new_side: int | None,
+    path: Path | None,
+    **options: Any,
+) -> None:
+    """A whole decode: time, first call, memory, energy, beside the baselines.
+
+    Released networks run with random weights of their real size.
+    """
+    from .decode import Plan, run
+    from .models import resolve
+    from .variants import choice
+
+    where = check_device(device)
+    resolve(config)
+    choice(options["backends"])
+    plan = Plan(
+        config=config,
+        side=side,
+        device=where,
+        precision=precision or ("bf16" if where.type == "cuda" else "fp32"),
+        new_side=side // 2 if new_side is None else new_side,
+        **options,
+    )
+    _finish(Recorder(path), run(plan), show.decodes)
+
+
+@main.command()
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="folder, such as docs/performance"
+)
+@click.option(
+    "--readme", type=click.Path(path_type=Path), help="README whose figures to generate again"
+)
+@click.option("--check", is_flag=True, help="with --readme: only say whether it is up to date")
+@clean_errors
+def report(files: tuple[Path, ...], output: Path | None, readme: Path | None, check: bool) -> None:
+    """Tables and plots of result FILES, and the figures of a README from the files it names."""
+    from .report import update_readme, write
+
+    if readme is None and not (files and output):
+        raise click.UsageError("give result files and --output, or --readme, or all of them")
+    if output is not None:
+        for path in write(files, output):
+            show.console.print(str(path), markup=False)
+    if readme is None:
+        return
+    same = update_readme(readme, check=check)
+    if check and not same:
+        raise ValueError(
+            f"{readme} is not what its result files give; run report --readme {readme}"
+        )
+    show.console.print(f"{readme}: {'up to date' if same else 'written'}", markup=False)
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@clean_errors
+def summary(files: tuple[Path, ...]) -> None:
+    """One table of result FILES: every op's best backend, and every decode."""
+    from .schema import load
+
+    show.summary([row for path in files for row in load(path)])
 
 
 def _finish(recorder: Recorder, measured, table: Callable) -> None:

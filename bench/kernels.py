@@ -20,7 +20,7 @@ from .accuracy import Judge
 from .machine import DTYPES, last_level_cache, machine
 from .schema import Memory, Row, Timing
 from .shapes import Case, cases
-from .timing import Candidate, Clock, Rotation, clock_for, first_call, interleave
+from .timing import Candidate, Rotation, clock_for, first_call, interleave
 from .work import WORK
 
 EAGER, COMPILED = "eager", "compiled"

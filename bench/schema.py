@@ -93,6 +93,7 @@ class Memory:
     activation_bytes: int
     weight_bytes: int | None = None
     first_peak_bytes: int | None = None
+    base_bytes: int | None = None
     source: str = ""
 
 
@@ -105,11 +106,11 @@ class Decode:
     prepare_ms: float
     load_ms: float
     parameters: int
-    new_size: int | None = None
     new_size_first_ms: float | None = None
     new_size_tenth_ms: float | None = None
     joules_per_image: float | None = None
     watts: float | None = None
+    psnr_reference_db: float | None = None
     notes: list[str] = field(default_factory=list)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from rich.console import Console
@@ -82,6 +83,34 @@ def decode_cells(row: Row) -> tuple[str, ...]:
         "" if m is None or m.weight_bytes is None else gigabytes(m.weight_bytes),
         "" if d.joules_per_image is None else f"{d.joules_per_image:.1f}",
     )
+
+
+def summary(rows: list[Row]) -> None:
+    """Every op's fused backends and every decode in one table, and how many rows have no time."""
+    table = Table(title="summary", title_justify="left")
+    for i, name in enumerate(("what", "at", "", "backend", "ms", "% ceiling", "x eager", "x comp")):
+        table.add_column(name, justify="right" if i > 3 else "left", no_wrap=True)
+    for r in rows:
+        if r.timing is None or r.kind == "ceiling":
+            continue
+        if r.kind == "kernel" and r.backend in ("eager", "compiled"):
+            continue
+        size = r.shape.get("size", r.shape.get("width"))
+        scale = r.shape.get("scale", 1)
+        percent = "" if r.rates is None or r.rates.percent is None else f"{r.rates.percent:.0f}"
+        table.add_row(
+            r.name,
+            f"{r.site.split('/')[-1]} {size}" + (f"/{scale}" if scale > 1 else ""),
+            r.dtype,
+            r.backend,
+            number(r.timing.median_ms),
+            percent,
+            times(r.speedup_eager),
+            times(r.speedup_compiled),
+        )
+    console.print(table, markup=False)
+    counts = Counter(r.status for r in rows)
+    console.print(", ".join(f"{n} rows {status}" for status, n in counts.items()), markup=False)
 
 
 def number(value: float) -> str:

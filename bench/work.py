@@ -130,9 +130,7 @@ WORK: dict[str, Work] = {
     "swiglu": Work(
         bytes=lambda a: 3 * size(a[0]), flops=lambda a: 5 * a[0].numel(), rule=ONE_ROUNDING
     ),
-    "sigma_gate": Work(
-        bytes=lambda a: size(*a) + size(a[0]), flops=_gate_flops, rule=TWICE_EAGER
-    ),
+    "sigma_gate": Work(bytes=lambda a: size(*a) + size(a[0]), flops=_gate_flops, rule=TWICE_EAGER),
     "pixel_embed": Work(
         bytes=_image_bytes,
         flops=lambda a: (2 * a[1].shape[1] + 2) * a[1].shape[0] * (a[0].numel() // a[0].shape[1]),
