@@ -96,8 +96,7 @@ def kernels(
     plan = Plan(
         device=where,
         ops=ops,
-        dtypes=dtypes
-        or (("fp32", "bf16") if cpu and not quick else ("fp32",) if cpu else ("bf16",)),
+        dtypes=dtypes or (("bf16",) if not cpu else ("fp32",) if quick else ("fp32", "bf16")),
         backends=backends,
         sizes=sizes or ((1024,) if quick else (2048,) if cpu else ()),
         scale=scale or (16 if quick else 4 if cpu else 1),
@@ -122,7 +121,7 @@ def kernels(
     "backends",
     multiple=True,
     callback=comma(),
-    help="of pixeldiff's variants: a name for every op that has it, or op=name; default: free choice",
+    help="for pixeldiff: a name for every op that has it, or op=name; default: free",
 )
 @click.option("--steps", type=click.IntRange(1), help="network calls of an image")
 @click.option("--batch", default=1, show_default=True)
@@ -135,12 +134,8 @@ def kernels(
     callback=comma(choices=tuple(VARIANTS)),
     help=f"beside pixeldiff: {', '.join(VARIANTS)}",
 )
-@click.option(
-    "--images", default=5, show_default=True, help="timed images of each, after the first"
-)
-@click.option(
-    "--new-size", "new_side", type=int, help="side of the new size; default half; 0: none"
-)
+@click.option("--images", default=5, show_default=True, help="timed images of each, after one")
+@click.option("--new-size", "new_side", type=int, help="of the new size; default half; 0: none")
 @click.option("--seconds", default=300.0, show_default=True, help="no image starts after them")
 @click.option("--timeout", default=900.0, show_default=True, help="seconds for any one image")
 @threads_option

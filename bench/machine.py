@@ -44,7 +44,7 @@ def device_name(device: torch.device) -> str:
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the largest cache a call's data can stay in; 64 MiB where the system does not say."""
+    """Bytes of the largest cache a call's data can stay in; 64 MiB where nothing says."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = []

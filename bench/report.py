@@ -1,4 +1,4 @@
-"""Result files as Markdown and SVG, and README's figures. Everything here follows from the files."""
+"""Result files as Markdown and SVG, and README's figures: nothing but what the files say."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def page(rows: Sequence[Row], files: Iterable[Path], figures: Sequence[str]) -> 
     """The Markdown page."""
     lines = [NOTE, "", "# Performance", ""]
     lines += [
-        "What each number means, and how to measure again: [bench/README.md](../../bench/README.md).",
+        "What each number means, and how to measure again: see `bench/README.md`.",
         "Times are medians; milliseconds; lower is better. A factor above 1 is faster than the",
         "baseline it is named after, measured in turn with it in the same run.",
         "",
