@@ -101,15 +101,19 @@ def run(plan: Plan) -> Iterator[list[Row]]:
     try:
         _measure(plan, runs)
     except KeyboardInterrupt:
-        yield [_finish(r) for r in runs]
+        yield _finished(runs)
         raise
     finally:
         for r in runs:
             if r.worker is not None:
                 r.worker.end()
+    yield _finished(runs)
+
+
+def _finished(runs: list[_Run]) -> list[Row]:
     rows = [_finish(r) for r in runs]
     _compare(rows)
-    yield rows
+    return rows
 
 
 def _measure(plan: Plan, runs: list[_Run]) -> None:
