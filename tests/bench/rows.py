@@ -50,7 +50,7 @@ def decode_row(backend: str = "pixeldiff", ms: float = 100.0, side: int = 256, *
         status="measured",
         machine=MACHINE,
         timing=summarise([ms, ms, 2 * ms], first_ms=3 * ms),
-        memory=Memory(500 * 10**6, 100 * 10**6, 26 * 10**6, 600 * 10**6, "resident set"),
+        memory=Memory(500 * 10**6, 100 * 10**6, 26 * 10**6, 600 * 10**6, source="resident set"),
         decode=Decode(steps=4, step_ms=ms / 5, prepare_ms=ms / 5, load_ms=50.0, parameters=6500000),
         speedup_eager=2.0,
         speedup_compiled=1.5,
