@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,8 @@ class Error:
         difference = (y.double() - oracle).abs()
         self.largest = oracle.abs().max().item()
         self.absolute = difference.max().item()
+        if not math.isfinite(self.absolute):
+            raise ArithmeticError("the result holds NaN or infinity where the oracle does not")
         self.slack = 4 * EPS32 * self.largest
         budget = torch.finfo(y.dtype).eps * oracle.abs() + self.slack
         self.roundings = (difference / budget).max().item()

@@ -82,7 +82,7 @@ def run(plan: Plan) -> Iterator[list[Row]]:
 def _guarded(plan: Plan, case: Case, dtype: str, top: ceilings.Ceilings) -> list[Row]:
     try:
         return measure(plan, case, dtype, top)
-    except (RuntimeError, MemoryError) as e:  # of the case itself, such as memory for its data
+    except (RuntimeError, MemoryError, ArithmeticError) as e:  # of the case: memory, overflow
         _free(plan.device)
         return [_row(plan, case, dtype, "-", {}, "failed", _reason(e))]
 

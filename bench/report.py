@@ -169,7 +169,7 @@ def _ceilings(rows: Sequence[Row]) -> list[str]:
 def _kernel_tables(rows: Sequence[Row]) -> list[str]:
     lines: list[str] = []
     columns = (
-        *("op", "at", "backend", "ms", "min to max", "rate", "% of ceiling"),
+        *("op", "at", "backend", "ms", "range", "rate", "% of ceiling"),
         *("x eager", "x compiled", "error", "eager's", "of budget", "peak"),
     )
     for dtype in dict.fromkeys(r.dtype for r in rows):
@@ -182,13 +182,8 @@ def _kernel_tables(rows: Sequence[Row]) -> list[str]:
 
 
 def _kernel_cells(r: Row) -> tuple[str, ...]:
-    backend, ms, spread, rate, percent, eager, compiled, budget = show.kernel_cells(r)
-    a = r.accuracy
-    errors = ("", "", "") if a is None else (f"{a.error:.1e}", f"{a.eager_error:.1e}", budget)
     peak = "" if r.memory is None else gigabytes(r.memory.activation_bytes)
-    spread = spread.replace("-", " to ") if "e" not in spread else spread
-    place = (f"`{r.name}`", _place(r), backend, ms, spread, rate, percent)
-    return (*place, eager, compiled, *errors, peak)
+    return (f"`{r.name}`", _place(r), *show.kernel_cells(r), peak)
 
 
 def _place(r: Row) -> str:

@@ -22,7 +22,8 @@ def kernels(rows: list[Row]) -> None:
     rows = [r for r in rows if r.kind == "kernel"]
     if not rows:
         return
-    names = ("ms", "min-max", "rate", "% ceiling", "x eager", "x compiled", "error/budget")
+    names = ("ms", "range", "rate", "% ceiling", "x eager", "x compiled")
+    names += ("error", "eager's", "of budget")
     _table(title(rows[0]), ("backend", *names), rows, kernel_cells)
 
 
@@ -43,16 +44,19 @@ def _table(title: str, columns: tuple[str, ...], rows: list[Row], cells: Callabl
 
 
 def kernel_cells(row: Row) -> tuple[str, ...]:
-    t, r = row.timing, row.rates
+    t, r, a = row.timing, row.rates, row.accuracy
+    errors = ("", "", "")
+    if a is not None:
+        errors = (f"{a.error:.1e}", f"{a.eager_error:.1e}", f"{a.of_budget:.2f}")
     return (
         row.backend,
         number(t.median_ms),
-        f"{number(t.min_ms)}-{number(t.max_ms)}",
+        f"{number(t.min_ms)} to {number(t.max_ms)}",
         rate(row),
         f"{r.percent:.0f}",
         times(row.speedup_eager),
         times(row.speedup_compiled),
-        "" if row.accuracy is None else f"{row.accuracy.of_budget:.2f}",
+        *errors,
     )
 
 
@@ -67,7 +71,7 @@ def decodes(rows: list[Row]) -> None:
         return
     shape = rows[0].shape
     title = f"{rows[0].name} {shape.get('height')}x{shape.get('width')}, {rows[0].dtype}"
-    names = ("image ms", "min-max", "step ms", "first ms", "peak", "weights", "J/image")
+    names = ("image ms", "range", "step ms", "first ms", "peak", "weights", "J/image")
     _table(title, ("variant", *names), rows, decode_cells)
 
 
@@ -76,7 +80,7 @@ def decode_cells(row: Row) -> tuple[str, ...]:
     return (
         row.backend,
         number(t.median_ms),
-        f"{number(t.min_ms)}-{number(t.max_ms)}",
+        f"{number(t.min_ms)} to {number(t.max_ms)}",
         number(d.step_ms),
         "" if t.first_ms is None else number(t.first_ms),
         "" if m is None else gigabytes(m.peak_bytes),

@@ -92,6 +92,13 @@ def test_rows_of_a_selective_oracle_reach_from_first_to_last():
     assert len(rows.rows) == 128
 
 
+def test_a_result_that_is_not_finite_is_an_error():
+    y = ORACLE.clone()
+    y[5] = float("nan")
+    with pytest.raises(ArithmeticError, match="holds NaN or infinity"):
+        Error(y, ORACLE)
+
+
 def test_another_shape_is_an_error_not_a_broadcast():
     with pytest.raises(ValueError, match=r"the result is \(1,\), expected \(97,\)"):
         Error(torch.ones(1), ORACLE)
