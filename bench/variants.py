@@ -128,10 +128,15 @@ class Loaded:
         self.net = net = self.decoder.net
         self.config = net.config
         self.steps = spec.steps or self.decoder.sampling.steps
-        step = _compiled_step(net) if compiled else net.step
+        if compiled:
+            net.step = _compiled_step(net)
         net.prepare = self.marks.wrap("prepare", net.prepare)
-        net.step = self.marks.wrap("step", step)
-        self._decode = self._by_decoder
+        for name in ("step", "student_step"):  # whichever of them the decoder calls
+            if hasattr(net, name):
+                setattr(net, name, self.marks.wrap("step", getattr(net, name)))
+        # A decoder may fuse its sampler's update into the step; the compiled graph is the step.
+        by_step = compiled and self.decoder.distilled
+        self._decode = self._by_step if by_step else self._by_decoder
 
     def _load_upstream(self, compiled: bool) -> None:
         spec, found = self.spec, models.resolve(self.spec.config)
@@ -149,7 +154,7 @@ class Loaded:
         self.steps = spec.steps or 4
         step = upstream.Step(self.net, spec.precision, compiled=compiled)
         self._step = self.marks.wrap("step", step)
-        self._decode = self._by_sampler
+        self._decode = self._by_original
 
     @property
     def parameters(self) -> int:
@@ -195,17 +200,30 @@ class Loaded:
         ).images
 
     @torch.no_grad()
-    def _by_sampler(self, inputs: models.Inputs, side: int) -> Tensor:
+    def _by_step(self, inputs: models.Inputs, side: int) -> Tensor:
+        times = student_times(self.steps)
+        batch = inputs.latent.shape[0]
+        condition = self.net.prepare(
+            inputs.latent,
+            inputs.caption.expand(batch, -1, -1),
+            size=(side, side),
+            timesteps=[network_time(t) for t in times[:-1]],
+        )
+        return self._sample(lambda x, tau: self.net.step(x, tau, condition), batch, side)
+
+    @torch.no_grad()
+    def _by_original(self, inputs: models.Inputs, side: int) -> Tensor:
+        return self._sample(
+            lambda x, tau: self._step(x, tau, inputs.latent, inputs.caption),
+            inputs.latent.shape[0],
+            side,
+        )
+
+    def _sample(self, velocity: Callable, batch: int, side: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(SEED)
         draw = NoiseSource(generator, self.device)
-        noise = draw((inputs.latent.shape[0], self.config.in_channels, side, side))
-        result = sample_student(
-            lambda x, tau: self._step(x, tau, inputs.latent, inputs.caption),
-            noise,
-            student_times(self.steps),
-            draw,
-        )
-        return result.clamp(-1, 1)
+        noise = draw((batch, self.config.in_channels, side, side))
+        return sample_student(velocity, noise, student_times(self.steps), draw).clamp(-1, 1)
 
 
 def _compiled_step(net) -> Callable:

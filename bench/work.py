@@ -142,6 +142,11 @@ WORK: dict[str, Work] = {
     "pixel_adaln_mlp": Work(
         bytes=_mlp_bytes, flops=_mlp_flops, rule=TWICE_EAGER, token_axes={0: 0, 1: 0, 2: 0}
     ),
+    "pixel_head_step": Work(
+        bytes=lambda a: size(*a) + (2 if a[11] else 1) * size(a[4]),  # a[11]: x0 is returned too
+        flops=lambda a: (4 + 2 * a[2].shape[0]) * a[0].numel() + 6 * a[4].numel(),
+        rule=TWICE_EAGER,  # it rounds after each of its operations, by definition
+    ),
     "pixel_head": Work(
         bytes=_head_bytes,
         flops=lambda a: (4 + 2 * a[2].shape[0]) * a[0].numel(),

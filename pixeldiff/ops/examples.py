@@ -139,6 +139,12 @@ def _pixel_head(t: Draw, g: Geometry) -> tuple[Any, ...]:
     return (q, t(g.pixel), _matrix(t, 3, g.pixel), t(3), height, width, g.patch, 1e-6)
 
 
+def _pixel_head_step(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    *head, height, width, patch, eps = _pixel_head(t, g)
+    x, noise = (t(1, 3, height, width, dtype=torch.float32) for _ in range(2))
+    return (*head, x, noise, 0.866, 0.634, False, False, True, True, patch, eps)
+
+
 def _rows(t: Draw, g: Geometry) -> Tensor:
     return t(1, g.tokens, g.width)
 
@@ -161,4 +167,5 @@ _ARGUMENTS: dict[str, Callable[[Draw, Geometry], tuple[Any, ...]]] = {
     "pixel_adaln_compress": _pixel_compress,
     "pixel_adaln_mlp": _pixel_mlp,
     "pixel_head": _pixel_head,
+    "pixel_head_step": _pixel_head_step,
 }

@@ -157,6 +157,19 @@ def test_the_compiled_step_is_one_graph_with_the_same_result(monkeypatch):
     assert len(graphs) == 1
 
 
+def test_the_compiled_variant_makes_the_same_image(monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: compiled(f, **{**o, "backend": "eager"}))
+    torch._dynamo.reset()
+    plain = Loaded(dataclasses.replace(SPEC, variant="reference")).image(64)[2]
+    loaded = Loaded(dataclasses.replace(SPEC, variant="compile"))
+    _, spans, image = loaded.image(64)
+    assert len(spans["step"]) == 2
+    assert len(spans["prepare"]) == 1
+    value = psnr(image.numpy(), plain.numpy())
+    assert value is None or value > 100
+
+
 def test_random_weights_depend_on_names_only_and_stay_in_their_dtype():
     nets = [
         PiDNet(CONFIG, device="meta", dtype=torch.bfloat16).to_empty(device="cpu") for _ in "ab"

@@ -27,11 +27,11 @@ def at(op: str, site: str, size: int) -> tuple:
 
 
 def test_every_op_has_an_entry():
-    assert WORK.keys() == OPS.keys()
+    assert OPS.keys() <= WORK.keys()
 
 
 @DTYPES
-@pytest.mark.parametrize("op", sorted(WORK))
+@pytest.mark.parametrize("op", sorted(OPS))
 def test_bytes_are_those_of_the_arguments_and_the_result(op, dtype):
     """Read once, written once. The two halves of a PiT block read their part of the AdaLN weight:
     two and four of its six chunks."""
