@@ -44,7 +44,7 @@ stage() {
     124 | 130 | 137 | 143) state="stopped at $limit s (code $code)" ;;
     *) state="failed, code $code" ;;
   esac
-  [ "$code" -eq 0 ] || tail -n 15 "$OUT/$name.log"
+  if [ "$code" -ne 0 ] || [ "$name" = environment ]; then tail -n 25 "$OUT/$name.log"; fi
   SUMMARY+=("$(printf '%-16s %4s s  %s' "$name" "$took" "$state")")
   return $code
 }
@@ -58,6 +58,8 @@ for name in ("torch", "triton", "pybind11", "cmake", "ninja", "pytest", "hypothe
     print(name, "present" if importlib.util.find_spec(name) else "ABSENT")
 for tool in ("nvcc", "c++", "cmake", "ninja", "git"):
     print(tool, shutil.which(tool) or "ABSENT")
+from bench.machine import commit
+print("commit", commit(), "" if commit() != "unknown" else "(no history here: set PIXELDIFF_COMMIT)")
 import torch
 print("torch", torch.__version__, "CUDA", torch.version.cuda, "available", torch.cuda.is_available())
 if torch.cuda.is_available():
@@ -94,8 +96,7 @@ kernels() { stage "kernels-$1" "$2" "$PYTHON" -m bench kernels --json "$OUT/kern
 decode() { stage "decode-$1" "$2" "$PYTHON" -m bench decode --json "$OUT/decode-$1.json" \
   ${BACKEND:+--backend "$BACKEND"} "${@:3}"; }
 
-stage environment 30 bash -c environment
-cat "$OUT/environment.log"
+stage environment 60 bash -c environment
 if [ "$DRY" -eq 1 ]; then
   if [ -n "${DRY_BUILD:-}" ]; then stage build 120 bash -c build; fi
   stage tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/kernels tests/bench
@@ -107,11 +108,11 @@ else
   stage build 120 bash -c build
   stage tests 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
   # Short first: if the machine goes away, the most telling rows are there.
-  kernels short 90 --device cuda --dtype bf16 --sizes 2048 --seconds 1 --limit 75
-  decode short 75 --device cuda --config flux-2k --size 2048 --new-size 1024 --images 7 \
+  kernels short 115 --device cuda --dtype bf16 --sizes 2048 --seconds 0.5 --limit 100
+  decode short 70 --device cuda --config flux-2k --size 2048 --new-size 1024 --images 7 \
     --compare reference,upstream --timeout 45
   # Compiling the whole network takes a minute or more: alone, so that it can only lose itself.
-  decode compile 150 --device cuda --config flux-2k --size 2048 --new-size 0 --images 7 \
+  decode compile 140 --device cuda --config flux-2k --size 2048 --new-size 0 --images 7 \
     --compare reference,compile --timeout 120
   kernels full 80 --device cuda --dtype bf16 --sizes 1024,4096 --seconds 1 --limit 65 --no-compile
   decode v1.5 60 --device cuda --config flux-v1.5 --size 2048 --new-size 0 --images 4 \
