@@ -21,7 +21,7 @@ OUT="${OUT:-bench/results}"
 mkdir -p "$OUT" || exit 1
 OUT="$(cd "$OUT" && pwd)"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-TOTAL="${TOTAL:-530}" # seconds for everything
+TOTAL="${TOTAL:-$((DRY ? 1200 : 530))}" # seconds for everything; a rehearsal may be on a slow machine
 SECONDS=0
 SUMMARY=()
 
@@ -98,12 +98,12 @@ decode() { stage "decode-$1" "$2" "$PYTHON" -m bench decode --json "$OUT/decode-
 
 stage environment 60 bash -c environment
 if [ "$DRY" -eq 1 ]; then
-  if [ -n "${DRY_BUILD:-}" ]; then stage build 120 bash -c build; fi
-  stage tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/kernels tests/bench
-  kernels short 120 --device cpu --quick --no-compile
-  kernels full 60 --device cpu --quick --no-compile --dtype bf16 --limit 40
-  decode short 90 --device cpu --config demo --size 64 --new-size 0 --images 2 --steps 1 --compare reference
-  decode full 90 --device cpu --config demo --size 128 --images 2 --steps 1 --compare reference,upstream
+  if [ -n "${DRY_BUILD:-}" ]; then stage build 240 bash -c build; fi
+  stage tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/kernels tests/bench
+  kernels short 240 --device cpu --quick --no-compile
+  kernels full 240 --device cpu --quick --no-compile --dtype bf16 --limit 40
+  decode short 240 --device cpu --config demo --size 64 --new-size 0 --images 2 --steps 1 --compare reference
+  decode full 240 --device cpu --config demo --size 128 --images 2 --steps 1 --compare reference,upstream
 else
   stage build 120 bash -c build
   stage tests 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests

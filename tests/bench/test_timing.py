@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 
 import pytest
 import torch
@@ -120,17 +121,21 @@ def test_a_rotation_exceeds_the_cache_before_it_comes_back(cache):
 
 
 def test_a_rotation_keeps_results_so_that_outputs_rotate_too():
+    """The memory of a result is free for the next one only when its copy comes round again."""
     rotation = Rotation((torch.randn(64),), cache=1024)
-    outputs: list[int] = []
+    results: list[weakref.ref] = []
 
     def call(x):
         y = x * 2
-        outputs.append(y.data_ptr())
+        results.append(weakref.ref(y))
         return y
 
-    for _ in rotation.copies:
+    count = len(rotation.copies)
+    for _ in range(count + 2):
         rotation(call)
-    assert len(set(outputs)) == len(rotation.copies)
+    assert [r() is not None for r in results] == [False] * 2 + [True] * count
+    rotation.release()
+    assert all(r() is None for r in results)
 
 
 def test_large_arguments_still_alternate():
