@@ -101,34 +101,27 @@ def roofline(rows: Sequence[Row]) -> Figure:
 
 
 def bars(rows: Sequence[Row]) -> Figure:
-    """Milliseconds of an image, a group for each network, size and dtype."""
+    """Milliseconds of an image, a panel from zero for each network, size and dtype."""
     groups = list(dict.fromkeys(_model(r) for r in rows))
-    variants = list(dict.fromkeys(r.backend for r in rows))
-    figure, axes = _figure(max(5.0, 1.8 * len(groups) + 2), 4)
-    width = 0.8 / len(variants)
-    for i, variant in enumerate(variants):
-        own = [r for r in rows if r.backend == variant]
-        places = [groups.index(_model(r)) + (i - (len(variants) - 1) / 2) * width for r in own]
-        heights = [r.timing.median_ms for r in own]
+    figure = Figure(figsize=(1 + 2.4 * len(groups), 4), layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, group in zip(panels, groups, strict=True):
+        own = [r for r in rows if _model(r) == group]
+        medians = [r.timing.median_ms for r in own]
         spread = [
             [r.timing.median_ms - r.timing.min_ms for r in own],
             [r.timing.max_ms - r.timing.median_ms for r in own],
         ]
-        colour, _ = STYLES.get(variant, OTHER)
-        axes.bar(
-            places,
-            heights,
-            width * 0.92,
-            yerr=spread,
-            color=colour,
-            label=variant,
-            ecolor="#444444",
-        )
-    axes.set_xticks(range(len(groups)), groups)
-    axes.set_ylabel("ms per image, median and range")
-    if len(groups) > 1:
-        axes.set_yscale("log")
-    return _finish(figure, axes, rows)
+        colours = [STYLES.get(r.backend, OTHER)[0] for r in own]
+        axes.bar(range(len(own)), medians, yerr=spread, color=colours, ecolor="#444", width=0.8)
+        names = [r.backend.replace("+", "\n+") for r in own]
+        axes.set_xticks(range(len(own)), names, rotation=30, fontsize=7)
+        axes.set_xlabel(group)
+        axes.set_ylim(bottom=0)
+        axes.grid(True, axis="y", lw=0.3, alpha=0.5)
+    panels[0].set_ylabel("ms per image, median and range")
+    figure.suptitle(_title(rows), fontsize=7)
+    return figure
 
 
 def memory(rows: Sequence[Row]) -> Figure:
@@ -164,14 +157,17 @@ def _figure(width: float, height: float):
 
 
 def _finish(figure: Figure, axes, rows: Sequence[Row]) -> Figure:
-    m = rows[0].machine
-    commit = m.commit.partition("+")[0][:10]
-    axes.set_title(
-        f"{m.device_name}, {rows[0].dtype}, torch {m.torch}, {commit}, {m.utc[:10]}", fontsize=7
-    )
+    axes.set_title(_title(rows), fontsize=7)
     axes.legend(fontsize=7)
     axes.grid(True, which="major", lw=0.3, alpha=0.5)
     return figure
+
+
+def _title(rows: Sequence[Row]) -> str:
+    m = rows[0].machine
+    dtypes = ", ".join(dict.fromkeys(r.dtype for r in rows))
+    commit = m.commit.partition("+")[0][:10]
+    return f"{m.device_name}, {dtypes}\ntorch {m.torch}, {commit}, {m.utc[:10]}"
 
 
 def _model(r: Row) -> str:
