@@ -48,7 +48,7 @@ ifdef ARGS
 	$(BIN)/python -m bench $(ARGS)
 else
 	@mkdir -p bench/results
-	$(BIN)/python -m bench kernels --json bench/results/kernels-here.json
+	$(BIN)/python -m bench kernels --limit 180 --json bench/results/kernels-here.json
 	$(BIN)/python -m bench decode --json bench/results/decode-here.json
 	$(BIN)/python -m bench summary bench/results/kernels-here.json bench/results/decode-here.json
 endif
