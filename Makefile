@@ -11,12 +11,13 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o
 IN_VENV := PATH="$(abspath $(BIN)):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format ext sanitize train-demo clean distclean
+.PHONY: help setup demo test bench lint format ext sanitize train-demo clean distclean
 
 help:
 	@echo "make demo [IMAGE=file]  decode a picture 4x and write the result and a comparison"
 	@echo "make test [ARGS=...]    run the test suite; ARGS goes to pytest"
 	@echo "make lint | format      check | rewrite the layout of the sources"
+	@echo "make bench [ARGS=...]   measure this machine: some ops and the demo decode; see bench/README.md"
 	@echo "make ext                rebuild the compiled kernels in place, only what changed"
 	@echo "make sanitize           kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make train-demo         train the demo model again"
@@ -40,6 +41,17 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# With ARGS, any command of it: make bench ARGS="kernels --op swiglu".
+bench: setup
+ifdef ARGS
+	$(BIN)/python -m bench $(ARGS)
+else
+	@mkdir -p bench/results
+	$(BIN)/python -m bench kernels --limit 180 --json bench/results/kernels-here.json
+	$(BIN)/python -m bench decode --json bench/results/decode-here.json
+	$(BIN)/python -m bench summary bench/results/kernels-here.json bench/results/decode-here.json
+endif
 
 lint: $(REQUIREMENTS)
 	$(BIN)/ruff check .

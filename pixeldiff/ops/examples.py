@@ -1,95 +1,171 @@
-"""Small valid arguments for every op: to ask backends about a machine, and to try an op out."""
+"""Valid arguments for every op, small or of a real network: to ask backends about a machine, to
+try an op out, to time it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-D, HEADS, HEAD_DIM, TOKENS, TEXT, PATCH, PIXEL, ATTN = 128, 2, 64, 4, 3, 16, 16, 144
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a network that decide an op's shapes. The defaults are small, with the head, patch
+    and pixel widths of the released networks.
+
+    Args:
+        grid: (h, w) patches of the image; N = h*w tokens.
+        text: T text rows; 0 leaves the text stream out.
+        width: D, channels of a token.
+        heads, head_dim: of the attention.
+        hidden: F, width of the gated feed-forward.
+        gates: K of `sigma_gate`, D or 1; None is D.
+        patch, pixel: P pixels a side of a patch, p channels of a pixel.
+        attn: A, width of the attention over compressed patches.
+    """
+
+    grid: tuple[int, int] = (2, 2)
+    text: int = 3
+    width: int = 128
+    heads: int = 2
+    head_dim: int = 64
+    hidden: int = 128
+    gates: int | None = None
+    patch: int = 16
+    pixel: int = 16
+    attn: int = 144
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
 
 
-def arguments(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
-    """Arguments of `op` in schema order, with the head and pixel widths of the released networks.
+SMALL = Geometry()
+
+
+def arguments(
+    op: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    geometry: Geometry = SMALL,
+) -> tuple[Any, ...]:
+    """Arguments of `op` in schema order: standard normals, matrices scaled by their fan-in.
 
     Raises:
         KeyError: no such op.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = None
+    if torch.device(device).type != "meta":
+        generator = torch.Generator(device).manual_seed(0)
 
     def t(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
-    return _ARGUMENTS[op](t)
+    return _ARGUMENTS[op](t, geometry)
 
 
-def _rope(t: Callable[..., Tensor], rows: int) -> tuple[Tensor, Tensor]:
-    angle = t(rows, HEAD_DIM // 2, dtype=torch.float32)
+Draw = Callable[..., Tensor]
+
+
+def _matrix(t: Draw, rows: int, columns: int) -> Tensor:
+    return t(rows, columns).mul_(columns**-0.5)
+
+
+def _rope(t: Draw, rows: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    angle = t(rows, head_dim // 2, dtype=torch.float32)
     return angle.cos(), angle.sin()
 
 
-def _qk_norm_rope(t: Callable[..., Tensor]) -> tuple[Any, ...]:
-    image = (t(1, TOKENS, 3 * D), t(HEAD_DIM), t(HEAD_DIM), *_rope(t, TOKENS))
-    text = (t(1, TEXT, 3 * D), t(HEAD_DIM), t(HEAD_DIM), *_rope(t, TEXT))
-    return (*image, *text, HEADS, 1e-6)
+def _qk_norm_rope(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    def rows(count: int) -> tuple[Any, ...]:
+        if count == 0:
+            return (None,) * 5
+        qkv = t(1, count, 3 * g.heads * g.head_dim)
+        return (qkv, t(g.head_dim), t(g.head_dim), *_rope(t, count, g.head_dim))
+
+    return (*rows(g.tokens), *rows(g.text), g.heads, 1e-6)
 
 
-def _pixel_stream(t: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-    return t(TOKENS, PATCH**2, PIXEL), t(TOKENS, D)
+def _joint_attention(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    # q, k and v lie in one buffer, as qk_norm_rope leaves them.
+    q, k, v = t(3, 1, g.text + g.tokens, g.heads, g.head_dim).unbind(0)
+    return q, k, v, g.head_dim**-0.5
 
 
-def _ada(t: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-    rows = 6 * PIXEL * PATCH**2
-    return t(rows, D), t(rows)
+def _sigma_gate(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    gates = g.width if g.gates is None else g.gates
+    rows = (1, g.tokens)
+    return (
+        *(t(*rows, g.width), t(*rows, g.width)),
+        *(_matrix(t, gates, g.width), t(*rows, gates)),
+    )
 
 
-def _pixel_mlp(t: Callable[..., Tensor]) -> tuple[Any, ...]:
-    width = PATCH**2 * PIXEL
-    expand, hidden = (t(width, ATTN), t(width)), 4 * PIXEL
-    mlp = (t(hidden, PIXEL), t(hidden), t(PIXEL, hidden), t(PIXEL))
-    return (*_pixel_stream(t), t(TOKENS, ATTN), *expand, *_ada(t), t(PIXEL), *mlp, 1e-6)
+def _pixel_stream(t: Draw, g: Geometry) -> tuple[Tensor, ...]:
+    return t(g.tokens, g.patch**2, g.pixel), t(g.tokens, g.width)
 
 
-def _pixel_compress(t: Callable[..., Tensor]) -> tuple[Any, ...]:
-    compress = (t(ATTN, PATCH**2 * PIXEL), t(ATTN))
-    return (*_pixel_stream(t), *_ada(t), t(PIXEL), *compress, 1e-6)
+def _ada(t: Draw, g: Geometry) -> tuple[Tensor, Tensor]:
+    rows = 6 * g.pixel * g.patch**2
+    return _matrix(t, rows, g.width), t(rows)
 
 
-def _pixel_embed(t: Callable[..., Tensor]) -> tuple[Any, ...]:
-    table = t(2 * PATCH, PIXEL // 2, dtype=torch.float32)
-    return (_image(t), t(PIXEL, 3), t(PIXEL), table, table, PATCH)
+def _pixel_mlp(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    width, hidden = g.patch**2 * g.pixel, 4 * g.pixel
+    expand = (_matrix(t, width, g.attn), t(width))
+    mlp = (_matrix(t, hidden, g.pixel), t(hidden), _matrix(t, g.pixel, hidden), t(g.pixel))
+    attn = t(g.tokens, g.attn)
+    return (*_pixel_stream(t, g), attn, *expand, *_ada(t, g), t(g.pixel), *mlp, 1e-6)
 
 
-def _image(t: Callable[..., Tensor]) -> Tensor:
-    return t(1, 3, 2 * PATCH, 2 * PATCH, dtype=torch.float32)
+def _pixel_compress(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    compress = (_matrix(t, g.attn, g.patch**2 * g.pixel), t(g.attn))
+    return (*_pixel_stream(t, g), *_ada(t, g), t(g.pixel), *compress, 1e-6)
 
 
-def _head(t: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-    return t(TOKENS, PATCH**2, PIXEL), t(PIXEL), t(3, PIXEL), t(3)
+def _pixel_embed(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    height, width = (side * g.patch for side in g.grid)
+    pos_x, pos_y = (t(side, g.pixel // 2, dtype=torch.float32) for side in (width, height))
+    image = t(1, 3, height, width, dtype=torch.float32)
+    return (image, t(g.pixel, 3), t(g.pixel), pos_x, pos_y, g.patch)
 
 
-_ARGUMENTS: dict[str, Callable[[Callable[..., Tensor]], tuple[Any, ...]]] = {
-    "rms_norm": lambda t: (t(1, TOKENS, D), t(D), 1e-6),
-    "rms_norm_modulate": lambda t: (t(1, TOKENS, D), t(D), t(1, D), t(1, D), 1e-6),
-    "gated_residual_norm": lambda t: (
-        *(t(1, TOKENS, D), t(1, TOKENS, D), t(1, D)),
-        *(t(D), t(1, D), t(1, D), 1e-6),
+def _pixel_head(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    height, width = (side * g.patch for side in g.grid)
+    q = t(g.tokens, g.patch**2, g.pixel)
+    return (q, t(g.pixel), _matrix(t, 3, g.pixel), t(3), height, width, g.patch, 1e-6)
+
+
+def _pixel_head_step(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    *head, height, width, patch, eps = _pixel_head(t, g)
+    x, noise = (t(1, 3, height, width, dtype=torch.float32) for _ in range(2))
+    return (*head, x, noise, 0.866, 0.634, False, False, True, True, patch, eps)
+
+
+def _rows(t: Draw, g: Geometry) -> Tensor:
+    return t(1, g.tokens, g.width)
+
+
+_ARGUMENTS: dict[str, Callable[[Draw, Geometry], tuple[Any, ...]]] = {
+    "rms_norm": lambda t, g: (_rows(t, g), t(g.width), 1e-6),
+    "rms_norm_modulate": lambda t, g: (
+        *(_rows(t, g), t(g.width)),
+        *(t(1, g.width), t(1, g.width), 1e-6),
+    ),
+    "gated_residual_norm": lambda t, g: (
+        *(_rows(t, g), _rows(t, g), t(1, g.width)),
+        *(t(g.width), t(1, g.width), t(1, g.width), 1e-6),
     ),
     "qk_norm_rope": _qk_norm_rope,
-    "joint_attention": lambda t: (
-        *(t(1, TOKENS, HEADS, HEAD_DIM), t(1, TOKENS, HEADS, HEAD_DIM)),
-        *(t(1, TOKENS, HEADS, HEAD_DIM), HEAD_DIM**-0.5),
-    ),
-    "swiglu": lambda t: (t(1, TOKENS, D), t(1, TOKENS, D)),
-    "sigma_gate": lambda t: (t(1, TOKENS, D), t(1, TOKENS, D), t(D, D), t(1, TOKENS, D)),
+    "joint_attention": _joint_attention,
+    "swiglu": lambda t, g: (t(1, g.tokens, g.hidden), t(1, g.tokens, g.hidden)),
+    "sigma_gate": _sigma_gate,
     "pixel_embed": _pixel_embed,
     "pixel_adaln_compress": _pixel_compress,
     "pixel_adaln_mlp": _pixel_mlp,
-    "pixel_head": lambda t: (*_head(t), 2 * PATCH, 2 * PATCH, PATCH, 1e-6),
-    "pixel_head_step": lambda t: (
-        *(*_head(t), _image(t), _image(t), 0.866, 0.634),
-        *(False, False, True, True, PATCH, 1e-6),
-    ),
+    "pixel_head": _pixel_head,
+    "pixel_head_step": _pixel_head_step,
 }

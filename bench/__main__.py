@@ -1,0 +1,224 @@
+"""`python -m bench`: kernels, decode, report. Described in bench/README.md."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from pixeldiff.cli import clean_errors
+from pixeldiff.models.pid.decoder import check_device
+
+from . import show
+from .machine import DTYPES
+from .recorder import Recorder
+from .variants import VARIANTS
+
+
+def comma(kind: Callable[[str], Any] = str, choices: tuple[str, ...] = ()) -> Callable:
+    """A click callback: values given several times, with commas, or both, as one tuple."""
+
+    def parse(_ctx, _param, value: tuple[str, ...]) -> tuple:
+        words = [w.strip() for v in value for w in v.split(",") if w.strip()]
+        for word in words:
+            if choices and word not in choices:
+                raise click.BadParameter(f"must be of {', '.join(choices)}, got {word!r}")
+        try:
+            return tuple(kind(w) for w in words)
+        except ValueError:
+            raise click.BadParameter(f"got {', '.join(words)}") from None
+
+    return parse
+
+
+def threads_option(f: Callable) -> Callable:
+    return click.option(
+        "--threads", type=click.IntRange(1), help="CPU threads of PyTorch and the CPU kernels"
+    )(f)
+
+
+def json_option(f: Callable) -> Callable:
+    return click.option(
+        "--json", "path", type=click.Path(path_type=Path), help="file to write, kept up to date"
+    )(f)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Measures pixeldiff against plain PyTorch and against this machine's own limits."""
+
+
+@main.command()
+@click.option("--op", "ops", multiple=True, callback=comma(), help="default: all")
+@click.option("--device", help="cpu or cuda; default: cuda where there is one")
+@click.option("--dtype", "dtypes", multiple=True, callback=comma(choices=tuple(DTYPES)))
+@click.option("--backend", "backends", multiple=True, callback=comma(), help="default: all")
+@click.option("--sizes", multiple=True, callback=comma(int), help="pixels of a side: 1024,2048")
+@click.option("--scale", type=click.IntRange(1), help="divides the side; default 1, 4 on a CPU")
+@click.option("--rounds", type=click.IntRange(3), help="samples of each implementation")
+@click.option("--seconds", default=4.0, show_default=True, help="for the samples of one case")
+@click.option("--limit", type=float, help="seconds for everything; the rest is skipped, and said")
+@click.option("--quick", is_flag=True, help="1024 at side / 16, three rounds: only that it runs")
+@click.option("--compile/--no-compile", "compiled", default=True, help="the compiled baseline")
+@threads_option
+@json_option
+@clean_errors
+def kernels(
+    ops: tuple[str, ...],
+    device: str | None,
+    dtypes: tuple[str, ...],
+    backends: tuple[str, ...],
+    sizes: tuple[int, ...],
+    scale: int | None,
+    rounds: int | None,
+    seconds: float,
+    limit: float | None,
+    quick: bool,
+    compiled: bool,
+    threads: int | None,
+    path: Path | None,
+) -> None:
+    """Every op and backend against plain PyTorch, eager and compiled, at real shapes.
+
+    Defaults on a GPU: bf16, 1024, 2048 and 4096. On a CPU: fp32 and bf16, 2048 with a quarter of
+    the side (1024 tokens).
+    """
+    from .kernels import Plan, run
+
+    where = check_device(device)
+    cpu = where.type == "cpu"
+    if threads:
+        torch.set_num_threads(threads)
+    plan = Plan(
+        device=where,
+        ops=ops,
+        dtypes=dtypes or (("bf16",) if not cpu else ("fp32",) if quick else ("fp32", "bf16")),
+        backends=backends,
+        sizes=sizes or ((1024,) if quick else (2048,) if cpu else ()),
+        scale=scale or (16 if quick else 4 if cpu else 1),
+        rounds=rounds or (3 if quick else 9),
+        seconds=seconds,
+        limit=limit,
+        compiled=compiled,
+        matrix=256 if quick else None,
+    )
+    _finish(Recorder(path), run(plan), show.kernels)
+
+
+@main.command()
+@click.option(
+    "--config", "config", default="demo", show_default=True, help="demo or a released network"
+)
+@click.option("--size", "side", default=512, show_default=True, help="pixels of a side")
+@click.option("--device", help="cpu or cuda; default: cuda where there is one")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="default: bf16 on CUDA")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    callback=comma(),
+    help="for pixeldiff: a name for every op that has it, or op=name; default: free",
+)
+@click.option("--steps", type=click.IntRange(1), help="network calls of an image")
+@click.option("--batch", default=1, show_default=True)
+@click.option(
+    "--compare",
+    "variants",
+    multiple=True,
+    default=("reference,compile",),
+    show_default=True,
+    callback=comma(choices=tuple(VARIANTS)),
+    help=f"beside pixeldiff: {', '.join(VARIANTS)}",
+)
+@click.option("--images", default=5, show_default=True, help="timed images of each, after one")
+@click.option("--new-size", "new_side", type=int, help="of the new size; default half; 0: none")
+@click.option("--seconds", default=300.0, show_default=True, help="no image starts after them")
+@click.option("--timeout", default=900.0, show_default=True, help="seconds for any one image")
+@threads_option
+@json_option
+@clean_errors
+def decode(
+    config: str,
+    side: int,
+    device: str | None,
+    precision: str | None,
+    new_side: int | None,
+    path: Path | None,
+    **options: Any,
+) -> None:
+    """A whole decode: time, first call, memory, energy, beside the baselines.
+
+    Released networks run with random weights of their real size.
+    """
+    from .decode import Plan, run
+    from .models import resolve
+    from .variants import choice
+
+    where = check_device(device)
+    resolve(config)
+    choice(options["backends"])
+    plan = Plan(
+        config=config,
+        side=side,
+        device=where,
+        precision=precision or ("bf16" if where.type == "cuda" else "fp32"),
+        new_side=side // 2 if new_side is None else new_side,
+        **options,
+    )
+    _finish(Recorder(path), run(plan), show.decodes)
+
+
+@main.command()
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="folder, such as docs/performance"
+)
+@click.option(
+    "--readme", type=click.Path(path_type=Path), help="README whose figures to generate again"
+)
+@click.option("--check", is_flag=True, help="with --readme: only say whether it is up to date")
+@clean_errors
+def report(files: tuple[Path, ...], output: Path | None, readme: Path | None, check: bool) -> None:
+    """Tables and plots of result FILES, and the figures of a README from the files it names."""
+    from .report import update_readme, write
+
+    if readme is None and not (files and output):
+        raise click.UsageError("give result files and --output, or --readme, or all of them")
+    if output is not None:
+        for path in write(files, output):
+            show.console.print(str(path), markup=False)
+    if readme is None:
+        return
+    same = update_readme(readme, check=check)
+    if check and not same:
+        raise ValueError(
+            f"{readme} is not what its result files give; run report --readme {readme}"
+        )
+    show.console.print(f"{readme}: {'up to date' if same else 'written'}", markup=False)
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@clean_errors
+def summary(files: tuple[Path, ...]) -> None:
+    """One table of result FILES: every op's best backend, and every decode."""
+    from .schema import load
+
+    show.summary([row for path in files for row in load(path)])
+
+
+def _finish(recorder: Recorder, measured, table: Callable) -> None:
+    whole = recorder.record(measured, table)
+    if recorder.path is not None:
+        show.console.print(f"{recorder.path}: {len(recorder.rows)} rows", markup=False)
+    if not whole:
+        show.console.print("interrupted; the rows above are kept")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench")

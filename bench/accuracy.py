@@ -1,0 +1,103 @@
+"""Errors against an fp64 oracle, by the rules of tests/kernels/rules.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixeldiff.ops.registry import OPS
+
+from .schema import Accuracy
+from .work import ONE_ROUNDING, Work
+
+EPS32 = torch.finfo(torch.float32).eps
+ROWS = 128  # rows of a selective oracle, spread over all of them, the first and the last included
+
+
+class Judge:
+    """Holds the oracle of one call and eager's own error, and judges other results of it.
+
+    Args:
+        op, work: the op and its entry.
+        args: of the call.
+        eager: the reference, run on `args` in their own dtype.
+    """
+
+    def __init__(self, op: str, work: Work, args: tuple[Any, ...], eager: Callable) -> None:
+        self.work = work
+        self.rows = None
+        if work.token_axes:
+            index, axis = next(iter(work.token_axes.items()))
+            count = args[index].shape[axis]
+            picks = torch.linspace(0, count - 1, min(count, ROWS), dtype=torch.float64).round()
+            self.rows = picks.long().unique().to(args[index].device)
+            args = tuple(
+                a.index_select(work.token_axes[i], self.rows) if i in work.token_axes else a
+                for i, a in enumerate(args)
+            )
+        self._args = tuple(_double(a) for a in args)
+        self._oracle = None if work.oracle else _tuple(OPS[op].reference(*self._args))
+        # Eager is run on the selection alone: its rows do not depend on each other.
+        self._eager = self._errors(_tuple(eager(*args)))
+
+    def __call__(self, result: Any) -> Accuracy:
+        """Judge the result of the whole call."""
+        results = _tuple(result)
+        if self.rows is not None:
+            results = tuple(r.index_select(self.work.out_axis, self.rows) for r in results)
+        errors = self._errors(results)
+        return Accuracy(
+            rule=self.work.rule,
+            error=max(e.relative for e in errors),
+            eager_error=max(e.relative for e in self._eager),
+            of_budget=max(
+                of_budget(self.work.rule, e, base)
+                for e, base in zip(errors, self._eager, strict=True)
+            ),
+        )
+
+    def _errors(self, results: tuple[Tensor, ...]) -> list[Error]:
+        oracle = self._oracle
+        if oracle is None:
+            oracle = _tuple(self.work.oracle(self._args, tuple(r.double() for r in results)))
+        return [Error(r, o) for r, o in zip(results, oracle, strict=True)]
+
+
+class Error:
+    """Largest errors of one tensor."""
+
+    def __init__(self, y: Tensor, oracle: Tensor) -> None:
+        if y.shape != oracle.shape:
+            raise ValueError(f"the result is {tuple(y.shape)}, expected {tuple(oracle.shape)}")
+        difference = (y.double() - oracle).abs()
+        self.largest = oracle.abs().max().item()
+        self.absolute = difference.max().item()
+        if not math.isfinite(self.absolute):
+            raise ArithmeticError("the result holds NaN or infinity where the oracle does not")
+        self.slack = 4 * EPS32 * self.largest
+        budget = torch.finfo(y.dtype).eps * oracle.abs() + self.slack
+        self.roundings = (difference / budget).max().item()
+
+    @property
+    def relative(self) -> float:
+        """Largest error over the largest value."""
+        return self.absolute / self.largest if self.largest else self.absolute
+
+
+def of_budget(rule: str, error: Error, eager: Error) -> float:
+    """The error over what the rule allows; at most 1 passes."""
+    if rule == ONE_ROUNDING:
+        return error.roundings
+    return error.absolute / (2 * eager.absolute + error.slack)
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)

@@ -1,0 +1,225 @@
+"""Every op against plain PyTorch, eager and compiled, at the shapes of real networks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pixeldiff
+from pixeldiff.ops import registry
+from pixeldiff.ops.examples import arguments
+from pixeldiff.ops.registry import OPS
+
+from . import ceilings
+from .accuracy import Judge
+from .machine import DTYPES, last_level_cache, machine
+from .schema import Memory, Row, Timing
+from .shapes import Case, cases
+from .timing import Candidate, Rotation, clock_for, first_call, interleave
+from .work import WORK
+
+EAGER, COMPILED = "eager", "compiled"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Args:
+        ops: names; empty is all.
+        dtypes: of `DTYPES`.
+        backends: fused backends to run beside eager and compiled; empty is all there are.
+        sizes: pixels of a side; empty is each system's own.
+        scale: divides the side of every image.
+        rounds: samples of each candidate.
+        seconds: for the samples of one case, roughly.
+        limit: seconds for the whole; cases beyond it become rows that say so.
+        compiled: whether to run the compiled baseline.
+        matrix: side of the matrices of the compute ceiling.
+    """
+
+    device: torch.device
+    ops: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("fp32",)
+    backends: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    scale: int = 1
+    rounds: int = 9
+    seconds: float = 4.0
+    limit: float | None = None
+    compiled: bool = True
+    matrix: int | None = None
+
+
+def run(plan: Plan) -> Iterator[list[Row]]:
+    """The rows of one case after the other, as they are measured."""
+    unknown = sorted(set(plan.ops) - OPS.keys())
+    if unknown:
+        raise ValueError(f"no op {unknown[0]!r}; ops are {', '.join(sorted(OPS))}")
+    start = time.perf_counter()
+    for name in plan.dtypes:
+        top, rows = ceilings.measure(
+            plan.device, name, DTYPES[name], rounds=plan.rounds, side=plan.matrix
+        )
+        yield rows
+        for op in plan.ops or tuple(sorted(OPS)):
+            for case in cases(op, plan.sizes, plan.scale):
+                late = plan.limit is not None and time.perf_counter() - start > plan.limit
+                if op not in WORK:
+                    yield [_row(plan, case, name, "-", {}, "skipped", "no entry in bench/work.py")]
+                elif late:
+                    reason = f"the time limit of {plan.limit:g} s was reached"
+                    yield [_row(plan, case, name, "-", {}, "skipped", reason)]
+                else:
+                    yield _guarded(plan, case, name, top)
+
+
+def _guarded(plan: Plan, case: Case, dtype: str, top: ceilings.Ceilings) -> list[Row]:
+    try:
+        return measure(plan, case, dtype, top)
+    except (RuntimeError, MemoryError, ArithmeticError) as e:  # of the case: memory, overflow
+        _free(plan.device)
+        return [_row(plan, case, dtype, "-", {}, "failed", _reason(e))]
+
+
+@torch.no_grad()
+def measure(plan: Plan, case: Case, dtype: str, top: ceilings.Ceilings) -> list[Row]:
+    """One row for every implementation of one op in one place, interleaved."""
+    op, work = OPS[case.op], WORK[case.op]
+    args = arguments(case.op, plan.device, DTYPES[dtype], case.geometry)
+    shape = _shape(case, args)
+    judge = Judge(case.op, work, args, op.reference)
+    rotation = Rotation(args, last_level_cache(plan.device))
+    args = rotation.copies[0]  # strides and alignment as in every timed call
+    clock = clock_for(plan.device)
+    torch._dynamo.reset()  # each case compiles for its own shape, as a user's first call would
+
+    rows: list[Row] = []
+    ready: list[tuple[Candidate, Row, float]] = []
+    for candidate in _candidates(case.op, plan):
+        row = _row(plan, case, dtype, candidate.name, shape, "measured", None)
+        rows.append(row)
+        refusal = _refusal(case.op, candidate.name, args)
+        if refusal is not None:
+            row.status, row.reason = "refused", refusal
+            continue
+        try:
+            first = first_call(candidate, rotation, clock)
+            with candidate.context():
+                row.accuracy = judge(candidate.call(*args))
+                row.memory = _memory(candidate, args, plan.device)
+        except Exception as e:  # whatever a candidate raises is its row's reason
+            row.status, row.reason = "failed", _reason(e)
+            _free(plan.device)
+            continue
+        ready.append((candidate, row, first))
+
+    timings = interleave(
+        [c for c, *_ in ready], rotation, clock, rounds=plan.rounds, seconds=plan.seconds
+    )
+    for candidate, row, first in ready:
+        timing = row.timing = timings[candidate.name]
+        timing.first_ms = first
+        row.rates = top.rates(work.bytes(args), work.flops(args), timing.median_ms)
+        row.speedup_eager = _speedup(timings.get(EAGER), timing)
+        row.speedup_compiled = _speedup(timings.get(COMPILED), timing)
+    return rows
+
+
+def _candidates(op: str, plan: Plan) -> list[Candidate]:
+    reference = OPS[op].reference
+
+    def plain(*args: Any) -> Any:
+        return _contiguous(reference(*args))
+
+    found = [Candidate(EAGER, plain)]
+    if plan.compiled:
+        found.append(Candidate(COMPILED, torch.compile(plain, dynamic=False, fullgraph=True)))
+    registered = getattr(torch.ops.pixeldiff, op).default
+    for backend in OPS[op].backends:
+        if plan.backends and backend.name not in plan.backends:
+            continue
+        context = _forced(op, backend.name)
+        found.append(Candidate(backend.name, registered, context))
+    return found
+
+
+def _forced(op: str, backend: str) -> Callable:
+    return lambda: pixeldiff.backend(**{op: backend})
+
+
+def _refusal(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
+    return dict(registry.explain(op, *args)).get(backend)
+
+
+def _contiguous(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result.contiguous()
+    return tuple(r.contiguous() for r in result)
+
+
+def _memory(candidate: Candidate, args: tuple[Any, ...], device: torch.device) -> Memory | None:
+    """Peak of one call, result included. None on a CPU, whose allocator does not tell."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    candidate.call(*args)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    return Memory(peak, peak - before, source="CUDA allocator")
+
+
+def _speedup(base: Timing | None, timing: Timing) -> float | None:
+    return None if base is None else base.median_ms / timing.median_ms
+
+
+def _shape(case: Case, args: tuple[Any, ...]) -> dict[str, int]:
+    g = case.geometry
+    return {
+        "size": case.size,
+        "scale": case.scale,
+        "tokens": g.tokens,
+        "text": g.text,
+        "width": g.width,
+        "heads": g.heads,
+        "head_dim": g.head_dim,
+    }
+
+
+def _row(
+    plan: Plan,
+    case: Case,
+    dtype: str,
+    backend: str,
+    shape: dict[str, int],
+    status: str,
+    reason: str | None,
+) -> Row:
+    return Row(
+        kind="kernel",
+        name=case.op,
+        site=f"{case.system}/{case.site}",
+        shape=shape or _shape(case, ()),
+        dtype=dtype,
+        backend=backend,
+        status=status,
+        reason=reason,
+        machine=machine(plan.device),
+    )
+
+
+def _reason(e: BaseException) -> str:
+    text = (str(e).strip() or type(e).__name__).splitlines()[0]
+    return f"{type(e).__name__}: {text}"[:300]
+
+
+def _free(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,49 @@
+"""Peak memory: the allocator's on a GPU, the resident set of this process on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Meter:
+    """The peak since the last `reset`, in bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def source(self) -> str:
+        if self.device.type == "cuda":
+            return "CUDA allocator"
+        return "resident set" if STATUS.exists() else ""
+
+    def reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif CLEAR.exists():
+            CLEAR.write_text("5")  # resets VmHWM
+
+    def now(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return _status("VmRSS")
+
+    def peak(self) -> int | None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return torch.cuda.max_memory_allocated(self.device)
+        return _status("VmHWM")
+
+
+def _status(key: str) -> int | None:
+    if not STATUS.exists():
+        return None
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return None

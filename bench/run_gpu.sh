@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# Builds, tests and measures on a bare CUDA machine, in under nine minutes, with no network.
+#
+#   bash bench/run_gpu.sh             results in $OUT, default bench/results
+#   bash bench/run_gpu.sh --dry-run   the same stages on a CPU at tiny sizes, to rehearse it
+#
+# Every stage has a time limit of its own and a log; a stage that fails or hangs costs its own
+# results only, and those it had measured so far are kept. PYTHON chooses the interpreter, BACKEND
+# what the decode stages force (default: what each op picks itself).
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+DRY=0
+case "${1:-}" in
+  "") ;;
+  --dry-run) DRY=1 ;;
+  *) echo "usage: bash bench/run_gpu.sh [--dry-run]" >&2; exit 2 ;;
+esac
+PYTHON="${PYTHON:-python3}"
+OUT="${OUT:-bench/results}"
+mkdir -p "$OUT" || exit 1
+OUT="$(cd "$OUT" && pwd)"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+TOTAL="${TOTAL:-$((DRY ? 1200 : 530))}" # seconds for everything; a rehearsal may be on a slow machine
+SECONDS=0
+SUMMARY=()
+
+# stage NAME SECONDS COMMAND...: runs it under its limit, or what is left of the whole.
+stage() {
+  local name="$1" limit="$2" left=$((TOTAL - SECONDS)) started=$SECONDS code
+  shift 2
+  if [ "$left" -lt 10 ]; then
+    SUMMARY+=("$(printf '%-16s %6s  skipped: the whole limit of %s s is used up' "$name" - "$TOTAL")")
+    return 1
+  fi
+  [ "$limit" -gt "$left" ] && limit=$left
+  echo "== $name (at most $limit s)"
+  # TERM first: the benchmarks then keep their rows and end their workers.
+  timeout --signal=TERM --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+  code=$?
+  local took=$((SECONDS - started)) state=ok
+  case $code in
+    0) ;;
+    124 | 130 | 137 | 143) state="stopped at $limit s (code $code)" ;;
+    *) state="failed, code $code" ;;
+  esac
+  if [ "$code" -ne 0 ] || [ "$name" = environment ]; then tail -n 25 "$OUT/$name.log"; fi
+  SUMMARY+=("$(printf '%-16s %4s s  %s' "$name" "$took" "$state")")
+  return $code
+}
+
+environment() {
+  "$PYTHON" - <<'PY'
+import importlib.util, platform, shutil, subprocess
+print("python", platform.python_version())
+for name in ("torch", "triton", "pybind11", "cmake", "ninja", "pytest", "hypothesis", "click",
+             "rich", "safetensors", "matplotlib", "pynvml"):
+    print(name, "present" if importlib.util.find_spec(name) else "ABSENT")
+for tool in ("nvcc", "c++", "cmake", "ninja", "git"):
+    print(tool, shutil.which(tool) or "ABSENT")
+from bench.machine import commit
+print("commit", commit(), "" if commit() != "unknown" else "(no history here: set PIXELDIFF_COMMIT)")
+import torch
+print("torch", torch.__version__, "CUDA", torch.version.cuda, "available", torch.cuda.is_available())
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+PY
+  nvidia-smi 2>/dev/null || echo "no nvidia-smi"
+}
+
+build() {
+  for module in pybind11 setuptools; do
+    "$PYTHON" -c "import $module" 2>/dev/null \
+      || { echo "$module is absent: the extension cannot be built; Triton and PyTorch still run"; return 3; }
+  done
+  command -v cmake >/dev/null || "$PYTHON" -c "import cmake" 2>/dev/null \
+    || { echo "cmake is absent: the extension cannot be built"; return 3; }
+  command -v ninja >/dev/null || echo "ninja is absent: CMake's own generator builds, slower"
+  local arch=auto
+  if [ "$DRY" -eq 0 ]; then
+    # Only this device's architecture: the others cost a minute each. 9.0 needs its "a" features.
+    arch="$("$PYTHON" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9))')" \
+      || return 3
+  fi
+  PATH="/usr/local/cuda/bin:$PATH" PIXELDIFF_REQUIRE_EXT=1 \
+    PIXELDIFF_BUILD_CUDA="$([ "$DRY" -eq 1 ] && echo 0 || echo auto)" \
+    PIXELDIFF_CUDA_ARCHS="${arch/auto/}" CMAKE_BUILD_PARALLEL_LEVEL="${JOBS:-$(nproc)}" \
+    "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m pixeldiff.cli info
+}
+
+# What the functions above are run by: timeout starts programs, not functions.
+export -f environment build
+export PYTHON DRY
+
+kernels() { stage "kernels-$1" "$2" "$PYTHON" -m bench kernels --json "$OUT/kernels-$1.json" "${@:3}"; }
+decode() { stage "decode-$1" "$2" "$PYTHON" -m bench decode --json "$OUT/decode-$1.json" \
+  ${BACKEND:+--backend "$BACKEND"} "${@:3}"; }
+
+stage environment 60 bash -c environment
+if [ "$DRY" -eq 1 ]; then
+  if [ -n "${DRY_BUILD:-}" ]; then stage build 240 bash -c build; fi
+  stage tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/kernels tests/bench
+  kernels short 240 --device cpu --quick --no-compile
+  kernels full 240 --device cpu --quick --no-compile --dtype bf16 --limit 40
+  decode short 240 --device cpu --config demo --size 64 --new-size 0 --images 2 --steps 1 --compare reference
+  decode full 240 --device cpu --config demo --size 128 --images 2 --steps 1 --compare reference,upstream
+else
+  stage build 120 bash -c build
+  stage tests 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
+  # Short first: if the machine goes away, the most telling rows are there.
+  kernels short 115 --device cuda --dtype bf16 --sizes 2048 --seconds 0.5 --limit 100
+  decode short 70 --device cuda --config flux-2k --size 2048 --new-size 1024 --images 7 \
+    --compare reference,upstream --timeout 45
+  # Compiling the whole network takes a minute or more: alone, so that it can only lose itself.
+  decode compile 140 --device cuda --config flux-2k --size 2048 --new-size 0 --images 7 \
+    --compare reference,compile --timeout 120
+  kernels full 80 --device cuda --dtype bf16 --sizes 1024,4096 --seconds 1 --limit 65 --no-compile
+  decode v1.5 60 --device cuda --config flux-v1.5 --size 2048 --new-size 0 --images 4 \
+    --compare reference --timeout 40
+  decode 4096 60 --device cuda --config flux-v1.5 --size 4096 --new-size 0 --images 2 \
+    --compare reference --timeout 40
+fi
+
+shopt -s nullglob
+results=("$OUT"/kernels-*.json "$OUT"/decode-*.json)
+echo
+if [ "${#results[@]}" -gt 0 ]; then
+  "$PYTHON" -m bench summary "${results[@]}" 2>&1 | tee "$OUT/summary.log"
+  if "$PYTHON" -c "import matplotlib" 2>/dev/null; then
+    stage report 60 "$PYTHON" -m bench report "${results[@]}" -o "$OUT/report"
+  fi
+else
+  echo "no stage measured anything; see the logs"
+fi
+echo
+echo "stages, $SECONDS s in all, logs and results in $OUT:"
+printf '  %s\n' "${SUMMARY[@]}"

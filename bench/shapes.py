@@ -1,0 +1,97 @@
+"""The real shapes: where each op stands in a network, and how large it is there.
+
+One entry a system. An op that no system lists is timed at the image tokens of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pixeldiff.ops.examples import Geometry
+
+PATCH = 16
+
+
+@dataclass(frozen=True)
+class System:
+    """Args:
+    sizes: pixels along one side of the output.
+    geometry: of the released network; the grid is set by the size.
+    sites: op -> site -> what differs there from the image tokens of the main stream.
+    """
+
+    sizes: tuple[int, ...]
+    geometry: Geometry
+    sites: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one place of a network at one size; `scale` divides the side of the image."""
+
+    op: str
+    system: str
+    site: str
+    size: int
+    scale: int
+    geometry: Geometry
+
+    @property
+    def label(self) -> str:
+        return f"{self.op} {self.system}/{self.site} {self.size}" + (
+            f" (1/{self.scale} side)" if self.scale > 1 else ""
+        )
+
+
+_IMAGE: Mapping[str, Mapping[str, Any]] = {"image": {}}
+_TEXT_ROWS = {"grid": (1, 300)}
+_PIT = {"width": 1152, "heads": 16, "head_dim": 72, "text": 0}
+
+SYSTEMS: dict[str, System] = {
+    # 14 MMDiT blocks of width 1536, 2 PiT blocks of width 1152 (arXiv 2605.23902).
+    "pid": System(
+        sizes=(1024, 2048, 4096),
+        geometry=Geometry(
+            text=300, width=1536, heads=24, head_dim=64, hidden=2 * 4 * 1536 // 3, attn=1152
+        ),
+        sites={
+            "rms_norm": {"caption": _TEXT_ROWS},
+            "rms_norm_modulate": {"image": {}, "text": _TEXT_ROWS},
+            "gated_residual_norm": {"image": {}, "text": _TEXT_ROWS},
+            "swiglu": {"image": {}, "text": _TEXT_ROWS},
+            "qk_norm_rope": {"mmdit": {}, "pit": _PIT},
+            "joint_attention": {"mmdit": {}, "pit": _PIT},
+            "sigma_gate": {"v1": {}, "v1.5": {"gates": 1}},
+        },
+    ),
+}
+
+
+def cases(op: str, sizes: tuple[int, ...] = (), scale: int = 1) -> list[Case]:
+    """Every place of an op, at every size asked for (default: the systems' own).
+
+    Raises:
+        ValueError: a size that `scale` does not divide into whole patches.
+    """
+    found = []
+    for name, system in SYSTEMS.items():
+        first = name == next(iter(SYSTEMS))
+        sites = system.sites.get(op, _IMAGE if first else {})
+        for size in sizes or system.sizes:
+            side, left = divmod(size, scale * PATCH)
+            if left or side == 0:
+                raise ValueError(
+                    f"size / scale must be a positive multiple of {PATCH}, got {size} / {scale}"
+                )
+            whole = replace(system.geometry, grid=(side, side))
+            found += [
+                Case(op, name, site, size, scale, replace(whole, **changes))
+                for site, changes in sites.items()
+            ]
+    # Rows of the text do not grow with the image: once is enough.
+    unique: dict[tuple[str, str, Geometry], Case] = {}
+    for case in found:
+        unique.setdefault((case.system, case.site, case.geometry), case)
+    return list(unique.values())

@@ -1,0 +1,240 @@
+"""One way of decoding, loaded in this process: pixeldiff's, a baseline, or the original."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pixeldiff
+from pixeldiff.errors import UntrainedSizeWarning
+from pixeldiff.models.pid.samplers import NoiseSource, network_time, sample_student, student_times
+from pixeldiff.ops.registry import OPS
+
+from . import models, upstream
+
+# Name -> (what runs, whether under torch.compile). "compile" is the plain network compiled.
+VARIANTS = {
+    "pixeldiff": ("pixeldiff", False),
+    "pixeldiff+compile": ("pixeldiff", True),
+    "reference": ("reference", False),
+    "compile": ("reference", True),
+    "upstream": ("upstream", False),
+    "upstream+compile": ("upstream", True),
+}
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a worker loads. `backends` as the option --backend gives them."""
+
+    variant: str
+    config: str
+    device: str
+    precision: str
+    steps: int | None
+    batch: int
+    backends: tuple[str, ...] = ()
+    threads: int | None = None
+
+
+class Marks:
+    """Spans on the device's own time line, read after the image is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spans: dict[str, list[tuple[Any, Any]]] = {}
+
+    @contextlib.contextmanager
+    def span(self, name: str):
+        start = self._now()
+        yield
+        self._spans.setdefault(name, []).append((start, self._now()))
+
+    def wrap(self, name: str, call: Callable) -> Callable:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.span(name):
+                return call(*args, **kwargs)
+
+        return timed
+
+    def take(self) -> dict[str, list[float]]:
+        """Milliseconds of every span since the last call."""
+        spans, self._spans = self._spans, {}
+        return {k: [self._ms(a, b) for a, b in pairs] for k, pairs in spans.items()}
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _ms(self, a: Any, b: Any) -> float:
+        return a.elapsed_time(b) if self.device.type == "cuda" else 1e3 * (b - a)
+
+
+def choice(backends: tuple[str, ...]) -> dict[str, str]:
+    """Arguments of `pixeldiff.backend`: a bare name is forced for every op that has it, the other
+    ops stay free; op=name is forced as it is.
+
+    Raises:
+        ValueError: a name that no op has, or an unknown op.
+    """
+    table: dict[str, str] = {}
+    for word in backends:
+        op, _, name = word.rpartition("=")
+        if op:
+            if op not in OPS:
+                raise ValueError(f"--backend {word}: no op {op!r}; ops are {', '.join(OPS)}")
+            table[op] = name
+        elif name != "auto":
+            having = [o.name for o in OPS.values() if name in {b.name for b in o.backends}]
+            if not having:
+                raise ValueError(f"--backend {word}: no op has a backend {name!r}")
+            table.update(dict.fromkeys(having, name))
+    return table
+
+
+class Loaded:
+    """A variant, ready to decode.
+
+    Raises:
+        ImportError: the original is not there.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.device = torch.device(spec.device)
+        self.marks = Marks(self.device)
+        self.base, compiled = VARIANTS[spec.variant]
+        if self.base == "upstream":
+            self._load_upstream(compiled)
+        else:
+            self._load(compiled)
+        self._inputs: dict[int, models.Inputs] = {}
+
+    def _load(self, compiled: bool) -> None:
+        spec = self.spec
+        self.decoder = models.decoder(spec.config, self.device, spec.precision)
+        self.net = net = self.decoder.net
+        self.config = net.config
+        self.steps = spec.steps or self.decoder.sampling.steps
+        if compiled:
+            net.step = _compiled_step(net)
+        net.prepare = self.marks.wrap("prepare", net.prepare)
+        for name in ("step", "student_step"):  # whichever of them the decoder calls
+            if hasattr(net, name):
+                setattr(net, name, self.marks.wrap("step", getattr(net, name)))
+        # A decoder may fuse its sampler's update into the step; the compiled graph is the step.
+        by_step = compiled and self.decoder.distilled
+        self._decode = self._by_step if by_step else self._by_decoder
+
+    def _load_upstream(self, compiled: bool) -> None:
+        spec, found = self.spec, models.resolve(self.spec.config)
+        if found is not None and found.kind != "distilled":
+            raise ValueError("upstream is run with the distilled networks' sampler only")
+        demo = models.decoder(spec.config, torch.device("cpu"), "fp32") if found is None else None
+        self.config = demo.net.config if demo else found.inference_config
+        self.net = upstream.network(self.config, self.device)
+        if demo:
+            missing, _ = self.net.load_state_dict(demo.net.state_dict(), strict=False)
+            if missing:
+                raise ValueError(f"the checkout's network has other parameters: {missing[:3]}")
+        else:
+            models.fill(self.net, {"fp32": torch.float32, "bf16": torch.bfloat16}[spec.precision])
+        self.steps = spec.steps or 4
+        step = upstream.Step(self.net, spec.precision, compiled=compiled)
+        self._step = self.marks.wrap("step", step)
+        self._decode = self._by_original
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.net.parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.net.parameters())
+
+    def image(self, side: int) -> tuple[float, dict[str, list[float]], Tensor]:
+        """Decode one batch: (milliseconds, spans, image (B, 3, H, W) on its device)."""
+        if side not in self._inputs:
+            spec = self.spec
+            self._inputs = {side: models.inputs(self.config, side, spec.batch, self.device)}
+        self.synchronize()
+        start = time.perf_counter()
+        with warnings.catch_warnings(), self._context():
+            warnings.simplefilter("ignore", UntrainedSizeWarning)
+            image = self._decode(self._inputs[side], side)
+        self.synchronize()
+        return 1e3 * (time.perf_counter() - start), self.marks.take(), image
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _context(self) -> contextlib.AbstractContextManager:
+        if self.base == "reference":
+            return pixeldiff.backend("reference")
+        return pixeldiff.backend(**choice(self.spec.backends))
+
+    def _by_decoder(self, inputs: models.Inputs, side: int) -> Tensor:
+        guided = {}
+        if not self.decoder.distilled:
+            guided = {"negative_caption": -inputs.caption}
+        return self.decoder.decode(
+            inputs.latent,
+            caption=inputs.caption,
+            steps=self.steps,
+            seed=SEED,
+            output="pt",
+            **guided,
+        ).images
+
+    @torch.no_grad()
+    def _by_step(self, inputs: models.Inputs, side: int) -> Tensor:
+        times = student_times(self.steps)
+        batch = inputs.latent.shape[0]
+        condition = self.net.prepare(
+            inputs.latent,
+            inputs.caption.expand(batch, -1, -1),
+            size=(side, side),
+            timesteps=[network_time(t) for t in times[:-1]],
+        )
+        return self._sample(lambda x, tau: self.net.step(x, tau, condition), batch, side)
+
+    @torch.no_grad()
+    def _by_original(self, inputs: models.Inputs, side: int) -> Tensor:
+        return self._sample(
+            lambda x, tau: self._step(x, tau, inputs.latent, inputs.caption),
+            inputs.latent.shape[0],
+            side,
+        )
+
+    def _sample(self, velocity: Callable, batch: int, side: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(SEED)
+        draw = NoiseSource(generator, self.device)
+        noise = draw((batch, self.config.in_channels, side, side))
+        return sample_student(velocity, noise, student_times(self.steps), draw).clamp(-1, 1)
+
+
+def _compiled_step(net) -> Callable:
+    """`net.step` as one compiled graph for all steps."""
+    step = torch.compile(net.step, dynamic=False, fullgraph=True)
+
+    def run(x: Tensor, tau: float, condition) -> Tensor:
+        # Under the same key in every step: the time would be a constant of the graph otherwise.
+        modulation = condition.modulations.get(tau)
+        if modulation is None:
+            modulation = net.modulation(torch.tensor([network_time(tau / 1000)], device=net.device))
+        return step(x, 0.0, dataclasses.replace(condition, modulations={0.0: modulation}))
+
+    return run

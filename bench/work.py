@@ -1,0 +1,155 @@
+"""The least work of every op: bytes that must move and FLOPs that must be done, from its arguments.
+
+One entry an op. Bytes: every value of the arguments that the result depends on is read once, every
+value of the result is written once. FLOPs: a multiply-add is two; elementwise functions count by
+their multiplies and adds, an exponential or a root as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from pixeldiff.ops.registry import OPS
+
+ONE_ROUNDING, TWICE_EAGER = "one rounding", "twice eager"
+Args = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one op costs at least, and how its result is judged.
+
+    Args:
+        bytes, flops: of a call, from its arguments in schema order.
+        rule: which of the error rules of tests/kernels/rules.py holds for it.
+        token_axes: argument -> its axis of independent rows, `out_axis` the result's. Where given,
+            the fp64 oracle is evaluated for a selection of rows: all of them would not fit.
+        oracle: (fp64 arguments, fp64 result) -> what the result should be; default: the op's
+            reference in fp64.
+    """
+
+    bytes: Callable[[Args], int]
+    flops: Callable[[Args], int]
+    rule: str
+    token_axes: Mapping[int, int] = field(default_factory=dict)
+    out_axis: int = 0
+    oracle: Callable[[Args, Any], Any] | None = None
+
+
+def size(*values: Any) -> int:
+    """Bytes of the tensors among `values`."""
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+
+
+def _image_bytes(args: Args) -> int:  # pixel_embed: q is (H*W, p) in the dtype of the weight
+    x, weight = args[:2]
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return size(*args) + pixels * weight.shape[0] * weight.element_size()
+
+
+def _head_bytes(args: Args) -> int:  # v is fp32 whatever q is
+    q, weight = args[0], args[2]
+    return size(*args) + 4 * weight.shape[0] * q.shape[0] * q.shape[1]
+
+
+def _compress_bytes(args: Args) -> int:
+    q, u, ada_weight, ada_bias, norm_weight, weight, bias, _ = args
+    read = size(q, u, norm_weight, weight, bias) + size(ada_weight, ada_bias) * 2 // 6
+    return read + q.shape[0] * weight.shape[0] * q.element_size()
+
+
+def _mlp_bytes(args: Args) -> int:
+    q, ada = args[0], args[5:7]
+    return size(*args) - size(*ada) * 2 // 6 + size(q)
+
+
+def _compress_flops(args: Args) -> int:
+    q, u, weight = args[0], args[1], args[5]
+    return 2 * q.numel() * (2 * u.shape[1] + weight.shape[0])
+
+
+def _mlp_flops(args: Args) -> int:
+    q, u, attn, fc1 = args[0], args[1], args[2], args[8]
+    return 2 * q.numel() * (4 * u.shape[1] + attn.shape[1] + 2 * fc1.shape[0])
+
+
+def _qk_channels(args: Args) -> int:
+    return sum(t.numel() for t in (args[0], args[5]) if t is not None) * 2 // 3
+
+
+def _attention_flops(args: Args) -> int:
+    q, k = args[:2]
+    return 4 * q.numel() * k.shape[1]
+
+
+def _gate_flops(args: Args) -> int:
+    x, weight = args[0], args[2]
+    return 2 * x.numel() * weight.shape[0] + 6 * x.numel()
+
+
+def _residual_oracle(args: Args, result: Any) -> Any:
+    # The norm is defined on the residual as stored, so its oracle starts from the result's own.
+    x, y, gate, weight, scale, shift, eps = args
+    norm = OPS["rms_norm_modulate"].reference(result[0], weight, scale, shift, eps)
+    return x + gate[:, None] * y, norm
+
+
+WORK: dict[str, Work] = {
+    "rms_norm": Work(
+        bytes=lambda a: 2 * size(a[0]) + size(a[1]),
+        flops=lambda a: 4 * a[0].numel(),
+        rule=TWICE_EAGER,  # it rounds twice by definition
+    ),
+    "rms_norm_modulate": Work(
+        bytes=lambda a: 2 * size(a[0]) + size(*a[1:]),
+        flops=lambda a: 5 * a[0].numel(),
+        rule=ONE_ROUNDING,
+    ),
+    "gated_residual_norm": Work(
+        bytes=lambda a: 4 * size(a[0]) + size(*a[2:]),
+        flops=lambda a: 7 * a[0].numel(),
+        rule=ONE_ROUNDING,
+        oracle=_residual_oracle,
+    ),
+    "qk_norm_rope": Work(
+        bytes=lambda a: size(a[0], a[5]) + size(*a),
+        flops=lambda a: 7 * _qk_channels(a),
+        rule=ONE_ROUNDING,
+    ),
+    "joint_attention": Work(
+        bytes=lambda a: 2 * size(a[0]) + size(a[1], a[2]),
+        flops=_attention_flops,
+        rule=TWICE_EAGER,
+        token_axes={0: 1},
+        out_axis=1,
+    ),
+    "swiglu": Work(
+        bytes=lambda a: 3 * size(a[0]), flops=lambda a: 5 * a[0].numel(), rule=ONE_ROUNDING
+    ),
+    "sigma_gate": Work(bytes=lambda a: size(*a) + size(a[0]), flops=_gate_flops, rule=TWICE_EAGER),
+    "pixel_embed": Work(
+        bytes=_image_bytes,
+        flops=lambda a: (2 * a[1].shape[1] + 2) * a[1].shape[0] * (a[0].numel() // a[0].shape[1]),
+        rule=ONE_ROUNDING,
+    ),
+    "pixel_adaln_compress": Work(
+        bytes=_compress_bytes, flops=_compress_flops, rule=TWICE_EAGER, token_axes={0: 0, 1: 0}
+    ),
+    "pixel_adaln_mlp": Work(
+        bytes=_mlp_bytes, flops=_mlp_flops, rule=TWICE_EAGER, token_axes={0: 0, 1: 0, 2: 0}
+    ),
+    "pixel_head_step": Work(
+        bytes=lambda a: size(*a) + (2 if a[11] else 1) * size(a[4]),  # a[11]: x0 is returned too
+        flops=lambda a: (4 + 2 * a[2].shape[0]) * a[0].numel() + 6 * a[4].numel(),
+        rule=TWICE_EAGER,  # it rounds after each of its operations, by definition
+    ),
+    "pixel_head": Work(
+        bytes=_head_bytes,
+        flops=lambda a: (4 + 2 * a[2].shape[0]) * a[0].numel(),
+        rule=ONE_ROUNDING,
+    ),
+}

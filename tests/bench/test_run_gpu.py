@@ -1,0 +1,56 @@
+"""bench/run_gpu.sh on a CPU: every stage of its rehearsal runs, within its limit, and is kept."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import schema
+
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "run_gpu.sh"
+
+
+def start(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OUT": str(out), "PYTHON": sys.executable, **environment}
+    return subprocess.run(
+        ["bash", str(SCRIPT), *arguments], env=env, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_dry_run(tmp_path):
+    done = start(tmp_path, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for stage in ("environment", "tests", "kernels-short", "kernels-full", "decode-short"):
+        assert (tmp_path / f"{stage}.log").exists()
+    for name in ("kernels-short", "kernels-full", "decode-short", "decode-full"):
+        rows = schema.load(tmp_path / f"{name}.json")
+        assert any(r.status == "measured" for r in rows), name
+    assert "summary" in done.stdout
+    assert done.stdout.rstrip().splitlines()[-1].strip().startswith(("report", "decode-full"))
+    assert "failed" not in done.stdout.split("stages,")[1], done.stdout
+
+
+def test_a_stage_that_hangs_costs_only_itself(tmp_path):
+    """Stages under an interpreter that never answers: all are stopped, and the table says so."""
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nsleep 60\n")
+    slow.chmod(0o755)
+    done = start(tmp_path / "out", "--dry-run", PYTHON=str(slow), TOTAL="14")
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.split("stages,")[1]
+    assert "environment" in table
+    assert "stopped at 14 s" in table
+    assert "skipped: the whole limit of 14 s is used up" in table
+    assert "no stage measured anything" in done.stdout
+
+
+def test_wrong_usage(tmp_path):
+    done = start(tmp_path, "--fast")
+    assert done.returncode == 2
+    assert "usage" in done.stderr

@@ -1,0 +1,127 @@
+"""Bytes and FLOPs of every op, against counts that do not use the formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.shapes import SYSTEMS, cases
+from bench.work import WORK
+from pixeldiff.ops.examples import Geometry, arguments
+from pixeldiff.ops.registry import OPS
+
+UNEQUAL = Geometry(
+    grid=(3, 5), text=7, width=96, heads=3, head_dim=32, hidden=80, patch=4, pixel=8, attn=48
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def at(op: str, site: str, size: int) -> tuple:
+    """Meta arguments of an op in bf16 at a real size: nothing is allocated."""
+    (case,) = [c for c in cases(op, (size,)) if c.site == site]
+    small = arguments(op, "meta", torch.bfloat16, case.geometry)
+    return WORK[op].bytes(small), WORK[op].flops(small)
+
+
+def test_every_op_has_an_entry():
+    assert OPS.keys() <= WORK.keys()
+
+
+@DTYPES
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_bytes_are_those_of_the_arguments_and_the_result(op, dtype):
+    """Read once, written once. The two halves of a PiT block read their part of the AdaLN weight:
+    two and four of its six chunks."""
+    args = arguments(op, "cpu", dtype, UNEQUAL)
+    result = OPS[op].reference(*args)
+    counted = [a for a in args if isinstance(a, Tensor)]
+    counted += [result] if isinstance(result, Tensor) else list(result)
+    total = sum(t.numel() * t.element_size() for t in counted)
+    unread = {"pixel_adaln_compress": (2, 3, 4), "pixel_adaln_mlp": (5, 6, 2)}.get(op)
+    if unread is not None:
+        weight, bias, sixths = args[unread[0]], args[unread[1]], unread[2]
+        total -= (weight.numel() + bias.numel()) * weight.element_size() * sixths // 6
+    assert WORK[op].bytes(args) == total
+
+
+@pytest.mark.parametrize(
+    "op", ["joint_attention", "sigma_gate", "pixel_adaln_compress", "pixel_adaln_mlp"]
+)
+def test_flops_of_products_are_those_pytorch_counts(op):
+    """What FlopCounterMode sees are the matrix products; the rest may add a few per cent."""
+    args = arguments(op, "cpu", torch.float32, UNEQUAL)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        OPS[op].reference(*args)
+    counted = counter.get_total_flops()
+    assert counted > 0
+    assert counted <= WORK[op].flops(args) <= 1.05 * counted
+
+
+@pytest.mark.parametrize("op", ["pixel_embed", "pixel_head"])
+def test_flops_of_small_products(op):
+    args = arguments(op, "cpu", torch.float32, UNEQUAL)
+    with FlopCounterMode(display=False) as counter:
+        OPS[op].reference(*args)
+    assert counter.get_total_flops() < WORK[op].flops(args) < 2 * counter.get_total_flops()
+
+
+def test_the_published_arithmetic_at_2048():
+    """14 blocks of attention 23.94 TFLOP, two PiT attentions 2.47, two AdaLN products 2.47 and
+    the other products of the PiT blocks; the traffic of one swiglu 0.40 GB."""
+    tera = 1e12
+    assert 14 * at("joint_attention", "mmdit", 2048)[1] / tera == pytest.approx(23.94, abs=0.01)
+    assert 2 * at("joint_attention", "pit", 2048)[1] / tera == pytest.approx(2.47, abs=0.01)
+    compress, mlp = at("pixel_adaln_compress", "image", 2048), at("pixel_adaln_mlp", "image", 2048)
+    products = 2 * (compress[1] + mlp[1]) / tera
+    expected = 2 * 2 * 16384 * (24576 * 1536 + 2 * 4096 * 1152 + 2 * 256 * 16 * 64) / tera
+    assert products == pytest.approx(expected, rel=1e-6)
+    assert at("swiglu", "image", 2048)[0] == 3 * 16384 * 4096 * 2
+    assert at("sigma_gate", "v1", 2048)[1] / tera == pytest.approx(0.54 / 7, rel=0.01)
+    assert at("qk_norm_rope", "mmdit", 2048)[0] == pytest.approx(6 * 16684 * 1536 * 2, rel=0.03)
+
+
+def test_real_shapes_are_those_of_the_released_network():
+    """Arguments of the largest op, at the published widths."""
+    (case,) = [c for c in cases("pixel_adaln_mlp", (2048,)) if c.site == "image"]
+    q, u, attn, expand_weight, _, ada_weight, *_ = arguments(
+        "pixel_adaln_mlp", "meta", torch.bfloat16, case.geometry
+    )
+    assert tuple(q.shape) == (16384, 256, 16)
+    assert tuple(u.shape) == (16384, 1536)
+    assert tuple(attn.shape) == (16384, 1152)
+    assert tuple(expand_weight.shape) == (4096, 1152)
+    assert tuple(ada_weight.shape) == (24576, 1536)
+    (case,) = [c for c in cases("joint_attention", (2048,)) if c.site == "pit"]
+    q, *_ = arguments("joint_attention", "meta", torch.bfloat16, case.geometry)
+    assert tuple(q.shape) == (1, 16384, 16, 72)
+
+
+def test_shapes_agree_with_the_model_configuration():
+    from pixeldiff.models.pid import PiDConfig
+
+    c, g = PiDConfig(), SYSTEMS["pid"].geometry
+    assert (g.width, g.heads, g.head_dim) == (c.hidden_size, c.num_groups, c.head_dim)
+    assert (g.hidden, g.text, g.patch) == (c.ffn_size, c.txt_max_length, c.patch_size)
+    assert (g.pixel, g.attn) == (c.pixel_hidden_size, c.pixel_attn_hidden_size)
+    pit = SYSTEMS["pid"].sites["joint_attention"]["pit"]
+    assert (pit["heads"], pit["head_dim"]) == (c.pixel_num_groups, c.pixel_head_dim)
+
+
+def test_scale_divides_the_side_and_is_kept():
+    (case,) = [c for c in cases("swiglu", (2048,), 4) if c.site == "image"]
+    assert case.geometry.grid == (32, 32)
+    assert (case.size, case.scale) == (2048, 4)
+    with pytest.raises(ValueError, match="must be a positive multiple of 16, got 1024 / 3"):
+        cases("swiglu", (1024,), 3)
+
+
+def test_text_rows_are_measured_once():
+    assert [c.site for c in cases("swiglu")].count("text") == 1
+    assert [c.site for c in cases("swiglu")].count("image") == 3
+
+
+def test_an_op_nobody_lists_is_measured_at_the_image_tokens():
+    assert [c.site for c in cases("pixel_new", (1024,))] == ["image"]
