@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 def conditioning(net: PiDNet, condition: PiDCondition, t: float, batch: int) -> Tensor:
     """(B, N, D): the conditioning u of the pixel blocks at time t, the noisy picture unseen."""
-    tokens = math.prod(condition.size) // net.config.patch_size**2
     mod = net.modulation(torch.full((batch,), 1000 * t))
-    s = net._patch_stream(torch.zeros(batch, tokens, net.config.hidden_size), mod, condition, None)
+    unseen = torch.zeros(batch, net.config.in_channels, *condition.size)
+    s = net._patch_stream(unseen, mod, condition, None)
     u = F.silu(mod.time[:, None] + s)
     return net.pit_lq_gate(u, condition.features[-1], condition.logits[-1])
 
