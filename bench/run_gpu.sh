@@ -99,7 +99,7 @@ decode() { stage "decode-$1" "$2" "$PYTHON" -m bench decode --json "$OUT/decode-
 stage environment 60 bash -c environment
 if [ "$DRY" -eq 1 ]; then
   if [ -n "${DRY_BUILD:-}" ]; then stage build 240 bash -c build; fi
-  stage tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/kernels tests/bench
+  stage tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/bench
   kernels short 240 --device cpu --quick --no-compile
   kernels full 240 --device cpu --quick --no-compile --dtype bf16 --limit 40
   decode short 240 --device cpu --config demo --size 64 --new-size 0 --images 2 --steps 1 --compare reference
