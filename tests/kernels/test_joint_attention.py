@@ -207,6 +207,16 @@ def test_small_weights_keep_their_relative_accuracy(isa):
 
 
 @every_isa
+@pytest.mark.parametrize("keys", [1, 5, 13, 129])
+def test_equal_logits_far_below_zero(keys, isa):
+    """Keys that only pad a group have logit 0: they must not become the maximum."""
+    _, _, v = arguments(torch.float32, (1, 20, keys, 2, 8))
+    q, k = torch.full((1, 20, 2, 8), -100.0), torch.ones(1, keys, 2, 8)
+    o = run_isa(isa, q, k, v)
+    torch.testing.assert_close(o, v.mean(1, keepdim=True).expand_as(o))
+
+
+@every_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
 def test_not_finite(dtype, isa):
     """NaN and infinities reach the rows and channels they reach in PyTorch."""
