@@ -92,6 +92,9 @@ def test_matches_oracle(dtype, std, shape, backend):
 
 def within_budget(y, eager, want):
     """Twice eager's error; a result so small that eager hit it by luck may round once."""
+    assert tuple(y.shape) == want.shape
+    if y.numel() == 0:
+        return
     budget = max(2 * np.abs(f64(eager) - want).max(), torch.finfo(y.dtype).eps * np.abs(want).max())
     budget += 4 * EPS32 * np.abs(want).max()
     assert np.abs(f64(y) - want).max() <= budget
