@@ -21,7 +21,7 @@ from . import models, upstream
 from .machine import DTYPES, machine
 from .schema import Decode, Memory, Row
 from .timing import summarise
-from .variants import VARIANTS, Spec
+from .variants import VARIANTS, Spec, precision
 from .workers import Worker, WorkerFailed
 
 FIRST = "pixeldiff"
@@ -254,7 +254,7 @@ def _row(plan: Plan, variant: str) -> Row:
         name=plan.config,
         site=site,
         shape=shape,
-        dtype=plan.precision,
+        dtype=precision(variant, plan.precision),
         backend=variant,
         status="measured",
         machine=machine(plan.device),
@@ -285,9 +285,9 @@ def _check_host_memory(plan: Plan, config: PiDConfig) -> None:
     from pixeldiff.models.pid import PiDNet
 
     count = sum(p.numel() for p in PiDNet(config, device="meta").parameters())
-    width = DTYPES[plan.precision].itemsize
     need = sum(
-        count * (4 if VARIANTS[v][0] == "upstream" else width)
+        count
+        * (4 if VARIANTS[v][0] == "upstream" else DTYPES[precision(v, plan.precision)].itemsize)
         for v in {FIRST, *plan.variants}
         if VARIANTS[v][0] != "upstream" or upstream.why_not() is None
     )

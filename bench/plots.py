@@ -21,6 +21,7 @@ from .schema import Row  # noqa: E402
 STYLES = {
     "eager": ("#999999", "o"),
     "reference": ("#999999", "o"),
+    "reference-fp32": ("#555555", "o"),
     "compiled": ("#0072B2", "s"),
     "compile": ("#0072B2", "s"),
     "cpu": ("#D55E00", "^"),

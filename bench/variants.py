@@ -20,11 +20,13 @@ from pixeldiff.ops.registry import OPS
 
 from . import models, upstream
 
-# Name -> (what runs, whether under torch.compile). "compile" is the plain network compiled.
+# Name -> (what runs, whether under torch.compile). "compile" is the plain network compiled,
+# "reference-fp32" the plain network in fp32 whatever precision is asked for.
 VARIANTS = {
     "pixeldiff": ("pixeldiff", False),
     "pixeldiff+compile": ("pixeldiff", True),
     "reference": ("reference", False),
+    "reference-fp32": ("reference", False),
     "compile": ("reference", True),
     "upstream": ("upstream", False),
     "upstream+compile": ("upstream", True),
@@ -44,6 +46,11 @@ class Spec:
     batch: int
     backends: tuple[str, ...] = ()
     threads: int | None = None
+
+
+def precision(variant: str, asked: str) -> str:
+    """What a variant runs in where the benchmark was asked for `asked`."""
+    return "fp32" if variant == "reference-fp32" else asked
 
 
 class Marks:
@@ -112,6 +119,7 @@ class Loaded:
     """
 
     def __init__(self, spec: Spec) -> None:
+        spec = dataclasses.replace(spec, precision=precision(spec.variant, spec.precision))
         self.spec = spec
         self.device = torch.device(spec.device)
         self.marks = Marks(self.device)

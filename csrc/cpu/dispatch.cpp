@@ -74,8 +74,7 @@ void sigma_gate_per_channel(const SigmaGatePerChannelArgs& args, Isa isa, int th
 }
 
 void swiglu(const SwigluArgs& args, Isa isa, int threads) {
-  run_rows(args, args.B * args.N, args.D, PIXELDIFF_VARIANT(isa, swiglu_rows), 0,
-           threads);
+  run_rows(args, args.B * args.N, args.D, PIXELDIFF_VARIANT(isa, swiglu_rows), 0, threads);
 }
 
 }  // namespace pixeldiff::cpu

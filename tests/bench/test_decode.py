@@ -157,6 +157,17 @@ def test_the_compiled_step_is_one_graph_with_the_same_result(monkeypatch):
     assert len(graphs) == 1
 
 
+def test_fp32_baseline_of_a_bf16_run():
+    spec = dataclasses.replace(SPEC, precision="bf16")
+    narrow = Loaded(dataclasses.replace(spec, variant="reference"))
+    wide = Loaded(dataclasses.replace(spec, variant="reference-fp32"))
+    assert narrow.net.dtype == torch.bfloat16
+    assert wide.net.dtype == torch.float32
+    assert wide.weight_bytes > 1.9 * narrow.weight_bytes
+    assert variants.precision("reference-fp32", "bf16") == "fp32"
+    assert variants.precision("reference", "bf16") == "bf16"
+
+
 def test_the_compiled_variant_makes_the_same_image(monkeypatch):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **o: compiled(f, **{**o, "backend": "eager"}))
