@@ -300,7 +300,7 @@ def stop_with(error, monkeypatch, after=2):
     """The network's call number `after` raises."""
     from pixeldiff.models.pid.network import PiDNet
 
-    step, calls = PiDNet.step, []
+    step, calls = PiDNet.student_step, []
 
     def limited(self, *args, **options):
         calls.append(1)
@@ -308,7 +308,7 @@ def stop_with(error, monkeypatch, after=2):
             raise error
         return step(self, *args, **options)
 
-    monkeypatch.setattr(PiDNet, "step", limited)
+    monkeypatch.setattr(PiDNet, "student_step", limited)
 
 
 def test_ctrl_c_writes_nothing(files, out, monkeypatch):

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ... import __version__, images
+from ...alignment import aligned
 from ...ops.registry import OPS, forced_backend
 from ...text import CaptionFile, load_caption
 from .captions import CaptionSource
@@ -337,7 +338,7 @@ class PiDDecoder:
                 f"latent must be finite, got {bad} NaN or infinite values of {latent.numel()}; the "
                 f"generator overflowed (fp16?) or its VAE scaling is wrong"
             )
-        return latent.detach().to(self.device)
+        return aligned(latent.detach().to(self.device))
 
     def _sigma(self, sigma: float | Sequence[float] | Tensor, batch: int) -> Tensor:
         try:
@@ -422,7 +423,7 @@ class PiDDecoder:
         y = self.captions.embeddings(name, caption)
         if y.shape[0] not in (1, batch):
             raise ValueError(f"{name} must hold 1 or {batch} captions, got {y.shape[0]}")
-        return y.to(self.device).expand(batch, -1, -1)
+        return aligned(y.to(self.device)).expand(batch, -1, -1)
 
 
 def check_device(device: torch.device | str | None = None) -> torch.device:
