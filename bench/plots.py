@@ -85,15 +85,24 @@ def roofline(rows: Sequence[Row]) -> Figure:
         key = (r.name, r.site)
         if key not in best or r.rates.tflop_s > best[key].rates.tflop_s:
             best[key] = r
-    for (name, site), r in best.items():
+    # Numbers in the plot and names beside it: many ops lie at nearly the same place.
+    names = []
+    for i, ((name, site), r) in enumerate(sorted(best.items()), 1):
+        names.append(f"{i:2d} {name} {site.split('/')[-1]}")
         axes.annotate(
-            f"{name} {site.split('/')[-1]}",
+            str(i),
             (r.rates.flops / r.rates.bytes, r.rates.tflop_s),
-            xytext=(2, 4),
+            xytext=(3 if i % 2 else -8, 3),
             textcoords="offset points",
-            fontsize=5.5,
-            rotation=30,
+            fontsize=6,
         )
+    axes.text(
+        *(1.02, 1.0, "\n".join(names)),
+        transform=axes.transAxes,
+        va="top",
+        fontsize=6.5,
+        family="monospace",
+    )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOPs per byte that must move")
