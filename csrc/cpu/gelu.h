@@ -32,7 +32,7 @@ static inline Vec polynomial(const float (&coefficients)[N], Vec t) {
 static inline Vec exp2_normal(Vec a) {
   const Vec magic = Vec::fill(0x1.8p23f);  // adding it rounds to an integer
   const Vec shifted = a + magic;
-  const Vec f = subtract(a, subtract(shifted, magic));
+  const Vec f = a - (shifted - magic);
   return add_exponent(Vec::fma(polynomial(kExp2, f), f, Vec::fill(1.0f)), shifted);
 }
 
@@ -42,7 +42,7 @@ static inline Vec gelu(Vec x) {
   const Vec t = where_less(magnitude, cut, magnitude, cut);
   Vec below = exp2_normal(Vec::fma(polynomial(kLogPhi, t), t, Vec::fill(-1.0f)));
   below = where_less(t, cut, below, zero);
-  return x * where_less(x, zero, below, subtract(one, below));
+  return x * where_less(x, zero, below, one - below);
 }
 
 }  // namespace pixeldiff::cpu::PIXELDIFF_ISA

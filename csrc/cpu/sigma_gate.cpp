@@ -7,7 +7,7 @@
 // fp32 inside, one rounding at the end. Compiled once per instruction set (see simd.h).
 #include "sigma_gate.h"
 
-#include "math.h"
+#include "exponential.h"
 #include "norm_rows.h"
 
 namespace pixeldiff::cpu::PIXELDIFF_ISA {

@@ -8,7 +8,6 @@ namespace pixeldiff::cpu::PIXELDIFF_ISA {
 
 #if defined(__AVX512F__)
 
-static inline Vec subtract(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 static inline Vec divide(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 static inline Vec square_root(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 static inline Vec absolute(Vec a) { return {_mm512_abs_ps(a.v)}; }
@@ -24,7 +23,6 @@ static inline Vec add_exponent(Vec a, Vec shifted) {
 
 #elif defined(__AVX2__)
 
-static inline Vec subtract(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 static inline Vec divide(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 static inline Vec square_root(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 static inline Vec absolute(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
@@ -38,10 +36,6 @@ static inline Vec add_exponent(Vec a, Vec shifted) {
 
 #else
 
-static inline Vec subtract(Vec a, Vec b) {
-  for (int i = 0; i < Vec::width; ++i) a.v[i] -= b.v[i];
-  return a;
-}
 static inline Vec divide(Vec a, Vec b) {
   for (int i = 0; i < Vec::width; ++i) a.v[i] /= b.v[i];
   return a;

@@ -6,7 +6,7 @@
 // fp32 inside, one rounding at the end. Compiled once per instruction set (see simd.h).
 #include "swiglu.h"
 
-#include "math.h"
+#include "exponential.h"
 
 namespace pixeldiff::cpu::PIXELDIFF_ISA {
 

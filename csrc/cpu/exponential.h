@@ -1,13 +1,12 @@
 // Exponential and sigmoid of a vector of floats. Included once per instruction set (see simd.h).
 #pragma once
 
-#include "simd.h"
+#include "simd_math.h"
 
 namespace pixeldiff::cpu::PIXELDIFF_ISA {
 
 #if defined(__AVX512F__)
 
-inline Vec divide(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 // NaN passes through: the processor's min and max return their second operand for one.
 inline Vec clamp(Vec a, float low, float high) {
   const __m512 raised = _mm512_max_ps(_mm512_set1_ps(low), a.v);
@@ -18,7 +17,6 @@ inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
 #elif defined(__AVX2__)
 
-inline Vec divide(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec clamp(Vec a, float low, float high) {
   const __m256 raised = _mm256_max_ps(_mm256_set1_ps(low), a.v);
   return {_mm256_min_ps(_mm256_set1_ps(high), raised)};
@@ -34,11 +32,6 @@ inline Vec scale_by_power(Vec a, Vec n) {
 
 #else
 
-inline Vec divide(Vec a, Vec b) {
-  Vec r;
-  for (int i = 0; i < Vec::width; ++i) r.v[i] = a.v[i] / b.v[i];
-  return r;
-}
 inline Vec clamp(Vec a, float low, float high) {
   Vec r;
   for (int i = 0; i < Vec::width; ++i) {
