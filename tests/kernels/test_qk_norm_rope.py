@@ -378,11 +378,14 @@ def test_triton_writes_nothing_outside_its_rows(backend):
 
 
 @each_triton
-def test_triton_offsets_past_two_to_the_31(backend):
+@pytest.mark.parametrize("axis", ["images", "rows"])
+def test_triton_offsets_past_two_to_the_31(axis, backend):
+    """The third image, or row, 2^31 elements away from the first, at a stride of 32 bits."""
     launch, device = launcher(OP, backend)
-    image, _, heads = arguments(torch.bfloat16, (2, 1, None, 2, 8))
+    shape = (3, 1) if axis == "images" else (1, 3)
+    image, _, heads = arguments(torch.bfloat16, (*shape, None, 2, 8))
     base = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
-    far = base.as_strided((2, 1, 48), (2**31, 48, 1))
+    far = base.as_strided((*shape, 48), (2**30, 2**30, 1))
     far.copy_(image[0])
     rest = (*(t.to(device) for t in (*image[1:3], *image[3])), *(None,) * 5, heads, 1e-6)
     assert_bitwise(launch(far, *rest).cpu(), run_triton(backend, image, None, heads))
