@@ -16,8 +16,8 @@ DOC = """# Triton kernels: what they take of a device
 
 Compiled ahead of time with Triton {version} at the real shapes of {size} x {size}, {dtype}, by
 `python -m bench resources -o docs/kernels/triton.md`. Each cell: registers per thread, warps, KB of
-shared memory, and the tensor-core instructions among the machine code. A stack or spills would stand
-there in bold; the tests of the ops allow neither, nor more shared memory than the device has.
+shared memory, and the tensor-core instructions among the machine code. A stack or spills would
+stand there in bold; the tests of the ops allow neither, nor more shared memory than the device has.
 
 """
 

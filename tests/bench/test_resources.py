@@ -26,7 +26,7 @@ def test_one_op_compiled_for_two_devices():
 
 
 def test_unknown_op():
-    with pytest.raises(ValueError, match="'patch' has no Triton kernel; ops are .*rms_norm_mod"):
+    with pytest.raises(ValueError, match=r"'patch' has no Triton kernel; ops are .*rms_norm_mod"):
         list(measure(2048, "bf16", (90,), ("patch",)))
 
 
