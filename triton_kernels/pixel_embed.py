@@ -108,11 +108,10 @@ def key(x: Tensor, weight: Tensor, bias: Tensor, pos_x: Tensor, pos_y: Tensor, p
     return pixel_rows.key(weight.dtype, weight.shape[0], patch)
 
 
-def candidates(
-    x: Tensor, weight: Tensor, bias: Tensor, pos_x: Tensor, pos_y: Tensor, patch: int
-) -> list[Config]:
-    tiles = ((2, 128), (4, 64), (8, 32), (4, 128), (8, 64))
-    return [Config(rows, block, warps) for rows, block in tiles for warps in (4, 8)]
+def candidates(x: Tensor, weight: Tensor, *rest: object) -> list[Config]:
+    widest = 2048 // pixel_rows.channels(weight.shape[0])
+    tiles = ((2, widest), (4, widest // 2), (8, widest // 4), (4, widest), (8, widest // 2))
+    return [Config(rows, max(16, block), warps) for rows, block in tiles for warps in (4, 8)]
 
 
 def launch(

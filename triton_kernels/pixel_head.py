@@ -124,8 +124,11 @@ def key(
     return pixel_rows.key(q.dtype, q.shape[2], patch)
 
 
-def candidates(*args: object) -> list[Config]:
-    return [Config(b, w) for b in (128, 256, 512, 1024) for w in (2, 4, 8) if 32 <= b // w <= 128]
+def candidates(q: Tensor, *rest: object) -> list[Config]:
+    most, p = heuristic((8, 0), q).block, pixel_rows.channels(q.shape[2])
+    blocks = [block for block in (most // 4, most // 2, most, 2 * most) if block >= 16]
+    # 256 values a thread would spill.
+    return [Config(b, w) for b in blocks for w in (2, 4, 8) if b * p <= 128 * 32 * w]
 
 
 def launch(

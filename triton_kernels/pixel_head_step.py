@@ -142,8 +142,10 @@ def why_not(
 
 
 def heuristic(capability: tuple[int, int], q: Tensor, *rest: object) -> Config:
-    """As pixel_head's, whose reads are the same. A heuristic; not yet measured."""
-    return pixel_head.heuristic(capability, q)
+    """Half of pixel_head's tile: with x and noise in registers too, its own comes to more than 128
+    a thread and spills. A heuristic; not yet measured."""
+    config = pixel_head.heuristic(capability, q)
+    return Config(max(16, config.block // 2), config.num_warps)
 
 
 def key(
@@ -166,8 +168,9 @@ def key(
     return f"{pixel_rows.key(q.dtype, q.shape[2], patch)} {state}"
 
 
-def candidates(*args: object) -> list[Config]:
-    return pixel_head.candidates(*args)
+def candidates(q: Tensor, *rest: object) -> list[Config]:
+    p = pixel_rows.channels(q.shape[2])
+    return [c for c in pixel_head.candidates(q) if c.block * p <= 32 * 32 * c.num_warps]
 
 
 def launch(

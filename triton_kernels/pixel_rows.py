@@ -30,7 +30,8 @@ def segment(w, PATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     X = program % segments * BLOCK + tl.arange(0, BLOCK)
     # By patch and not by pixel: the compiler then knows that PATCH pixels share an answer, whatever
     # w is, and may still read several at once.
-    return (program // segments).to(tl.int64), py, X, X // PATCH < w
+    column = X // PATCH
+    return (program // segments).to(tl.int64), py, X, column < w
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def colours(pointers, stride_c, inside, COLOURS: tl.constexpr):
     loaded = (tl.load(pointers, mask=inside, other=0.0),)
     for _ in tl.static_range(1, COLOURS):
         pointers += stride_c
-        loaded = loaded + (tl.load(pointers, mask=inside, other=0.0),)
+        loaded += (tl.load(pointers, mask=inside, other=0.0),)
     return loaded
 
 
