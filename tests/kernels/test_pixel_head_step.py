@@ -42,7 +42,7 @@ from pixeldiff.ops.pixel_head_step import update
 
 # (B, C, H, W, p, P)
 SHAPES = {
-    "production": (1, 3, 64, 96, 16, 16),
+    "production": (1, 3, 32, 96, 16, 16),
     "primes": (2, 5, 21, 35, 4, 7),
     "patch8": (1, 3, 16, 48, 8, 8),
     "p12-patch2": (3, 1, 4, 10, 12, 2),
@@ -86,7 +86,7 @@ def composed(q, norm_weight, weight, bias, x, noise, *, t, t_next, patch, **rule
 @each_time
 def test_is_bitwise_the_composition(shape, rule, times, backend):
     if backend == "triton" and shape[2] * shape[3] > 48 and (rule, times) != (RULES[0], TIMES[0]):
-        pytest.skip("slow in the interpreter; each rule at the small shapes")
+        pytest.skip("slow in the interpreter, which runs every rule at the small shapes")
     args, kwargs = arguments(torch.bfloat16, shape), options(rule, times, shape[-1])
     with forced("pixel_head_step", backend):
         x_next, x0 = pixel_head_step(*args, **kwargs)
@@ -350,9 +350,8 @@ def test_times_keep_every_bit(times, backend):
     """Times that no fp32 number is, integers, and the smallest fp64 number of all."""
     head, device = launcher("pixel_head", backend)
     step, _ = launcher("pixel_head_step", backend)
-    shape = SHAPES["p12-patch2"]
+    shape = (1, 3, 4, 20, 8, 4)
     args = on(device, arguments(torch.float32, shape))
-    args = (*args[:4], args[4].double().mul(1e-3).float(), args[5])
     for rule in RULES:
         want, _ = composed_by(head, args, rule, times, shape[-1])
         for a, b in zip(step(*positional(args, rule, times, shape[-1])), want, strict=True):
