@@ -9,7 +9,10 @@ from .checks import check_float, check_shape
 from .pixel_adaln import check_pixel_stream, modulation, norm_modulate
 from .registry import Backend, define
 
-BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.pixel_adaln_compress"),)
+BACKENDS = (
+    Backend("triton", "pixeldiff.triton_kernels.pixel_adaln_compress"),
+    Backend("cpu", "pixeldiff.ops.cpu.pixel_adaln_compress"),
+)
 
 
 def reference(q, u, ada_weight, ada_bias, norm_weight, weight, bias, eps):

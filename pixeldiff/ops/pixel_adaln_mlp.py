@@ -10,7 +10,10 @@ from .checks import check_float, check_shape
 from .pixel_adaln import check_pixel_stream, modulation, norm_modulate
 from .registry import Backend, define, upcast
 
-BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.pixel_adaln_mlp"),)
+BACKENDS = (
+    Backend("triton", "pixeldiff.triton_kernels.pixel_adaln_mlp"),
+    Backend("cpu", "pixeldiff.ops.cpu.pixel_adaln_mlp"),
+)
 
 
 def reference(
