@@ -92,13 +92,21 @@ def why_not(
 
 
 def heuristic(capability: tuple[int, int], q: Tensor, *rest: object) -> Config:
-    if pixel_adaln.is_fp32(q):
-        return pixel_adaln.heuristic_fp32()
-    return Config(128, 64, 64, 8, 3)
+    if pixel_adaln.is_fp32(q):  # on the FMA units: a tile whose operands fit the registers
+        return Config(64, 32, 16, 8, 2)
+    if capability[0] == 9:  # two blocks a processor: 96 KB, half the registers each
+        return Config(128, 64, 64, 8, 3, 128)
+    if capability[0] in (10, 11):
+        return Config(128, 64, 64, 8, 3)
+    return Config(128, 64, 32, 8, 4)  # 49 KB: 8.6, 8.9 and 12.0 have 99
 
 
 def key(q: Tensor, u: Tensor, *rest: object) -> str:
     return pixel_adaln.key(q, u)
+
+
+def candidates(q: Tensor, *rest: object) -> list[Config]:
+    return pixel_adaln.candidates(q, 64)
 
 
 def launch(

@@ -67,8 +67,8 @@ def pixel_adaln_compress(
     Raises:
         ValueError: shape. TypeError: dtype.
 
-    Backends: cpu (fp32, bf16, fp16; a few MB of modulation at a time), reference (all
-    2*R*P*P*p values of it). Gradients: through the reference.
+    Backends: triton and cpu (fp32, bf16, fp16; neither stores more than a few MB of modulation, the
+    first none), reference (all 2*R*P*P*p values of it). Gradients: through the reference.
     Cost: 2*R*P*P*p*(2*D + A) FLOPs.
     Source: PiD (arXiv 2605.23902), PiT block, first half.
     """
