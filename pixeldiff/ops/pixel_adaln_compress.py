@@ -9,7 +9,10 @@ from .checks import check_float, check_shape
 from .pixel_adaln import check_pixel_stream, modulation, norm_modulate
 from .registry import Backend, define
 
-BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.pixel_adaln_compress"),)
+BACKENDS = (
+    Backend("triton", "pixeldiff.triton_kernels.pixel_adaln_compress"),
+    Backend("cpu", "pixeldiff.ops.cpu.pixel_adaln_compress"),
+)
 
 
 def reference(q, u, ada_weight, ada_bias, norm_weight, weight, bias, eps):
@@ -64,8 +67,8 @@ def pixel_adaln_compress(
     Raises:
         ValueError: shape. TypeError: dtype.
 
-    Backends: cpu (fp32, bf16, fp16; a few MB of modulation at a time), reference (all
-    2*R*P*P*p values of it). Gradients: through the reference.
+    Backends: triton and cpu (fp32, bf16, fp16; neither stores more than a few MB of modulation, the
+    first none), reference (all 2*R*P*P*p values of it). Gradients: through the reference.
     Cost: 2*R*P*P*p*(2*D + A) FLOPs.
     Source: PiD (arXiv 2605.23902), PiT block, first half.
     """

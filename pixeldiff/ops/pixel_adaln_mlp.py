@@ -10,7 +10,10 @@ from .checks import check_float, check_shape
 from .pixel_adaln import check_pixel_stream, modulation, norm_modulate
 from .registry import Backend, define, upcast
 
-BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.pixel_adaln_mlp"),)
+BACKENDS = (
+    Backend("triton", "pixeldiff.triton_kernels.pixel_adaln_mlp"),
+    Backend("cpu", "pixeldiff.ops.cpu.pixel_adaln_mlp"),
+)
 
 
 def reference(
@@ -79,9 +82,9 @@ def pixel_adaln_mlp(
     Raises:
         ValueError: shape. TypeError: dtype.
 
-    Backends: cpu (fp32, bf16, fp16; a few MB of modulation at a time, fp32 between its GEMMs),
-    reference (all 4*R*P*P*p values of it, rounded to the dtype of q). Gradients: through the
-    reference.
+    Backends: triton and cpu (fp32, bf16, fp16; neither stores more than a few MB of modulation, the
+    first none, and both are fp32 between their products), reference (all 4*R*P*P*p values of it,
+    rounded to the dtype of q). Gradients: through the reference.
     Cost: 2*R*P*P*p*(4*D + A + 2*F) FLOPs.
     Source: PiD (arXiv 2605.23902), PiT block, second half.
     """

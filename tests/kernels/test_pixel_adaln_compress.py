@@ -2,10 +2,19 @@
 
 from importlib import import_module
 
+import aot
 import numpy as np
 import pytest
 import torch
-from harness import check_not_finite_like, check_threads, each_isa, launcher, usable_isas
+from harness import (
+    NAMES,
+    check_not_finite_like,
+    check_threads,
+    each_isa,
+    launcher,
+    run_in_interpreter,
+    usable_isas,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rules import (
@@ -30,6 +39,7 @@ from torch.nn.functional import linear, rms_norm
 from pixeldiff.ops import pixel_adaln_compress
 from pixeldiff.ops.cpu import pixel_adaln
 
+OP = "pixel_adaln_compress"
 reference = import_module("pixeldiff.ops.pixel_adaln_compress").reference
 
 # (R, P*P, p, D, A)
@@ -83,6 +93,8 @@ def eager(q, u, ada_weight, ada_bias, norm_weight, weight, bias):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @precisions
 def test_matches_oracle(dtype, std, shape, backend):
+    if backend == "triton" and shape == SHAPES["production"]:
+        pytest.skip("too large for the interpreter; its smaller shapes are below")
     args = arguments(dtype, shape, std)
     with forced("pixel_adaln_compress", backend):
         a = pixel_adaln_compress(*args)
@@ -229,3 +241,179 @@ def test_errors():
         r"u must have the dtype of q, torch.float32, got torch.bfloat16",
         u=args["u"].bfloat16(),
     )
+
+
+# --- Triton: in the interpreter and on a GPU ------------------------------------------------------
+
+each_triton = pytest.mark.parametrize(
+    "backend", ["triton", pytest.param("triton-gpu", marks=pytest.mark.gpu)]
+)
+# Fewer patches and pixels than a tile, one more than a tile, D of one block and with a rest.
+TRITON_SHAPES = {
+    "p8": (7, 9, 8, 13, 11),
+    "p16": (5, 7, 16, 40, 24),
+    "p32": (3, 3, 32, 19, 8),
+    "next-row": (129, 2, 16, 16, 8),
+    "next-pixel": (2, 5, 16, 64, 32),
+    "one": (1, 1, 8, 1, 1),
+    "no-patch": (0, 4, 16, 8, 8),
+}
+
+
+def to(device, args):
+    return tuple(a.to(device) for a in args)
+
+
+@each_triton
+@pytest.mark.parametrize("shape", TRITON_SHAPES.values(), ids=TRITON_SHAPES)
+@pytest.mark.parametrize("std", [1.0, 1e-3])
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
+def test_on_triton(dtype, std, shape, backend):
+    launch, device = launcher(OP, backend)
+    args = arguments(dtype, shape, std)
+    y = launch(*to(device, args), 1e-6)
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    assert_within_twice_eager_or_spacing(y.cpu(), eager(*args), oracle(*args))
+
+
+@each_triton
+def test_no_pixels_on_triton(backend):
+    launch, device = launcher(OP, backend)
+    zeros, bias = torch.zeros, torch.arange(4.0)
+    args = (zeros(3, 0, 16), zeros(3, 8), zeros(0, 8), zeros(0), zeros(16), zeros(4, 0), bias)
+    assert_bitwise(launch(*to(device, args), 1e-6).cpu(), bias.expand(3, 4))
+
+
+@each_triton
+def test_pieces_and_groups_on_triton(backend, monkeypatch):
+    launch, device = launcher(OP, backend)
+    kernel = import_module("pixeldiff.triton_kernels.pixel_adaln_compress")
+    config = kernel.Config(16, 32, 16, 4, 2)  # 5 tiles of patches by 4 of pixels
+    args = arguments(torch.float32, (70, 7, 16, 24, 24))
+    whole = launch(*to(device, args), 1e-6, config=config)
+    assert_within_twice_eager_or_spacing(whole.cpu(), eager(*args), oracle(*args))
+    for piece, group in ((8192, 32), (33, 16), (70, 48)):
+        monkeypatch.setattr(kernel, "PIECE", piece)
+        monkeypatch.setattr(kernel.pixel_adaln, "GROUP_PATCHES", group)
+        y = launch(*to(device, args), 1e-6, config=config)
+        torch.testing.assert_close(y, whole, rtol=1e-5, atol=1e-5)
+
+
+@each_triton
+def test_strided_on_triton(backend):
+    launch, device = launcher(OP, backend)
+    q, u, *rest = arguments(torch.bfloat16, (7, 9, 8, 13, 11))
+    rest[0], rest[4] = at_odd_stride(rest[0]), at_odd_stride(rest[4])
+    views = (at_odd_stride(q.transpose(0, 1)).transpose(0, 1), at_odd_stride(u), *rest)
+    y = launch(*to(device, views), 1e-6)
+    assert y.is_contiguous()
+    assert_bitwise(y, launch(*to(device, (t.contiguous() for t in views)), 1e-6))
+
+
+@each_triton
+def test_not_finite_on_triton(backend):
+    launch, device = launcher(OP, backend)
+    q, u, *rest = arguments(torch.float32, (6, 16, 8, 24, 40))
+    q[1, 5, 3], q[2, 15, 7], u[4, 0] = torch.nan, torch.inf, torch.inf
+    a = launch(*to(device, (q, u, *rest)), 1e-6).cpu()
+    check_not_finite_like(a, reference(q, u, *rest, 1e-6))
+    assert a.isfinite().all(1).tolist() == [True, False, False, True, False, True]
+
+
+@each_triton
+@pytest.mark.parametrize("std", [1e15, 1e-15])
+def test_magnitudes_on_triton(std, backend):
+    launch, device = launcher(OP, backend)
+    q, u, *rest = arguments(torch.float32, (6, 16, 8, 24, 40))
+    args = (q * std, u, *rest)
+    y = launch(*to(device, args), 1e-6).cpu()
+    assert_within_twice_eager_or_spacing(y, eager(*args), oracle(*args))
+
+
+@each_triton
+def test_repeats_on_triton(backend):
+    launch, device = launcher(OP, backend)
+    check_repeatable(launch, *to(device, arguments(torch.bfloat16, (5, 7, 16, 40, 24))), 1e-6)
+
+
+@each_triton
+def test_refusals_of_triton(backend):
+    launcher(OP, backend)
+    why_not = import_module("pixeldiff.triton_kernels.pixel_adaln_compress").why_not
+
+    def reason(shape, change=lambda args: args):
+        return why_not(*change(list(arguments(torch.float32, shape))), 1e-6)
+
+    def half_weight(args):
+        return [*args[:5], args[5].half(), args[6]]
+
+    assert reason((3, 4, 12, 16, 20)) == "takes 8, 16 or 32 channels of a pixel, got 12"
+    assert reason((3, 4, 8, 16, 20), half_weight) == (
+        "needs every tensor in the dtype of q, torch.float32, got torch.float16"
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=NAMES.get)
+@pytest.mark.parametrize("patches", [16384, 8192 + 77, 300])
+def test_released_shape_on_triton_gpu(patches, dtype):
+    """Every tile that fits the device, held against fp64 at some patches of each piece."""
+    launch, device = launcher(OP, "triton-gpu")
+    kernel = import_module("pixeldiff.triton_kernels.pixel_adaln_compress")
+    args = to(device, arguments(dtype, (patches, 256, 16, 1536, 1152)))
+    some = torch.tensor([0, 1, 127, 128, 299, patches // 2, patches - 2, patches - 1])
+    q, u, *rest = args
+    picked = (q[some], u[some], *rest)
+    want, baseline = oracle(*to("cpu", picked)), eager(*picked).cpu()
+    assert_within_twice_eager(launch(*args, 1e-6)[some].cpu(), baseline, want)
+    for config in kernel.candidates(*args):
+        try:
+            y = launch(*args, 1e-6, config=config)
+        except kernel.triton.runtime.errors.OutOfResources:
+            continue
+        assert_within_twice_eager(y[some].cpu(), baseline, want)
+
+
+@pytest.mark.gpu
+def test_captured_on_triton_gpu():
+    launch, device = launcher(OP, "triton-gpu")
+    args = to(device, arguments(torch.bfloat16, (300, 64, 16, 64, 48)))
+    want = launch(*args, 1e-6)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = launch(*args, 1e-6)
+    graph.replay()
+    assert_bitwise(y, want)
+
+
+# --- Triton without a GPU -------------------------------------------------------------------------
+
+
+def test_triton_in_interpreter():
+    run_in_interpreter(__file__)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_triton_compiles_ahead_of_time(target):
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_adaln_compress")
+    for dtype in (torch.bfloat16, torch.float32):
+        args = aot.released(OP, dtype)
+        for kernel in aot.compile_launch(lambda args=args: module.launch(*args), target):
+            aot.assert_lean(kernel, tensor_cores=dtype != torch.float32)
+            assert dtype != torch.float32 or not kernel.tensor_cores  # TF32 would be
+            assert kernel.ptx.count("cp.async.cg.shared.global") >= 4  # 16 bytes each
+            assert "ld.global.v4.b32" in kernel.ptx
+            assert "st.global.v4.b32" in kernel.ptx
+
+
+def test_triton_compiles_once_for_all_sizes():
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_adaln_compress")
+    grids = ((128, 128), (256, 256), (37, 41), (1, 1))
+    keys = [
+        key
+        for grid in grids
+        for key in aot.keys(lambda grid=grid: module.launch(*aot.released(OP, grid=grid)))
+    ]
+    assert len(keys) == 2 + 8 + 1 + 1  # pieces
+    assert len(set(keys)) == 1

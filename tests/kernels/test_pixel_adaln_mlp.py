@@ -3,6 +3,8 @@
 import math
 from importlib import import_module
 
+import aot
+import harness
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,7 @@ from torch.nn.functional import gelu, linear, rms_norm
 from pixeldiff.ops import pixel_adaln_mlp
 from pixeldiff.ops.cpu import pixel_adaln
 
+OP = "pixel_adaln_mlp"
 reference = import_module("pixeldiff.ops.pixel_adaln_mlp").reference
 
 # (R, P*P, p, D, A); the MLP is 4p wide.
@@ -111,6 +114,8 @@ def eager(q, u, attn, expand_w, expand_b, ada_w, ada_b, norm_w, fc1_w, fc1_b, fc
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @precisions
 def test_matches_oracle(dtype, std, shape, backend):
+    if backend == "triton" and shape == SHAPES["production"]:
+        pytest.skip("too large for the interpreter; its smaller shapes are below")
     args = arguments(dtype, shape, std)
     with forced("pixel_adaln_mlp", backend):
         q = call(*args)
@@ -284,3 +289,230 @@ def test_errors():
         r"u must have the dtype of q, torch.float32, got torch.bfloat16",
         u=args["u"].bfloat16(),
     )
+
+
+# --- Triton: in the interpreter and on a GPU ------------------------------------------------------
+
+each_triton = pytest.mark.parametrize(
+    "backend", ["triton", pytest.param("triton-gpu", marks=pytest.mark.gpu)]
+)
+# Fewer patches and pixels than a tile, one more than a tile, D of one block and with a rest.
+TRITON_SHAPES = {
+    "p8": (7, 9, 8, 13, 11),
+    "p16": (5, 7, 16, 40, 24),
+    "p32": (3, 3, 32, 19, 8),
+    "next-row": (129, 2, 16, 16, 8),
+    "next-pixel": (2, 3, 16, 64, 32),
+    "one": (1, 1, 8, 1, 1),
+    "no-patch": (0, 4, 16, 8, 8),
+}
+
+
+def to(device, args):
+    return tuple(a.to(device) for a in args)
+
+
+def with_hidden(args, hidden):
+    """The arguments with an MLP of another width."""
+    p, draw = args[0].shape[2], Draw(args[0].dtype, seed=1)
+    fc1 = draw(hidden, p, std=p**-0.5), draw(hidden)
+    return (*args[:8], *fc1, draw(p, hidden, std=hidden**-0.5), args[11])
+
+
+@each_triton
+@pytest.mark.parametrize("shape", TRITON_SHAPES.values(), ids=TRITON_SHAPES)
+@pytest.mark.parametrize("std", [1.0, 1e-3])
+@pytest.mark.parametrize("dtype", harness.NAMES, ids=harness.NAMES.get)
+def test_on_triton(dtype, std, shape, backend):
+    launch, device = launcher(OP, backend)
+    args = arguments(dtype, shape, std)
+    y = launch(*to(device, args), 1e-6)
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    assert_within_twice_eager_or_spacing(y.cpu(), eager(*args), oracle(*args))
+
+
+@each_triton
+@pytest.mark.parametrize("hidden", [16, 48, 256])
+@pytest.mark.parametrize("p", [8, 32])
+def test_mlp_width_on_triton(p, hidden, backend):
+    launch, device = launcher(OP, backend)
+    for dtype in (torch.float32, torch.bfloat16):
+        args = with_hidden(arguments(dtype, (5, 3, p, 16, 8)), hidden)
+        y = launch(*to(device, args), 1e-6)
+        assert_within_twice_eager_or_spacing(y.cpu(), eager(*args), oracle(*args))
+
+
+@each_triton
+def test_pieces_and_groups_on_triton(backend, monkeypatch):
+    launch, device = launcher(OP, backend)
+    kernel = import_module("pixeldiff.triton_kernels.pixel_adaln_mlp")
+    config = kernel.Config(16, 32, 16, 8, 2)  # 5 tiles of patches by 4 of pixels
+    args = arguments(torch.float32, (70, 7, 16, 24, 24))
+    whole = launch(*to(device, args), 1e-6, config=config)
+    assert_within_twice_eager_or_spacing(whole.cpu(), eager(*args), oracle(*args))
+    for piece, group in ((4096, 32), (33, 16), (70, 48)):
+        monkeypatch.setattr(kernel, "PIECE", piece)
+        monkeypatch.setattr(kernel.pixel_adaln, "GROUP_PATCHES", group)
+        y = launch(*to(device, args), 1e-6, config=config)
+        torch.testing.assert_close(y, whole, rtol=1e-5, atol=1e-5)
+
+
+@each_triton
+def test_strided_on_triton(backend):
+    """Every argument of more than one axis, rows and pixels apart and rows at odd addresses."""
+    launch, device = launcher(OP, backend)
+    q, u, attn, *rest = arguments(torch.bfloat16, (7, 9, 8, 13, 11))
+    rest = [at_odd_stride(t) if t.dim() == 2 else t for t in rest]
+    pixels = at_odd_stride(q.transpose(0, 1)).transpose(0, 1)
+    views = (pixels, at_odd_stride(u), at_odd_stride(attn), *rest)
+    y = launch(*to(device, views), 1e-6)
+    assert y.is_contiguous()
+    assert_bitwise(y, launch(*to(device, (t.contiguous() for t in views)), 1e-6))
+
+
+@each_triton
+def test_not_finite_on_triton(backend):
+    launch, device = launcher(OP, backend)
+    for p in (8, 16):
+        q, u, attn, *rest = arguments(torch.float32, (6, 16, p, 24, 40))
+        q[1, 5, 3], q[2, 15, 7], u[4, 0], attn[5, 1] = torch.nan, torch.inf, torch.inf, -torch.inf
+        y = launch(*to(device, (q, u, attn, *rest)), 1e-6).cpu()
+        check_not_finite_like(y, reference(q, u, attn, *rest, 1e-6))
+        assert (~y.isfinite()).any(2).sum(1).tolist() == [0, 1, 1, 0, 16, 16]
+
+
+@each_triton
+@pytest.mark.parametrize("std", [1e15, 1e-15])
+def test_magnitudes_on_triton(std, backend):
+    launch, device = launcher(OP, backend)
+    q, u, attn, *rest = arguments(torch.float32, (6, 16, 8, 24, 40))
+    args = (q * std, u, attn, *rest)
+    y = launch(*to(device, args), 1e-6).cpu()
+    assert_within_twice_eager_or_spacing(y, eager(*args), oracle(*args))
+
+
+@each_triton
+def test_repeats_on_triton(backend):
+    launch, device = launcher(OP, backend)
+    check_repeatable(launch, *to(device, arguments(torch.bfloat16, (5, 7, 16, 40, 24))), 1e-6)
+
+
+@each_triton
+@pytest.mark.parametrize("dtype", harness.NAMES, ids=harness.NAMES.get)
+def test_gelu_over_its_whole_range_on_triton(dtype, backend):
+    """With q = 0, scale = -1 and identities for the MLP the result is gelu(shift)."""
+    launch, device = launcher(OP, backend)
+    config = None
+    if backend == "triton":  # one patch: fewer rows for the interpreter to go through
+        config = import_module("pixeldiff.triton_kernels.pixel_adaln_mlp").Config(16, 64, 16, 4, 2)
+    x = torch.cat([torch.linspace(-14, 14, 4000), torch.logspace(-4, 3, 96)])
+    x[4000::2] *= -1
+    x = x.to(dtype)
+    ada_bias = torch.zeros(256, 6, 16)
+    ada_bias[:, 3], ada_bias[:, 4], ada_bias[:, 5] = x.view(256, 16), -1, 1
+    zeros, one = torch.zeros, torch.eye(16)
+    args = (
+        zeros(1, 256, 16), zeros(1, 16), zeros(1, 1), zeros(4096, 1), zeros(4096),
+        zeros(6 * 4096, 16), ada_bias.flatten(), torch.ones(16), one, zeros(16), one, zeros(16),
+    )  # fmt: skip
+    y = launch(*(t.to(device, dtype) for t in args), 1e-6, config=config).cpu().flatten()
+    x, y = f64(x, y)
+    want = x * np.vectorize(lambda t: 0.5 * math.erfc(-t / math.sqrt(2)))(x)
+    error, info = np.abs(y - want), torch.finfo(dtype)
+    approximate = 1e-7 * np.maximum(np.abs(x), 0.1) if dtype == torch.float32 else 2e-6
+    rounding = info.eps / 2 * np.maximum(np.abs(want), info.smallest_normal)
+    assert (error <= rounding + approximate).all()
+    if dtype != torch.float32:
+        tail = (x > -5) & (x < 0)
+        assert (error[tail] <= rounding[tail] + 0.004 * np.abs(want[tail])).all()
+
+
+@each_triton
+def test_refusals_of_triton(backend):
+    launcher(OP, backend)
+    why_not = import_module("pixeldiff.triton_kernels.pixel_adaln_mlp").why_not
+    args = arguments(torch.float32, (3, 4, 8, 16, 20))
+
+    def reason(*args):
+        return why_not(*args, 1e-6)
+
+    assert reason(*args) is None
+    assert reason(*arguments(torch.float32, (3, 4, 24, 16, 20))) == (
+        "takes 8, 16 or 32 channels of a pixel, got 24"
+    )
+    for hidden in (8, 24, 272):
+        assert reason(*with_hidden(args, hidden)) == (
+            f"takes an MLP width that is a multiple of 16, at most 256, got {hidden}"
+        )
+    assert reason(*args[:11], args[11].half()) == (
+        "needs every tensor in the dtype of q, torch.float32, got torch.float16"
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=harness.NAMES.get)
+@pytest.mark.parametrize("patches", [16384, 4096 + 77, 300])
+def test_released_shape_on_triton_gpu(patches, dtype):
+    """Every tile that fits the device, held against fp64 at some patches of each piece."""
+    launch, device = launcher(OP, "triton-gpu")
+    kernel = import_module("pixeldiff.triton_kernels.pixel_adaln_mlp")
+    args = to(device, arguments(dtype, (patches, 256, 16, 1536, 1152)))
+    some = torch.tensor([0, 1, 127, 128, 299, patches // 2, patches - 2, patches - 1])
+    q, u, attn, *rest = args
+    picked = (q[some], u[some], attn[some], *rest)
+    want, baseline = oracle(*to("cpu", picked)), eager(*picked).cpu()
+    assert_within_twice_eager(launch(*args, 1e-6)[some].cpu(), baseline, want)
+    for config in kernel.candidates(*args):
+        try:
+            y = launch(*args, 1e-6, config=config)
+        except kernel.triton.runtime.errors.OutOfResources:
+            continue
+        assert_within_twice_eager(y[some].cpu(), baseline, want)
+
+
+@pytest.mark.gpu
+def test_captured_on_triton_gpu():
+    launch, device = launcher(OP, "triton-gpu")
+    args = to(device, arguments(torch.bfloat16, (300, 64, 16, 64, 48)))
+    want = launch(*args, 1e-6)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = launch(*args, 1e-6)
+    graph.replay()
+    assert_bitwise(y, want)
+
+
+# --- Triton without a GPU -------------------------------------------------------------------------
+
+
+def test_triton_in_interpreter():
+    harness.run_in_interpreter(__file__)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize(
+    ("dtype", "p"), [(torch.bfloat16, 16), (torch.float32, 16), (torch.float32, 8)]
+)
+def test_triton_compiles_ahead_of_time(dtype, p, target):
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_adaln_mlp")
+    args = aot.released(OP, dtype, pixel=p)
+    for kernel in aot.compile_launch(lambda: module.launch(*args), target):
+        aot.assert_lean(kernel, tensor_cores=dtype != torch.float32)
+        assert dtype != torch.float32 or not kernel.tensor_cores  # TF32 would be
+        assert kernel.ptx.count("cp.async.cg.shared.global") >= 2  # 16 bytes each
+        if p == 16:
+            assert "ld.global.v4.b32" in kernel.ptx
+            assert "st.global.v4.b32" in kernel.ptx
+
+
+def test_triton_compiles_once_for_all_sizes():
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_adaln_mlp")
+    grids = ((128, 128), (256, 256), (37, 41), (1, 1))
+    keys = [
+        key
+        for grid in grids
+        for key in aot.keys(lambda grid=grid: module.launch(*aot.released(OP, grid=grid)))
+    ]
+    assert len(keys) == 4 + 16 + 1 + 1  # pieces
+    assert len(set(keys)) == 1
