@@ -178,7 +178,7 @@ def test_packed_weights_are_changed_saved_and_loaded_as_any(tmp_path):
     assert not torch.allclose(net(**kw), want, atol=1e-3)
 
 
-@pytest.mark.parametrize("change", ["to", "deepcopy", "assign", "data"])
+@pytest.mark.parametrize("change", ["to", "deepcopy", "assign", "data", "another half"])
 def test_what_moves_weights_ends_the_packing(change):
     net, kw = network(CONFIGS["v1"]), inputs()
     want = net(**kw)
@@ -193,7 +193,9 @@ def test_what_moves_weights_ends_the_packing(change):
     else:
         for module in net.modules():
             if isinstance(module, layers.SwiGLU):
-                module.w3.weight.data = module.w3.weight.data.clone()
+                w3 = module.w3.weight
+                half = torch.cat((w3, w3)).chunk(2)[1]  # begins where a packed one does
+                w3.data = w3.data.clone() if change == "data" else half
     assert is_packed(net) == {False}
     torch.testing.assert_close(net(**kw), want, rtol=1e-5, atol=1e-5)
     assert is_packed(net.pack_()) == {True}
