@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import norm_rows
-from .norm_rows import config
+from . import configs, norm_rows
+from .norm_rows import Config
+
+OP = "gated_residual_norm"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "N"])
 def gated_residual_norm_kernel(
     x_ptr,  # (B, N, D)
     y_ptr,  # (B, N, D)
@@ -70,9 +72,6 @@ def gated_residual_norm_kernel(
     tl.store(h_ptr + out_offset, h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
-INTERPRETED = not isinstance(gated_residual_norm_kernel, triton.runtime.JITFunction)
-
-
 def why_not(
     x: Tensor,
     y: Tensor,
@@ -82,7 +81,19 @@ def why_not(
     shift: Tensor | None,
     eps: float,
 ) -> str | None:
-    return norm_rows.why_not(INTERPRETED, x, y, gate, weight, scale, shift)
+    return norm_rows.why_not(x, y, gate, weight, scale, shift)
+
+
+def heuristic(capability: tuple[int, int], x: Tensor, *rest: object) -> Config:
+    return norm_rows.heuristic(x.shape[-1])
+
+
+def key(x: Tensor, *rest: object) -> str:
+    return norm_rows.key(x)
+
+
+def candidates(x: Tensor, *rest: object) -> list[Config]:
+    return norm_rows.candidates(x.shape[-1])
 
 
 def launch(
@@ -93,13 +104,14 @@ def launch(
     scale: Tensor,  # (B, D)
     shift: Tensor | None,  # (B, D)
     eps: float,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, N, D = x.shape
     x_new = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if h.numel() == 0:
         return x_new, h
-    chosen = config(D)
+    chosen = config or configs.choose(OP, Config, heuristic, key, (x,))
     with torch.cuda.device_of(x):
         gated_residual_norm_kernel[(triton.cdiv(B * N, chosen.rows),)](
             x,
@@ -123,7 +135,7 @@ def launch(
             eps,
             HAS_SHIFT=shift is not None,
             ROWS=chosen.rows,
-            BLOCK_D=chosen.block_d,
+            BLOCK_D=norm_rows.columns(D),
             num_warps=chosen.num_warps,
         )
     return x_new, h

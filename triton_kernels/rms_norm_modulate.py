@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import norm_rows
-from .norm_rows import config
+from . import configs, norm_rows
+from .norm_rows import Config
+
+OP = "rms_norm_modulate"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "N"])
 def rms_norm_modulate_kernel(
     x_ptr,  # (B, N, D)
     weight_ptr,  # (D,)
@@ -58,13 +60,22 @@ def rms_norm_modulate_kernel(
     )
 
 
-INTERPRETED = not isinstance(rms_norm_modulate_kernel, triton.runtime.JITFunction)
-
-
 def why_not(
     x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor | None, eps: float
 ) -> str | None:
-    return norm_rows.why_not(INTERPRETED, x, weight, scale, shift)
+    return norm_rows.why_not(x, weight, scale, shift)
+
+
+def heuristic(capability: tuple[int, int], x: Tensor, *rest: object) -> Config:
+    return norm_rows.heuristic(x.shape[-1])
+
+
+def key(x: Tensor, *rest: object) -> str:
+    return norm_rows.key(x)
+
+
+def candidates(x: Tensor, *rest: object) -> list[Config]:
+    return norm_rows.candidates(x.shape[-1])
 
 
 def launch(
@@ -73,12 +84,13 @@ def launch(
     scale: Tensor,  # (B, D)
     shift: Tensor | None,  # (B, D)
     eps: float,
+    config: Config | None = None,
 ) -> Tensor:
     B, N, D = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    chosen = config(D)
+    chosen = config or configs.choose(OP, Config, heuristic, key, (x,))
     with torch.cuda.device_of(x):
         rms_norm_modulate_kernel[(triton.cdiv(B * N, chosen.rows),)](
             x,
@@ -96,7 +108,7 @@ def launch(
             eps,
             HAS_SHIFT=shift is not None,
             ROWS=chosen.rows,
-            BLOCK_D=chosen.block_d,
+            BLOCK_D=norm_rows.columns(D),
             num_warps=chosen.num_warps,
         )
     return y

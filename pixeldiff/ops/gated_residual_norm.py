@@ -12,7 +12,7 @@ from .rms_norm_modulate import reference as norm_reference
 
 BACKENDS = (
     Backend("cuda", "pixeldiff.ops.cuda.gated_residual_norm", automatic=False),
-    Backend("triton", "pixeldiff.triton_kernels.gated_residual_norm", automatic=False),
+    Backend("triton", "pixeldiff.triton_kernels.gated_residual_norm"),
     Backend("cpu", "pixeldiff.ops.cpu.gated_residual_norm"),
 )
 
@@ -77,7 +77,7 @@ def gated_residual_norm(
         ValueError: shape, stride or device. TypeError: dtype. NotImplementedError: a forced
         backend cannot run; says why.
 
-    Backends: cpu (fp32, bf16, fp16), cuda and triton on request, reference. Gradients: through
+    Backends: triton, cpu (all fp32, bf16, fp16), cuda on request, reference. Gradients: through
     the reference.
     Cost: 4*B*N*D*sizeof(x) bytes; bandwidth-bound.
     Source: PiD (arXiv 2605.23902), residual updates of the MMDiT blocks.

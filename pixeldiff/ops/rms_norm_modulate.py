@@ -10,7 +10,7 @@ from .registry import Backend, define, upcast
 
 BACKENDS = (
     Backend("cuda", "pixeldiff.ops.cuda.rms_norm_modulate", automatic=False),
-    Backend("triton", "pixeldiff.triton_kernels.rms_norm_modulate", automatic=False),
+    Backend("triton", "pixeldiff.triton_kernels.rms_norm_modulate"),
     Backend("cpu", "pixeldiff.ops.cpu.rms_norm_modulate"),
 )
 
@@ -61,7 +61,7 @@ def rms_norm_modulate(
         ValueError: shape, stride or device. TypeError: dtype. NotImplementedError: a forced
         backend cannot run; says why.
 
-    Backends: cpu (fp32, bf16, fp16), cuda and triton on request, reference. Gradients: through
+    Backends: triton, cpu (all fp32, bf16, fp16), cuda on request, reference. Gradients: through
     the reference.
     Cost: 2*B*N*D*sizeof(x) bytes; bandwidth-bound.
     Source: PiD (arXiv 2605.23902), AdaLN of the MMDiT blocks.

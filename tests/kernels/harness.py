@@ -19,7 +19,6 @@ from pixeldiff import native
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-CUDA_TARGETS = (80, 90, 100, 120)
 
 # Where a kernel runs. "triton" is skipped here and run again in a process of its own with Triton's
 # interpreter switched on (`run_in_interpreter`), because Triton reads that switch on import.
@@ -123,43 +122,6 @@ def run_in_interpreter(test_file: str) -> None:
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed, done.stdout[-2000:]
     assert int(passed[1]) >= 10, done.stdout[-2000:]
-
-
-def compile_triton(kernel, constants: dict, warps: int, pointer: str, target: int, folder: Path):
-    """Compile a Triton kernel for `target` without a GPU: (PTX, resource line of the cubin)."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    signature = {
-        n: "constexpr"
-        if n in constants
-        else f"*{pointer}"
-        if n.endswith("_ptr")
-        else "fp32"
-        if n == "eps"
-        else "i32"
-        for n in names
-    }
-    # What the launcher sees in production: 16-byte aligned pointers, strides that are multiples.
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(names)
-        if n not in constants and n not in ("eps", "count", "N")
-    }
-    out = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", target, 32),
-        options={"num_warps": warps},
-    )
-    cubin = folder / f"sm_{target}.cubin"
-    cubin.write_bytes(out.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run(
-        [str(tool), "-res-usage", str(cubin)], capture_output=True, text=True, check=True
-    )
-    return out.asm["ptx"], usage.stdout
 
 
 def ptxas_report(source: str, folder: Path) -> list[tuple[int, int, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 
+import aot
 import harness
 import pytest
 import torch
@@ -268,25 +269,28 @@ def test_triton_in_interpreter():
     harness.run_in_interpreter(__file__)
 
 
-@pytest.mark.parametrize("target", harness.CUDA_TARGETS)
-def test_triton_compiles_ahead_of_time(target, tmp_path, monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    module = import_module("pixeldiff.triton_kernels.gated_residual_norm")
-    for pointer, d in (("bf16", 1536), ("fp32", 1536), ("bf16", module.norm_rows.MAX_D)):
-        chosen = module.config(d)
-        constants = {"HAS_SHIFT": True, "ROWS": chosen.rows, "BLOCK_D": chosen.block_d}
-        ptx, usage = harness.compile_triton(
-            module.gated_residual_norm_kernel,
-            constants,
-            chosen.num_warps,
-            pointer,
-            target,
-            tmp_path,
-        )
-        assert "STACK:0 " in usage, usage
-        assert "ld.global.v4.b32" in ptx
-        assert "st.global.v4.b32" in ptx
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_triton_compiles_ahead_of_time(target):
+    module = pytest.importorskip("pixeldiff.triton_kernels.gated_residual_norm")
+    widest = module.norm_rows.MAX_D
+    for dtype, width in ((torch.bfloat16, 1536), (torch.float32, 1536), (torch.bfloat16, widest)):
+        args = aot.released(OP, dtype, width=width)
+        (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
+        aot.assert_lean(kernel)
+        assert "ld.global.v4.b32" in kernel.ptx
+        assert "st.global.v4.b32" in kernel.ptx
+
+
+def test_triton_compiles_once_for_all_sizes():
+    module = pytest.importorskip("pixeldiff.triton_kernels.gated_residual_norm")
+    grids = ((128, 128), (256, 256), (37, 41), (1, 1))
+    keys = [
+        key
+        for grid in grids
+        for key in aot.keys(lambda grid=grid: module.launch(*aot.released(OP, grid=grid)))
+    ]
+    assert len(keys) == len(grids)
+    assert len(set(keys)) == 1
 
 
 def test_cuda_compiles_without_spills(tmp_path):
