@@ -129,6 +129,7 @@ def test_generators_are_drawn_from_as_without(pair, each):
     assert pair.tape.replays == 3 * 5
 
 
+@pytest.mark.filterwarnings("ignore::pixeldiff.errors.UntrainedSizeWarning")
 def test_other_captions_and_latents_of_other_length_and_type_are_other_kinds(pair):
     kinds = [
         {},
@@ -136,6 +137,7 @@ def test_other_captions_and_latents_of_other_length_and_type_are_other_kinds(pai
         {"latent": tiny_latent().bfloat16()},
         {"latent": tiny_latent(1, 2, 3)},
         {"latent": tiny_latent(2)},
+        {"size": (80, 64)},
         {"steps": 2},
         {"sample_type": "ode"},
         {"state_dtype": "fp32"},
