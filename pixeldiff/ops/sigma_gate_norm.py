@@ -1,4 +1,4 @@
-"""sigma_gate_norm: add the latent's features through their gate, then the next sub-layer's AdaLN."""
+"""sigma_gate_norm: add the gated features of the latent, then the next sub-layer's AdaLN."""
 
 from __future__ import annotations
 
