@@ -35,9 +35,12 @@ class Stream:
     def norm(self, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """rms_norm(x) * weight * (1 + scale) + shift of the updated x; (B, N, D)."""
         modulation = (weight, scale, shift)
-        if self._branch is None:
-            return ops.rms_norm_modulate(self.x, *modulation)
-        self.x, h = ops.gated_residual_norm(self._x, *self._branch, *modulation)
+        if self._branch is not None:
+            self.x, h = ops.gated_residual_norm(self._x, *self._branch, *modulation)
+        elif self._gate is not None:
+            self.x, h = ops.sigma_gate_norm(self._x, *self._gate, *modulation)
+        else:
+            h = ops.rms_norm_modulate(self._x, *modulation)
         return h
 
     @property

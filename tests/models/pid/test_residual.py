@@ -94,12 +94,18 @@ def test_norms_that_add_are_the_network(config, batch, monkeypatch):
     want, calls = net(**kw), []
     monkeypatch.setattr(layers, "ADD_EACH_PIECE", ())
     monkeypatch.setitem(layers.FEED_FORWARD_PIECE, "cpu", 3)
-    fused = ops.gated_residual_norm
-    monkeypatch.setattr(ops, "gated_residual_norm", lambda *a: calls.append(a) or fused(*a))
+    for name in ("gated_residual_norm", "sigma_gate_norm", "rms_norm_modulate", "sigma_gate"):
+        fused = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda *a, name=name, fused=fused: calls.append(name) or fused(*a)
+        )
     torch.testing.assert_close(net(**kw), want, rtol=1e-10, atol=1e-10)
     # 5 after attention (the last block's text stream ends), and before blocks 1 and 2 the text's
     # feed-forward; the image's before block 1 alone, as a gate of the latent stands before 2.
-    assert len(calls) == 5 + 2 + 1
+    assert calls.count("gated_residual_norm") == 5 + 2 + 1
+    assert calls.count("sigma_gate_norm") == 2  # before blocks 0 and 2
+    assert calls.count("rms_norm_modulate") == 1  # the text's first
+    assert calls.count("sigma_gate") == config.pit_lq_inject
     traced = net(**kw, trace=lambda name, value: None)
     torch.testing.assert_close(traced, want, rtol=1e-10, atol=1e-10)
 
