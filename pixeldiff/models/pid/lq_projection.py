@@ -117,7 +117,7 @@ class LQProjection(nn.Module):
 
     def heads(self, features: Tensor) -> list[Tensor]:
         """One [B, N, D] tensor an injection point; the PiT feature last, when there is one."""
-        tokens = features.flatten(2).transpose(1, 2)
+        tokens = features.flatten(2).transpose(1, 2).contiguous()  # once, not in each head
         heads = [head(tokens) for head in self.output_heads]
         if self.config.pit_lq_inject:
             heads.append(self.pit_head(tokens))
