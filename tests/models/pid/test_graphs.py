@@ -95,6 +95,16 @@ def test_gates_with_a_logit_for_each_channel():
     assert len(pair.tape.decodes) == 1
 
 
+def test_features_made_anew():
+    pair = Pair(tiny_net(), low_memory=True)
+    images = [pair.check(seed) for seed in range(3)]
+    assert len(pair.tape.decodes) == 1
+    pair.captures.low_memory = False
+    for seed in range(3):
+        assert torch.equal(pair.check(seed), images[seed])
+    assert len(pair.tape.decodes) == 2
+
+
 def test_bf16():
     pair = Pair(tiny_net(dtype=torch.bfloat16))
     three_times(pair.check)
