@@ -81,7 +81,13 @@ def _qk_channels(args: Args) -> int:
     return sum(t.numel() for t in (args[0], args[5]) if t is not None) * 2 // 3
 
 
-def _attention_flops(args: Args) -> int:
+def _attention_bytes(args: Args) -> int:
+    q, k, v, _, key_mask, return_lse = args
+    lse = 4 * q.shape[0] * q.shape[1] * q.shape[2] if return_lse else 0
+    return 2 * size(q) + size(k, v, key_mask) + lse
+
+
+def _attention_flops(args: Args) -> int:  # of all keys: a mask's are not counted on the device
     q, k = args[:2]
     return 4 * q.numel() * k.shape[1]
 
@@ -128,7 +134,7 @@ WORK: dict[str, Work] = {
         rule=ONE_ROUNDING,
     ),
     "joint_attention": Work(
-        bytes=lambda a: 2 * size(a[0]) + size(a[1], a[2]),
+        bytes=_attention_bytes,
         flops=_attention_flops,
         rule=TWICE_EAGER,
         token_axes={0: 1},

@@ -12,7 +12,7 @@ struct Heads {
   int64_t stride_g;
 };
 
-// o = softmax(scale * q k^T) v, per image and head
+// o = softmax(scale * q k^T) v and lse = ln(sum(exp(scale * q k^T))), per image and head
 struct JointAttentionArgs {
   int64_t B, L, S, G, d;
   DType dtype;  // of all four tensors
@@ -21,6 +21,9 @@ struct JointAttentionArgs {
   Heads v;      // (B, S, G, d)
   void* o;      // (B, L, G, d) contiguous
   float scale;
+  const uint8_t* key_mask;  // (B, S), not 0 = takes part; nullptr = all do
+  int64_t mask_stride_b;
+  float* lse;  // (B, L, G) contiguous, or nullptr
 };
 
 }  // namespace pixeldiff

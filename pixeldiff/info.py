@@ -12,7 +12,7 @@ from rich.table import Table
 
 from . import __version__, ops
 from .ops.examples import arguments
-from .ops.registry import OPS, forced_backend
+from .ops.registry import OPS, forced_backend, on_request
 
 _OPTIONAL = ("triton", "transformers", "diffusers", "huggingface_hub")
 
@@ -25,11 +25,12 @@ def backend_rows(
     A forced backend that cannot run is chosen by nobody: the op would raise, shown as "none".
     """
     rows = []
-    for name, op in sorted(OPS.items()):
+    for name in sorted(OPS):
         refused, chosen = [], None
-        on_request = {b.name for b in op.backends if not b.automatic}
+        args = arguments(name, device, dtype)
+        asked = on_request(name, *args)
         forced = forced_backend(name)
-        for backend, reason in ops.explain(name, *arguments(name, device, dtype)):
+        for backend, reason in ops.explain(name, *args):
             if reason is not None:
                 refused.append((backend, reason))
             elif forced is not None:
@@ -37,8 +38,8 @@ def backend_rows(
                     chosen = backend
                 else:
                     refused.append((backend, f"{forced} is forced"))
-            elif backend in on_request:
-                refused.append((backend, "runs on request only: pixeldiff.backend(...)"))
+            elif backend in asked:
+                refused.append((backend, f"{asked[backend]}: pixeldiff.backend(...)"))
             elif chosen is None:
                 chosen = backend
         rows.append((name, chosen or "none", refused))

@@ -10,6 +10,7 @@ namespace {
 
 using AttentionSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // B, L, S, G, d
 using HeadsTuple = std::tuple<Address, int64_t, int64_t, int64_t>;  // data, strides over B, rows, G
+using MaskTuple = std::tuple<Address, int64_t>;                     // data or 0, stride over B
 
 Heads to_heads(const char* name, HeadsTuple tuple) {
   const auto [address, stride_b, stride_n, stride_g] = tuple;
@@ -18,8 +19,10 @@ Heads to_heads(const char* name, HeadsTuple tuple) {
 }
 
 void joint_attention_cpu(AttentionSizes sizes, int dtype, HeadsTuple q, HeadsTuple k, HeadsTuple v,
-                         Address o, float scale, int isa, int threads) {
+                         Address o, float scale, MaskTuple key_mask, Address lse, int isa,
+                         int threads) {
   const auto [B, L, S, G, d] = sizes;
+  const auto [mask, mask_stride_b] = key_mask;
   if (B < 0 || L < 0 || S < 1 || G < 0 || d < 0)
     throw std::invalid_argument("sizes must not be negative, and there must be a key");
   if (B == 0 || L == 0 || G == 0 || d == 0) return;
@@ -33,7 +36,10 @@ void joint_attention_cpu(AttentionSizes sizes, int dtype, HeadsTuple q, HeadsTup
                                 to_heads("k", k),
                                 to_heads("v", v),
                                 to_output("o", o),
-                                scale};
+                                scale,
+                                reinterpret_cast<const uint8_t*>(mask),
+                                mask_stride_b,
+                                reinterpret_cast<float*>(lse)};
   const cpu::Isa chosen = to_isa(isa);
   py::gil_scoped_release unlocked;
   cpu::joint_attention(args, chosen, threads);

@@ -19,7 +19,10 @@
 // bf16 into fp32 (AVX512-BF16): those products are exact, and the weights are rounded to bf16 as in
 // PyTorch's flash attention. Maximum, exponential and sum are fp32 everywhere.
 //
-// A row whose logits are all -inf gives 0; NaN or +inf among the logits gives a row of NaN.
+// Keys that a mask leaves out are never packed, and so neither read nor computed.
+//
+// A row whose logits are all -inf, or that has none, gives 0; NaN or +inf among the logits gives a
+// row of NaN.
 // Compiled once per instruction set (see simd.h).
 #include "joint_attention.h"
 
@@ -62,10 +65,11 @@ struct Fp32 {
     }
     for (int64_t i = d; i < padded; ++i) out[i] = 0;
   }
+  // Rows offsets[0..keys) of `rows`
   template <class T>
-  static void pack_values(const T* rows, int64_t stride, int64_t keys, int64_t d, int64_t padded,
-                          Element* out) {
-    for (int64_t s = 0; s < keys; ++s) pack_row(rows + s * stride, d, padded, out + s * padded);
+  static void pack_values(const T* rows, const int64_t* offsets, int64_t keys, int64_t d,
+                          int64_t padded, Element* out) {
+    for (int64_t s = 0; s < keys; ++s) pack_row(rows + offsets[s], d, padded, out + s * padded);
   }
 };
 
@@ -95,12 +99,12 @@ struct Bf16Pairs {
     out[padded - 1] = 0;
     memcpy(out, row, (size_t)d * sizeof(bf16));
   }
-  static void pack_values(const bf16* rows, int64_t stride, int64_t keys, int64_t d, int64_t padded,
-                          Element* out) {
+  static void pack_values(const bf16* rows, const int64_t* offsets, int64_t keys, int64_t d,
+                          int64_t padded, Element* out) {
     for (int64_t s = 0; s < keys; s += 2, out += padded) {
-      const bf16* low = rows + s * stride;
+      const bf16* low = rows + offsets[s];
       if (s + 1 < keys) {
-        const bf16* high = low + stride;
+        const bf16* high = rows + offsets[s + 1];
         for (int64_t i = 0; i < d; ++i) out[i] = low[i].bits | (uint32_t)high[i].bits << 16;
       } else {
         for (int64_t i = 0; i < d; ++i) out[i] = low[i].bits;
@@ -312,10 +316,14 @@ static void open_tile(const T* q, int64_t stride, int64_t count, int64_t lanes, 
   }
 }
 
+// `lse` holds one number for every `lse_stride`; may be nullptr.
 template <class T>
 static void close_tile(const Tile& tile, int64_t count, int64_t lanes, int64_t d, float* row, T* o,
-                       int64_t stride) {
+                       int64_t stride, float* lse, int64_t lse_stride) {
   for (int64_t j = 0; j < count; ++j) {
+    // The maximum of a row without keys is finite; the logarithm of its sum is not.
+    if (lse)
+      lse[j * lse_stride] = tile.max[j] * 0.693147180559945309f + __builtin_logf(tile.sum[j]);
     const float inverse = tile.sum[j] == 0 ? 0 : 1 / tile.sum[j];
     for (int64_t c = 0; c < d; ++c) row[c] = tile.o[c * lanes + j] * inverse;
     for (int64_t c = 0; c < d; c += Vec::width) {
@@ -323,6 +331,19 @@ static void close_tile(const Tile& tile, int64_t count, int64_t lanes, int64_t d
       store_n(load_n(row + c, n), o + j * stride + c, n);
     }
   }
+}
+
+// The next `most` keys that take part, from `s` on, which moves past them: offsets of their rows in
+// k and v. Returns their number.
+static inline int64_t next_keys(const JointAttentionArgs& a, const uint8_t* mask, int64_t most,
+                                int64_t& s, int64_t* k, int64_t* v) {
+  int64_t keys = 0;
+  for (; s < a.S && keys < most; ++s) {
+    if (mask && !mask[s]) continue;
+    k[keys] = s * a.k.stride_n;
+    v[keys++] = s * a.v.stride_n;
+  }
+  return keys;
 }
 
 template <class A, class T>
@@ -348,21 +369,25 @@ static void run_item(const JointAttentionArgs& a, int64_t item, const AttentionS
   for (int64_t l = 0; l < queries; l += kTile)
     open_tile<A>(q + l * a.q.stride_n, a.q.stride_n, min_of(queries - l, kTile), lanes_at(l), a.d,
                  depth, padded, scratch.row, tile_at(l));
-  for (int64_t s = 0; s < a.S; s += A::kKeys) {
-    const int64_t keys = min_of(a.S - s, A::kKeys);
+  const uint8_t* mask = a.key_mask ? a.key_mask + b * a.mask_stride_b : nullptr;
+  int64_t k_offsets[A::kKeys], v_offsets[A::kKeys];
+  for (int64_t s = 0; s < a.S;) {
+    const int64_t keys = next_keys(a, mask, A::kKeys, s, k_offsets, v_offsets);
+    if (keys == 0) break;
     Element* packed = (Element*)scratch.k;
     for (int64_t i = 0; i < keys; ++i)
-      A::pack_row(k + (s + i) * a.k.stride_n, a.d, depth, packed + i * depth);
+      A::pack_row(k + k_offsets[i], a.d, depth, packed + i * depth);
     memset(packed + keys * depth, 0,
            (size_t)((ceil_to(keys, kRows) - keys) * depth) * sizeof(Element));
-    A::pack_values(v + s * a.v.stride_n, a.v.stride_n, keys, a.d, padded, (Element*)scratch.v);
+    A::pack_values(v, v_offsets, keys, a.d, padded, (Element*)scratch.v);
     for (int64_t l = 0; l < queries; l += kTile)
       attend<A>(lanes_at(l) / Vec::width, tile_at(l), scratch.k, scratch.v, depth, padded, keys,
                 a.scale, scratch.logits);
   }
   for (int64_t l = 0; l < queries; l += kTile)
     close_tile(tile_at(l), min_of(queries - l, kTile), lanes_at(l), a.d, scratch.row,
-               o + l * a.G * a.d, a.G * a.d);
+               o + l * a.G * a.d, a.G * a.d,
+               a.lse ? a.lse + (b * a.L + first + l) * a.G + g : nullptr, a.G);
 }
 
 void joint_attention_items(const JointAttentionArgs& a, int64_t begin, int64_t end,

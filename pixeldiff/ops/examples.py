@@ -92,7 +92,7 @@ def _qk_norm_rope(t: Draw, g: Geometry) -> tuple[Any, ...]:
 def _joint_attention(t: Draw, g: Geometry) -> tuple[Any, ...]:
     # q, k and v lie in one buffer, as qk_norm_rope leaves them.
     q, k, v = t(3, 1, g.text + g.tokens, g.heads, g.head_dim).unbind(0)
-    return q, k, v, g.head_dim**-0.5
+    return q, k, v, g.head_dim**-0.5, None, False
 
 
 def _sigma_gate(t: Draw, g: Geometry) -> tuple[Any, ...]:

@@ -7,8 +7,8 @@ the op's arguments in schema order:
     why_not(*args) -> str | None     None if it can take the call, else the reason
     launch(*args)  -> Tensor(s)      the result, contiguous
 
-Free choice walks the op's backends in order and ends at the reference. A forced backend never falls
-through: it raises with its reason.
+Free choice walks the op's backends in order, those that offer themselves for the call, and ends at
+the reference. A forced backend never falls through: it raises with its reason.
 """
 
 from __future__ import annotations
@@ -36,12 +36,18 @@ class Backend:
     """A fused implementation of one op.
 
     `automatic` is False for one that runs only when it is asked for by name (not yet proven on the
-    hardware it is written for).
+    hardware it is written for), or a function of the op's arguments that is true of the calls it
+    should take unasked (where the backends after it, the reference above all, do poorly). It is
+    asked before the module is imported and does not repeat what `why_not` refuses.
     """
 
     name: str
     module: str
-    automatic: bool = True
+    automatic: bool | Callable[..., bool] = True
+
+    def offers(self, *args: Any) -> bool:
+        """Whether free choice considers it for a call with these arguments."""
+        return self.automatic(*args) if callable(self.automatic) else self.automatic
 
     def load(self) -> ModuleType:
         return _import(self.module)
@@ -124,9 +130,21 @@ def _reference_forced(op: str) -> bool:
 
 
 def explain(op: str, *args: Any) -> list[tuple[str, str | None]]:
-    """(backend, reason it cannot take this call or None) for every backend of `op`, in order."""
+    """(backend, reason it cannot take this call or None) for every backend of `op`, in order.
+
+    One that can take it may still run on request only: see `on_request`.
+    """
     rows = [(b.name, _reason(b, args)) for b in OPS[op].backends]
     return [*rows, ("reference", None)]
+
+
+def on_request(op: str, *args: Any) -> dict[str, str]:
+    """Backends of `op` that take this call only when they are forced, each with a word on it."""
+    return {
+        b.name: "runs on request only" + (" for such a call" if callable(b.automatic) else "")
+        for b in OPS[op].backends
+        if not b.offers(*args)
+    }
 
 
 def _reason(b: Backend, args: tuple[Any, ...]) -> str | None:
@@ -142,7 +160,7 @@ def _run(op: Op, args: tuple[Any, ...]) -> Any:
     if name == "reference":
         return op.reference(*args)
     for b in op.backends:
-        if b.name != name if name is not None else not b.automatic:
+        if b.name != name if name is not None else not b.offers(*args):
             continue
         reason = _reason(b, args)
         if reason is None:

@@ -8,7 +8,9 @@ from torch import Tensor
 from ... import native
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+def why_not(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, return_lse: bool
+) -> str | None:
     reason = native.why_not() or native.why_not_tensors("cpu", q, k, v)
     if reason is None and native.best_isa() == native.ISA_CODES["portable"]:
         return "needs AVX2: without wide vectors PyTorch's own attention is faster"
@@ -20,13 +22,14 @@ def launch(
     k: Tensor,  # (B, S, G, d), dtype of q
     v: Tensor,  # (B, S, G, d), dtype of q
     scale: float,
+    key_mask: Tensor | None,  # (B, S) bool
+    return_lse: bool,
     *,
     isa: int | None = None,  # a code of native.ISA_CODES; None takes the best
     threads: int | None = None,  # None takes PyTorch's number
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     o = q.new_empty(q.shape)
-    if o.numel() == 0:
-        return o
+    lse = q.new_empty(q.shape[:3] if return_lse else 0, dtype=torch.float32)
     b, rows, g, d = q.shape
     native.load().joint_attention_cpu(
         (b, rows, k.shape[1], g, d),
@@ -36,10 +39,12 @@ def launch(
         _heads(v),
         o.data_ptr(),
         scale,
+        (0, 0) if key_mask is None else (key_mask.data_ptr(), key_mask.stride(0)),
+        lse.data_ptr(),
         native.best_isa() if isa is None else isa,
         torch.get_num_threads() if threads is None else threads,
     )
-    return o
+    return o, lse
 
 
 def _heads(t: Tensor) -> tuple[int, int, int, int]:

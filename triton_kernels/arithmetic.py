@@ -1,0 +1,28 @@
+"""Products and roundings that come out the same compiled and in Triton's interpreter."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import launching
+
+INTERPRETED = tl.constexpr(launching.INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, sums):
+    """sums + a b in fp32, exact products."""
+    if INTERPRETED:  # which multiplies the bits of bf16; widened, the products are the same
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """fp32 to the nearest of `dtype`, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # which cuts off the bits that bf16 has not
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
