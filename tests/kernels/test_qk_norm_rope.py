@@ -330,9 +330,7 @@ def test_triton_strides_and_types(dtype, small, backend):
         return (qkv, q_weight.to(small), k_weight.to(small), rope)
 
     args = (cast(image), cast(text), heads)
-    out = run_triton(backend, *args, prepare=at_odd_stride)
-    assert_matches(out, args)
-    assert_bitwise(out, run_triton(backend, *args))
+    assert_matches(run_triton(backend, *args, prepare=at_odd_stride), args)
 
 
 @each_triton
@@ -383,12 +381,12 @@ def test_triton_offsets_past_two_to_the_31(axis, backend):
     """The third image, or row, 2^31 elements away from the first, at a stride of 32 bits."""
     launch, device = launcher(OP, backend)
     shape = (3, 1) if axis == "images" else (1, 3)
-    image, _, heads = arguments(torch.bfloat16, (*shape, None, 2, 8))
+    image, _, heads = args = arguments(torch.bfloat16, (*shape, None, 2, 8))
     base = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
     far = base.as_strided((*shape, 48), (2**30, 2**30, 1))
     far.copy_(image[0])
     rest = (*(t.to(device) for t in (*image[1:3], *image[3])), *(None,) * 5, heads, 1e-6)
-    assert_bitwise(launch(far, *rest).cpu(), run_triton(backend, image, None, heads))
+    assert_matches(launch(far, *rest).cpu(), args)
 
 
 @each_triton
@@ -437,7 +435,8 @@ def test_released_shapes(site, grid):
     image = (qkv[:, rows], *rest[:2], tuple(t[rows] for t in rest[2:4]))
     assert_matches(out[:, :, text + rows.to(device)].cpu(), _on_cpu(image, None, heads))
     if text:
-        assert_matches(out[:, :, :text].cpu(), _on_cpu((*rest[4:7], tuple(rest[7:])), None, heads))
+        first = out[:, :, :text].contiguous().cpu()
+        assert_matches(first, _on_cpu((*rest[4:7], tuple(rest[7:])), None, heads))
 
 
 def _on_cpu(image, text, heads):
