@@ -362,7 +362,8 @@ def check_triton(launch, args):
     y = launch(*args)
     assert y.dtype == args[0].dtype
     assert y.is_contiguous()
-    if args[2].shape[0] == 1:
+    # The tensor cores sum to less than fp32; the interpreter runs the same lines in fp32.
+    if args[2].shape[0] == 1 or y.device.type == "cpu":
         assert one_rounding(y, want) <= 1
     assert_within_twice_eager(y.cpu(), eager(*args).to(y.dtype).cpu(), want.cpu().numpy())
 
@@ -406,7 +407,7 @@ def test_triton_every_candidate(k, backend):
     """What tuning may choose, and what another device's heuristic chooses, is right too."""
     launch, device = launcher("sigma_gate", backend)
     module = import_module("pixeldiff.triton_kernels.sigma_gate")
-    args = on(device, arguments(torch.bfloat16, (1, 130, 136), k))
+    args = on(device, arguments(torch.bfloat16, (1, 130 if k > 1 else 19, 136), k))
     devices = [(8, 0), (9, 0), (12, 0)] if backend == "triton" else []
     tiles = module.candidates(*args) + [module.heuristic(c, *args) for c in devices]
     for tile in dict.fromkeys(tiles):
@@ -444,20 +445,18 @@ def test_triton_repeats_and_leaves_its_arguments(per_channel, backend):
 @triton_backends
 @each_kind
 def test_triton_offsets_past_two_to_the_31(per_channel, backend):
-    """Images, and where one logit a token allows it rows, that lie 2^31 values apart."""
+    """Strides that are int32 and whose multiples are not, between images and between rows."""
     launch, device = launcher("sigma_gate", backend)
-    clean = on(device, arguments(torch.bfloat16, (2, 3, 40), 40 if per_channel else 1))
-    far = torch.empty(2**31 + 2**11, dtype=torch.bfloat16, device=device)
-    x = far.as_strided(clean[0].shape, (2**31 + 72, 48, 1))
-    feature = far[400:].as_strided(clean[1].shape, (2**31 + 72, 48, 1))
-    x.copy_(clean[0])
-    feature.copy_(clean[1])
-    assert_bitwise(launch(x, feature, *clean[2:]), launch(*clean))
-    if not per_channel:
-        rows = far.as_strided((1, 2, 40), (0, 2**31, 1))
-        rows.copy_(clean[0][:1, :2])
-        here = (rows.contiguous(), clean[1][:1, :2], clean[2], clean[3][:1, :2])
-        assert_bitwise(launch(rows, *here[1:]), launch(*here))
+    far = torch.empty(2**31 + 2**23, dtype=torch.bfloat16, device=device)
+    for shape, strides in (
+        ((3, 3, 40), (2**30 + 24, 48, 1)),
+        ((1, 1027, 40), (0, 2**21, 1)),
+    ):
+        args = on(device, arguments(torch.bfloat16, shape, 40 if per_channel else 1))
+        x, feature = (far[first:].as_strided(shape, strides) for first in (0, 400))
+        x.copy_(args[0])
+        feature.copy_(args[1])
+        assert_bitwise(launch(x, feature, *args[2:]), launch(*args))
 
 
 @pytest.mark.gpu

@@ -307,6 +307,21 @@ def test_triton_gpu_production(tokens, dtype, per_channel):
     check(args, *launch(*args))
 
 
+@pytest.mark.parametrize("backend", ["triton", pytest.param("triton-gpu", marks=pytest.mark.gpu)])
+@each_kind
+def test_triton_offsets_past_two_to_the_31(per_channel, backend):
+    """Strides that are int32 and whose multiples are not, between images and between rows."""
+    launch, device = launcher(OP, backend)
+    far = torch.empty(2**31 + 2**23, dtype=torch.bfloat16, device=device)
+    for B, N, strides in ((3, 3, (2**30 + 24, 48, 1)), (1, 1027, (0, 2**21, 1))):
+        args = Case(torch.bfloat16, B, N, 40, per_channel).arguments(device)
+        x, feature = (far[first:].as_strided((B, N, 40), strides) for first in (0, 400))
+        x.copy_(args[0])
+        feature.copy_(args[1])
+        for got, want in zip(launch(x, feature, *args[2:]), launch(*args), strict=True):
+            assert_bitwise(got, want)
+
+
 @pytest.mark.gpu
 @each_kind
 def test_triton_gpu_results_past_two_to_the_31(per_channel):
