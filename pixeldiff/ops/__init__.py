@@ -1,5 +1,6 @@
 """The ops: one file each, with the definition (`reference`) and the table of backends."""
 
+from .add_silu import add_silu
 from .gated_residual_norm import gated_residual_norm
 from .joint_attention import joint_attention
 from .patchify import patchify, unpatchify
@@ -16,6 +17,7 @@ from .sigma_gate import sigma_gate
 from .swiglu import swiglu
 
 __all__ = [
+    "add_silu",
     "backend",
     "explain",
     "gated_residual_norm",

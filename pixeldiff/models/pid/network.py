@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ... import ops
-from ...ops.registry import upcast
 from .config import PiDConfig
 from .layers import CaptionEmbedder, FinalLayer, Projection, TimeEmbedder
 from .lq_projection import LQProjection, SigmaGate
@@ -285,7 +284,7 @@ class PiDNet(nn.Module):
         if trace:
             trace("t_emb", mod.time)
         s = self._patch_stream(x, mod, condition, trace)
-        u = silu(upcast(mod.time)[:, None] + upcast(s)).to(s.dtype)
+        u = ops.add_silu(s, mod.time)
         del s
         if condition.features and self.config.pit_lq_inject:
             u = self.pit_lq_gate(u, condition.features[-1], condition.logits[-1])
@@ -296,7 +295,7 @@ class PiDNet(nn.Module):
 
     def _patch_stream(self, x, mod, condition, trace):
         y, c = condition.text, self.config
-        s = self.s_embedder(ops.patchify(x, c.patch_size).to(self.dtype))
+        s = self.s_embedder(ops.patchify(x, c.patch_size, dtype=self.dtype))
         if trace:
             trace("s_embed", s)
         for i, block in enumerate(self.patch_blocks):
