@@ -14,6 +14,7 @@ from .registry import backend, explain
 from .rms_norm import rms_norm
 from .rms_norm_modulate import rms_norm_modulate
 from .sigma_gate import sigma_gate
+from .sigma_gate_norm import sigma_gate_norm
 from .swiglu import swiglu
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_modulate",
     "sigma_gate",
+    "sigma_gate_norm",
     "swiglu",
     "unpatchify",
 ]
