@@ -1,5 +1,6 @@
 """The ops: one file each, with the definition (`reference`) and the table of backends."""
 
+from .add_silu import add_silu
 from .gated_residual_norm import gated_residual_norm
 from .joint_attention import joint_attention
 from .patchify import patchify, unpatchify
@@ -17,6 +18,7 @@ from .sigma_gate_norm import sigma_gate_norm
 from .swiglu import swiglu
 
 __all__ = [
+    "add_silu",
     "backend",
     "explain",
     "gated_residual_norm",

@@ -162,6 +162,7 @@ _ARGUMENTS: dict[str, Callable[[Draw, Geometry], tuple[Any, ...]]] = {
     "qk_norm_rope": _qk_norm_rope,
     "joint_attention": _joint_attention,
     "swiglu": lambda t, g: (t(1, g.tokens, g.hidden), t(1, g.tokens, g.hidden)),
+    "add_silu": lambda t, g: (_rows(t, g), t(1, g.width)),
     "sigma_gate": _sigma_gate,
     "sigma_gate_norm": lambda t, g: (
         *(*_sigma_gate(t, g), t(g.width)),
