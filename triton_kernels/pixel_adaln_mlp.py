@@ -133,9 +133,9 @@ def pixel_adaln_mlp_kernel(
     h = h.permute(1, 0, 2).reshape(PIXELS * ROWS, P)
     WIDTH: tl.constexpr = P if P > 16 else 16  # the least that a product sums over
     w = tl.arange(0, WIDTH)
-    if P < 16:  # the rest is zeros; not by tl.join, after which Triton takes TF32 for fp32
+    if P < 16:  # again, for weights of 0; not by tl.join, after which Triton takes TF32 for fp32
         h = h.reshape(PIXELS * ROWS, 1, P).broadcast_to(PIXELS * ROWS, WIDTH // P, P)
-        h = tl.where((w < P)[None, :], h.reshape(PIXELS * ROWS, WIDTH), 0.0)
+        h = h.reshape(PIXELS * ROWS, WIDTH)
     out = tl.zeros((PIXELS * ROWS, P), tl.float32)
     channel = tl.arange(0, P)
     for start in tl.static_range(0, F, BLOCK_F):
