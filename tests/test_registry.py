@@ -81,6 +81,31 @@ def test_free_choice_takes_the_first_that_can():
     assert ran(LARGE) == "reference"
 
 
+def test_a_backend_may_offer_itself_for_some_calls_only(monkeypatch):
+    """Unasked it takes what it offers to take and can; forced, all that it can."""
+    several = Backend("cuda", _module("tall", -1.0, 10), automatic=lambda x: x.shape[0] > 2)
+    op = registry.Op("test_probe", _reference, (several, PROBE.backends[2]))
+    monkeypatch.setitem(registry.OPS, "test_probe", op)
+    tall = torch.ones(3, 2)
+    for x, unasked in ((SMALL, "cpu"), (tall, "tall"), (LARGE, "reference")):
+        CALLS.clear()
+        registry._run(op, (x,))
+        assert [unasked] == CALLS
+    with pixeldiff.backend(test_probe="cuda"):
+        CALLS.clear()
+        registry._run(op, (SMALL,))
+        assert CALLS == ["tall"]
+    assert registry.on_request("test_probe", SMALL) == {
+        "cuda": "runs on request only for such a call"
+    }
+    assert registry.on_request("test_probe", tall) == {}
+    assert explain("test_probe", LARGE)[0] == ("cuda", "takes at most 10 elements, got 12")
+
+
+def test_on_request_names_those_that_never_offer_themselves():
+    assert registry.on_request("test_probe", SMALL) == {"cuda": "runs on request only"}
+
+
 def test_explain_gives_the_reason_of_each():
     assert explain("test_probe", LARGE) == [
         ("cuda", None),

@@ -255,7 +255,7 @@ def heuristic(
     d = q.shape[-1]
     if q.dtype == torch.float32:
         # Exact fp32 products are not for tensor cores; larger tiles do not fit the registers.
-        return Config(32, 16, 8, 2)
+        return Config(16, 32, 8, 2)
     # A mask's predicates take registers that a wide head has not got.
     keys = 32 if key_mask is not None and d > 80 and capability[0] != 9 else 64
     if capability[0] in (9, 10):

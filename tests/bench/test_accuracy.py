@@ -77,7 +77,7 @@ def test_the_reference_passes_and_a_wrong_result_does_not(op):
     assert right.error == pytest.approx(right.eager_error)
     one = isinstance(result, torch.Tensor)
     wrong = result.clone() if one else tuple(r.clone() for r in result)
-    last = wrong if one else wrong[-1]
+    last = wrong if one else [r for r in wrong if r.numel()][-1]  # the others were not wanted
     last.view(-1)[-1] += last.abs().max()
     judged = judge(wrong)
     assert judged.of_budget > 1
