@@ -279,6 +279,7 @@ class Graphs:
         self._captured: Recent[Captured] = Recent(limit)
         self._seen: Recent[bool] = Recent(REMEMBERED)
         self._hopeless: Recent[bool] = Recent(REMEMBERED)
+        self._weights: tuple[int, ...] = ()  # where they lay at the last decode
         self._in_use = threading.Lock()
 
     @contextlib.contextmanager
@@ -294,10 +295,14 @@ class Graphs:
     def release(self) -> None:
         """Free all memory that captured decodes hold. Waits for one that is running."""
         with self._in_use:
-            for seen in (self._captured, self._seen, self._hopeless):
-                seen.clear()
-            for recorder in filter(None, self._recorders.values()):
-                recorder.release()
+            self._forget()
+
+    def _forget(self) -> None:
+        held = len(self._captured)
+        for decodes in (self._captured, self._seen, self._hopeless):
+            decodes.clear()
+        for recorder in filter(None, self._recorders.values() if held else ()):
+            recorder.release()
 
     @contextlib.contextmanager
     def _turn(self, net: PiDNet, student: Student) -> Iterator[Captured | None]:
@@ -310,13 +315,16 @@ class Graphs:
             self._in_use.release()
 
     def _find(self, net: PiDNet, student: Student) -> Captured | None:
-        device = student.latent.device
+        weights, device = addresses(net), student.latent.device
+        if weights != self._weights:  # those that were moved do not come back
+            self._forget()
+            self._weights = weights
         if device not in self._recorders:
             self._recorders[device] = self.recorder_for(device)
         recorder = self._recorders[device]
         if recorder is None or recorder.why_not() or why_not(net):
             return None
-        key = (student.like, net.config, addresses(net), settings())
+        key = (student.like, net.config, settings())
         if (found := self._captured.get(key)) is not None:
             return found
         if key in self._hopeless:
