@@ -75,7 +75,8 @@ sanitize: setup
 	    $(BIN)/python -m pytest tests/kernels/test_rms_norm_modulate.py \
 	    tests/kernels/test_gated_residual_norm.py tests/kernels/test_joint_attention.py \
 	    tests/kernels/test_qk_norm_rope.py tests/kernels/test_swiglu.py \
-	    tests/kernels/test_sigma_gate.py tests/kernels/test_pixel_embed.py \
+	    tests/kernels/test_sigma_gate.py tests/kernels/test_sigma_gate_norm.py \
+	    tests/kernels/test_pixel_embed.py \
 	    tests/kernels/test_pixel_adaln_compress.py tests/kernels/test_pixel_adaln_mlp.py \
 	    tests/kernels/test_pixel_head.py tests/kernels/test_pixel_head_step.py \
 	    -k "not triton and not compile and not runs_everywhere" $(ARGS)

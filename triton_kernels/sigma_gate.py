@@ -5,9 +5,10 @@ PiD at 2048, bf16: B*N = 16384, D = 1536. A step of 77 ms holds 7 gates.
 Per channel (v1, W (D, D)): 77.3 GFLOP, 0.097 ms at 798 TFLOP/s, and 0.21 GB (x, feature, lq_logit,
 y, W), 0.069 ms at 3.0 TB/s, behind the product. A GEMM whose epilogue is the gate: nothing is
 concatenated, no logit reaches memory, and the epilogue finds x in the L2 cache, where the product
-of the same rows has just read it. Expected 0.13 ms (600 TFLOP/s): 1.2 % of a step. The vendor's
-product at 700 TFLOP/s (0.11 ms) and then one pass over its output (product, x, feature, lq_logit
-and y, 0.25 GB that no product hides: 0.084 ms) would take 0.19 ms; this one wins from 400 TFLOP/s.
+of the same rows has just read it. Expected, not measured: 0.13 to 0.15 ms (500 to 600 TFLOP/s),
+1.2 to 1.4 % of a step. The vendor's product at 700 TFLOP/s (0.11 ms) and then one pass over its
+output (product, x, feature, lq_logit and y, 0.25 GB that no product hides: 0.084 ms) would take
+0.19 ms, so this one wins from 400 TFLOP/s on.
 
 Per token (v1.5, W (1, D)): 0.15 GB, 0.050 ms, 0.5 % of a step; 6*B*N*D FLOPs. Bandwidth-bound: a
 row of x stays in registers between the dot product and the sum.
@@ -214,7 +215,9 @@ def heuristic(
     if x.dtype == torch.float32:  # no tensor cores: a tile of sums that fits the registers
         return Config(64, 64, 32, group=8, pieces=1, num_warps=4, num_stages=2)
     # Two programs of 8 warps on a multiprocessor, so that one multiplies while the other is in its
-    # epilogue: at most 128 registers a thread (`pieces`) and half of the shared memory each.
+    # epilogue, whose traffic takes two thirds of the product's time: at most 128 registers a thread
+    # (`pieces`) and half of the shared memory each. Tiles of 128 x 256 ask less of the shared memory
+    # (which feeds those of 128 x 128 at 80 % of the tensor cores' peak) but leave room for one only.
     if capability[0] in (9, 10):  # 228 KB
         return Config(128, 128, 64, group=8, pieces=4, num_warps=8, num_stages=3)
     return Config(128, 128, 32, group=8, pieces=2, num_warps=8, num_stages=4)  # 100 KB

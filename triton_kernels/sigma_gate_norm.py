@@ -5,9 +5,9 @@ PiD at 2048, bf16: B*N = 16384, D = 1536, 7 times in a step of 77 ms. h starts f
 Per token (v1.5): one kernel reads x and feature and writes y and h, 0.20 GB, 0.067 ms at 3.0 TB/s,
 0.6 % of a step; apart the two ops move 0.25 GB, 0.084 ms.
 
-Per channel (v1): the gate's GEMM (0.13 ms, see sigma_gate.py), then the norm, which reads y and
-writes h: 0.10 GB, 0.034 ms, together 1.5 % of a step. A row of y spans 12 tiles of the product, so
-h cannot leave with y. What was weighed against that second pass:
+Per channel (v1): the gate's GEMM (0.13 to 0.15 ms, see sigma_gate.py), then the norm, which reads y
+and writes h: 0.10 GB, 0.034 ms, together 1.5 to 1.7 % of a step. A row of y spans 12 tiles of the
+product, so h cannot leave with y. What was weighed against that second pass:
 
     sums of squares of each row and tile from the epilogue, and a pass that only scales: it still
     reads y and writes h, 0.034 ms and 2 MB of sums more; a row's sum costs nothing where the row
