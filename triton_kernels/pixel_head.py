@@ -40,7 +40,8 @@ def final_norm(
     c = tl.arange(0, BLOCK_P)
     mask = inside[:, None] & (c < P)[None, :]
     q = tl.load(pixels[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    return q * tl.rsqrt(tl.sum(q * q, axis=1) * (1.0 / P) + eps)[:, None]
+    root = tl.sqrt_rn(tl.sum(q * q, axis=1) * (1.0 / P) + eps)
+    return q * tl.div_rn(1.0, root)[:, None]
 
 
 @triton.jit
@@ -106,9 +107,9 @@ def why_not(
 
 
 def heuristic(capability: tuple[int, int], q: Tensor, *rest: object) -> Config:
-    """64 values a thread: with 16 channels that is 4 pixels, so that the image too is read and
-    written 16 bytes at a time. A heuristic; not yet measured."""
-    return Config(min(512, max(32, 8192 // pixel_rows.channels(q.shape[2]))), 4)
+    """32 values a thread, which with 16 channels is two pixels and 64 registers: 32 warps on a
+    multiprocessor, each with 2 KB of tokens on their way. A heuristic; not yet measured."""
+    return Config(min(256, max(32, 4096 // pixel_rows.channels(q.shape[2]))), 4)
 
 
 def key(
@@ -127,8 +128,8 @@ def key(
 def candidates(q: Tensor, *rest: object) -> list[Config]:
     most, p = heuristic((8, 0), q).block, pixel_rows.channels(q.shape[2])
     blocks = [block for block in (most // 4, most // 2, most, 2 * most) if block >= 16]
-    # 256 values a thread would spill.
-    return [Config(b, w) for b in blocks for w in (2, 4, 8) if b * p <= 128 * 32 * w]
+    # More than 64 values a thread take more than 128 registers.
+    return [Config(b, w) for b in blocks for w in (2, 4, 8) if b * p <= 64 * 32 * w]
 
 
 def launch(

@@ -142,10 +142,8 @@ def why_not(
 
 
 def heuristic(capability: tuple[int, int], q: Tensor, *rest: object) -> Config:
-    """Half of pixel_head's tile: with x and noise in registers too, its own comes to more than 128
-    a thread and spills. A heuristic; not yet measured."""
-    config = pixel_head.heuristic(capability, q)
-    return Config(max(16, config.block // 2), config.num_warps)
+    """As pixel_head's: the stream is most of what is read. A heuristic; not yet measured."""
+    return pixel_head.heuristic(capability, q)
 
 
 def key(
@@ -170,6 +168,7 @@ def key(
 
 def candidates(q: Tensor, *rest: object) -> list[Config]:
     p = pixel_rows.channels(q.shape[2])
+    # Half of pixel_head's values a thread: x and noise are in registers too.
     return [c for c in pixel_head.candidates(q) if c.block * p <= 32 * 32 * c.num_warps]
 
 
