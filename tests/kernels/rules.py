@@ -197,7 +197,7 @@ def check_gradients(fn: Callable[..., Tensor], *args: Tensor) -> None:
 
 def at_odd_stride(t: Tensor) -> Tensor:
     """The same values as a view whose rows are not adjacent and whose last axis is."""
-    wide = torch.full((*t.shape[:-1], t.shape[-1] + 5), float("nan"), dtype=t.dtype)
+    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 5), float("nan"))
     view = wide[..., 2 : 2 + t.shape[-1]]
     view.copy_(t)
     return view
