@@ -93,7 +93,7 @@ def why_not(
 
 def heuristic(capability: tuple[int, int], q: Tensor, *rest: object) -> Config:
     if pixel_adaln.is_fp32(q):  # on the FMA units: a tile whose operands fit the registers
-        return Config(64, 32, 16, 8, 2)
+        return Config(64, 32, 32, 8, 2)
     if capability[0] == 9:  # two blocks a processor: 96 KB, half the registers each
         return Config(128, 64, 64, 8, 3, 128)
     if capability[0] in (10, 11):
