@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +151,7 @@ class PiDNet(nn.Module):
         *,
         size: tuple[int, int],
         timesteps: Sequence[float] = (),
+        tables: dict[str, Any] | None = None,
         trace: Trace | None = None,
     ) -> PiDCondition:
         """Everything that is the same for all steps of one image.
@@ -159,27 +161,37 @@ class PiDNet(nn.Module):
             size: (H, W) of the output.
             timesteps: network times whose modulation vectors to compute now; `step` then takes
                 them as plain floats.
+            tables: `position_tables` of this size, number of tokens and device, if the caller has
+                kept them.
         """
-        c = self.config
         grid = self._grid(size)
         y = self._caption(y)
         features, logits = [], []
         if lq_latent is not None:
             features, logits = self._latent_branch(lq_latent, degrade_sigma, grid, y, trace)
-        reference = (c.rope_ref_h // c.patch_size, c.rope_ref_w // c.patch_size)
-        rope = {"mode": c.rope_mode, "reference": reference, "device": y.device}
         return PiDCondition(
             size=size,
             text=self._embed_caption(y, trace),
             features=features,
             logits=logits,
-            rope=rope_2d(grid, c.head_dim, **rope),
-            txt_rope=rope_1d(y.shape[1], c.head_dim, theta=c.text_rope_theta, device=y.device),
-            pixel_rope=rope_2d(grid, c.pixel_head_dim, **rope),
-            pos_x=pixel_sincos(size[1], c.pixel_hidden_size, device=y.device),
-            pos_y=pixel_sincos(size[0], c.pixel_hidden_size, device=y.device),
             modulations=self._modulations(timesteps),
+            **(tables or self.position_tables(size, y.shape[1], y.device)),
         )
+
+    def position_tables(
+        self, size: tuple[int, int], tokens: int, device: torch.device
+    ) -> dict[str, Any]:
+        """The fields of a `PiDCondition` that depend on sizes alone: no weight, no input."""
+        c, grid = self.config, self._grid(size)
+        reference = (c.rope_ref_h // c.patch_size, c.rope_ref_w // c.patch_size)
+        rope = {"mode": c.rope_mode, "reference": reference, "device": device}
+        return {
+            "rope": rope_2d(grid, c.head_dim, **rope),
+            "txt_rope": rope_1d(tokens, c.head_dim, theta=c.text_rope_theta, device=device),
+            "pixel_rope": rope_2d(grid, c.pixel_head_dim, **rope),
+            "pos_x": pixel_sincos(size[1], c.pixel_hidden_size, device=device),
+            "pos_y": pixel_sincos(size[0], c.pixel_hidden_size, device=device),
+        }
 
     def recaption(self, condition: PiDCondition, y: Tensor) -> PiDCondition:
         """The same condition with another caption; the latent's features are shared, not copied."""
