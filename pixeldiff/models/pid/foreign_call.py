@@ -33,9 +33,17 @@ class Call:
 
     def __init__(self, forward: Callable[..., Any], who: str) -> None:
         self.who, self.signature = who, inspect.signature(forward)
-        self._order: list[str] = []
+        self._order: list[str] = []  # by position
+        self._required: list[str] = []
         self._defaults: dict[str, Any] = {}
         self._any_name = False
+        lacks = [n for n in REQUIRED if n not in self.signature.parameters]
+        if lacks:
+            raise AccelerationError(
+                f"accelerate: {who}.forward{self.signature} is not called as a PiD network, "
+                f"forward(x, t, y, lq_latent=..., degrade_sigma=...): it takes no "
+                f"{', '.join(lacks)}"
+            )
         for p in self.signature.parameters.values():
             if p.kind is p.VAR_KEYWORD:
                 self._any_name = True
@@ -44,18 +52,13 @@ class Call:
                 self._order.append(p.name)
             if p.default is not p.empty:
                 self._defaults[p.name] = p.default
-            elif p.name not in (*REQUIRED, *OPTIONAL):
+            elif p.name in (*REQUIRED, *OPTIONAL):
+                self._required.append(p.name)
+            else:
                 raise AccelerationError(
                     f"accelerate: {who}.forward{self.signature} needs an argument {p.name!r} that "
                     "PiD networks do not have"
                 )
-        lacks = [n for n in REQUIRED if n not in self.signature.parameters]
-        if lacks:
-            raise AccelerationError(
-                f"accelerate: {who}.forward{self.signature} is not called as a PiD network, "
-                f"forward(x, t, y, lq_latent=..., degrade_sigma=...): it takes no "
-                f"{', '.join(lacks)}"
-            )
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """x, t, y, lq_latent and degrade_sigma of a call.
@@ -67,7 +70,7 @@ class Call:
         given = {**dict(zip(self._order, args, strict=False)), **kwargs}
         named_twice = len(given) != len(args) + len(kwargs)
         unknown = not self._any_name and any(k not in self.signature.parameters for k in kwargs)
-        if named_twice or unknown or any(n not in given for n in REQUIRED):
+        if named_twice or unknown or any(n not in given for n in (*REQUIRED, *self._required)):
             self.signature.bind(*args, **kwargs)
             raise AccelerationError(
                 f"accelerate: {self.who}: x, t and y must be given, each once, got {len(args)} "

@@ -7,7 +7,9 @@ that the published implementation keeps, else from the released networks of the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -243,7 +245,7 @@ def _check_parameters(who: str, shapes: Shapes, expected: Shapes) -> None:
 
 def _refuse_changed_modules(network: nn.Module, who: str, facts: dict[str, object]) -> None:
     """Only weights are taken over: a module that does more than its kind would be skipped."""
-    expected = dict(_skeleton(facts).named_modules())
+    expected = _skeleton(frozenset(facts.items()))
     reasons = []
     for path, inner in _inside(network):
         reason = _difference(inner, expected.get(path))
@@ -256,15 +258,17 @@ def _refuse_changed_modules(network: nn.Module, who: str, facts: dict[str, objec
         )
 
 
-def _skeleton(facts: dict[str, object]) -> PiDNet:
-    """The smallest network with the modules of this geometry."""
-    depth, injections = facts["patch_depth"], facts.get("num_injections", 1)
-    return PiDNet(
+@functools.lru_cache(maxsize=8)
+def _skeleton(facts: frozenset[tuple[str, Any]]) -> dict[str, nn.Module]:
+    """Every module by its path, of the smallest network with the depths that `facts` tell."""
+    known = dict(facts)
+    depth, injections = known["patch_depth"], known.get("num_injections", 1)
+    net = PiDNet(
         PiDConfig(
             hidden_size=4,
             num_groups=1,
             patch_depth=max(depth, 1),
-            pixel_depth=max(facts["pixel_depth"], 1),
+            pixel_depth=max(known["pixel_depth"], 1),
             patch_size=1,
             pixel_hidden_size=4,
             pixel_attn_hidden_size=4,
@@ -273,16 +277,17 @@ def _skeleton(facts: dict[str, object]) -> PiDNet:
             txt_max_length=1,
             rope_ref_h=1,
             rope_ref_w=1,
-            lq_latent_channels=1 if "num_injections" in facts else None,
+            lq_latent_channels=1 if "num_injections" in known else None,
             latent_spatial_down_factor=1,
             sr_scale=1,
             lq_hidden_dim=4,
-            lq_num_res_blocks=facts.get("lq_num_res_blocks", 0),
+            lq_num_res_blocks=known.get("lq_num_res_blocks", 0),
             lq_interval=max(-(-depth // max(injections, 1)), 1),
-            pit_lq_inject=bool(facts.get("pit_lq_inject")),
+            pit_lq_inject=known.get("pit_lq_inject", False),
         ),
         device="meta",
     )
+    return dict(net.named_modules())
 
 
 def _difference(theirs: nn.Module, ours: nn.Module | None) -> str | None:
