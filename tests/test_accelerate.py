@@ -959,6 +959,52 @@ def test_a_config_must_not_contradict_the_network():
         pixeldiff.accelerate(net)
 
 
+# ---- Verified by a call ----------------------------------------------------------------------
+
+
+class OtherActivation(PlainPiD):
+    """Changed where no name, shape or setting tells."""
+
+    def __init__(self, config: PiDConfig) -> None:
+        super().__init__(config)
+        for block in self.pixel_blocks:
+            block.mlp.act = nn.SiLU()
+
+
+class OtherPeriod(PlainPiD):
+    def text_angles(self, length):
+        return super().text_angles(length) * 1.1
+
+
+@each_config
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_verified(config, dtype):
+    net = pixeldiff.accelerate(plain(config).to(dtype), verify=True)
+    assert isinstance(net.forward, Accelerated)
+    assert net.forward._cache._tables is None
+
+
+@pytest.mark.parametrize("make", [OtherActivation, OtherPeriod])
+def test_a_changed_copy_fails_to_verify(make):
+    net = plain(make=make)
+    with pytest.raises(
+        AccelerationError,
+        match=r"^accelerate\(verify=True\): .* computes something else .*: relative difference 0\.\d+"
+        r", expected at most 0\.001$",
+    ):
+        pixeldiff.accelerate(net, verify=True)
+    assert "forward" not in net.__dict__
+
+
+@pytest.mark.parametrize(("value", "what"), [(0.0, "zeros"), (torch.nan, "NaN or infinity")])
+def test_results_that_verify_nothing(value, what):
+    net = plain()
+    net.final_layer.linear.weight.fill_(value)
+    net.final_layer.linear.bias.zero_()
+    with pytest.raises(AccelerationError, match=f"returns {what}, which verifies nothing"):
+        pixeldiff.accelerate(net, verify=True)
+
+
 # ---- The published implementation ------------------------------------------------------------
 
 
@@ -980,7 +1026,8 @@ def test_the_published_network(config, prepared):
     want = net(**given)
     with torch.autocast("cpu", torch.bfloat16):
         low = net(**given)
-    pixeldiff.accelerate(net)
+    pixeldiff.accelerate(net, verify=True)
+    assert len(prepared) == 1
     assert adopt(net).config == dataclasses.replace(config, lq_aux_rgb_head=False)
     v = net(**given)
     # At such times an ulp of a time frequency shows; near t = 0 it does not.
@@ -991,7 +1038,7 @@ def test_the_published_network(config, prepared):
         ours = net(**given)
     assert ours.dtype == low.dtype
     assert error(ours, want) <= 1.5 * error(low, want)
-    assert len(prepared) == 3
+    assert len(prepared) == 4
     for name in UNUSED:
         with pytest.raises(AccelerationError, match=f"{name} must be"):
             net(**given, **{name: UNUSED[name]})

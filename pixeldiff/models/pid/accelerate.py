@@ -20,6 +20,7 @@ from ...ops.registry import needs_grad
 from .call_cache import CallCache, for_batch
 from .config import PiDConfig
 from .foreign_call import Call
+from .foreign_check import check_results
 from .foreign_network import Structure, adopt, find, kind
 from .foreign_weights import Weights
 from .network import PiDNet
@@ -39,6 +40,7 @@ def accelerate(
     config: PiDConfig | None = None,
     cache: bool = False,
     fallback: bool = False,
+    verify: bool = False,
 ) -> Module:
     """Make a PiD network that is not pixeldiff's run on pixeldiff's ops.
 
@@ -70,20 +72,28 @@ def accelerate(
             leave it off where those happen.
         fallback: run the network's own forward where a call cannot be taken over (a mask, feature
             taps, context parallelism, changed modules) instead of raising.
+        verify: call both forwards once with a random image of a few patches and compare. For copies
+            of the published class that may have been changed where names, shapes and settings do
+            not tell; needs the weights to be loaded.
 
     Returns:
         `module`.
 
     Raises:
         AccelerationError: no PiD network, one of another geometry, or one whose modules do more
-            than their weights say (LoRA wrappers, quantised linears, forward hooks); names them.
-            Nothing has been replaced then. The same from a call that cannot be taken over.
+            than their weights say (LoRA wrappers, quantised linears, forward hooks), or that failed
+            to verify; names what and where, and has replaced nothing. The same from a call that
+            cannot be taken over.
 
     Cost: a few ms once, about 0.2 ms of Python a call. Memory: the position tables of the last
     size (17 MB at 2048); with `cache` the condition too (0.7 GB at 2048, bf16).
     """
     options = {"config": config, "cache": cache, "fallback": fallback}
     ready = [(net, Accelerated(net, **options)) for net in find(module).values()]
+    if verify:
+        for net, forward in ready:
+            check_results(kind(net), _own(net), forward, *forward.describe())
+            forward.clear()
     for net, forward in ready:
         _set_forward(net, forward)
     return module
@@ -140,6 +150,10 @@ class Accelerated:
         self._cache = CallCache(options["cache"])
         self.__signature__ = inspect.signature(_own(network))
         self.__doc__ = _own(network).__doc__
+
+    def describe(self) -> tuple[PiDConfig, torch.dtype, torch.device]:
+        """The geometry, the weights' dtype and their device."""
+        return self._adopted.net.config, *self._adopted.weights.one_kind()
 
     def clear(self) -> None:
         """Free what was kept between calls."""
