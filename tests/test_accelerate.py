@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import importlib
 import inspect
 import io
 import pickle
@@ -164,6 +165,8 @@ def test_autocast_computes_and_returns_its_dtype(config, stored):
         ours, theirs = net(**given), own(net, **given)
     assert ours.dtype == theirs.dtype == torch.bfloat16
     assert 0 < error(ours, want) <= 1.5 * error(theirs, want)
+    # Nothing of it is left to autocast: these are the results of the network in that dtype.
+    assert torch.equal(copy.deepcopy(net).bfloat16()(**given), ours)
     assert {p.dtype for p in net.parameters()} == {stored}
     if stored == torch.float32:
         assert_same(net(**given), own(net, **given))
@@ -206,6 +209,18 @@ def test_compiled():
     net.s_embedder.proj.weight.mul_(2)
     assert_same(compiled(**given), net(**given))
     assert not torch.equal(net(**given), want)
+
+
+def test_compiled_before():
+    shallow = dataclasses.replace(V1, patch_depth=1)
+    net, given = plain(shallow), inputs()
+    compiled = torch.compile(net, backend="eager")
+    want = compiled(**given)
+    with pixeldiff.accelerated(net):
+        v = compiled(**given)
+        assert_same(v, want)
+        assert not torch.equal(v, want)
+    assert torch.equal(compiled(**given), want)
 
 
 def test_compiled_under_autocast_runs_outside_the_graph():
@@ -343,6 +358,16 @@ def test_it_is_freed_like_any_module():
 
 
 # ---- One set of weights ----------------------------------------------------------------------
+
+
+def test_weights_of_a_functional_call():
+    net, given = pixeldiff.accelerate(plain()), inputs()
+    other = plain(seed=8)
+    v = torch.func.functional_call(net, dict(other.named_parameters()), kwargs=given)
+    assert_same(v, own(other, **given))
+    assert_same(net(**given), own(net, **given))
+    values = {n: p.detach().clone() for n, p in other.named_parameters()}
+    assert torch.equal(torch.func.functional_call(net, values, kwargs=given), v)
 
 
 def test_weights_are_shared():
@@ -695,6 +720,20 @@ def test_cache_sees_changed_inputs(name, how, prepared):
     assert len(prepared) == 2
 
 
+def test_cache_sees_another_parameter_in_the_same_memory(prepared):
+    net, given = pixeldiff.accelerate(plain(), cache=True), inputs()
+    linear = net.y_embedder.proj
+    linear.weight = nn.Parameter(linear.weight.clone())
+    before, old = net(**given), linear.weight
+    linear.weight = nn.Parameter(old.data.mul_(3).data)
+    new = linear.weight
+    assert (new._version, new.data_ptr()) == (old._version, old.data_ptr())
+    v = net(**given)
+    assert_same(v, own(net, **given))
+    assert (v - before).abs().max() > 1e-3
+    assert len(prepared) == 2
+
+
 def test_cache_sees_other_sizes_and_no_latent(prepared):
     net, given = pixeldiff.accelerate(plain(), cache=True), inputs(size=(32, 32))
     net(**given)
@@ -808,8 +847,11 @@ def test_degrade_sigma_belongs_to_the_latent():
         net(**given)
 
 
+SIGMA = torch.tensor(0.4)
+
+
 class AnyName(PlainPiD):
-    def forward(self, x, t, y, scale=1.0, *, lq_latent=None, degrade_sigma=None, **kwargs):
+    def forward(self, x, t, y, scale=1.0, *, lq_latent=None, degrade_sigma=SIGMA, **kwargs):
         return super().forward(x, t, y, lq_latent=lq_latent, degrade_sigma=degrade_sigma) * scale
 
 
@@ -817,6 +859,8 @@ def test_a_host_with_arguments_of_its_own():
     net, given = pixeldiff.accelerate(plain(make=AnyName)), inputs()
     want = own(net, **given)
     assert_same(net(**given, fps=None, scale=1.0), want)
+    del given["degrade_sigma"]
+    assert_same(net(**given), own(net, **given))
     for name, value in (("fps", 24), ("scale", 2.0)):
         with pytest.raises(AccelerationError, match=f"{name} must be .*got {value}: pixeldiff"):
             net(**given, **{name: value})
@@ -833,8 +877,10 @@ class Demanding(PlainPiD):
 
 
 def test_another_call_is_refused():
+    net = plain(make=Renamed)
+    wrapped(net)  # not what matters first
     with pytest.raises(AccelerationError, match=r"is not called as a PiD.*it takes no t, y$"):
-        pixeldiff.accelerate(plain(make=Renamed))
+        pixeldiff.accelerate(net)
     with pytest.raises(AccelerationError, match=r"needs an argument 'fps' that PiD networks"):
         pixeldiff.accelerate(plain(make=Demanding))
 
@@ -849,6 +895,8 @@ def test_context_parallelism_is_refused():
 
 
 def test_not_a_pid_network():
+    with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got str; pass"):
+        pixeldiff.accelerate("net")
     with pytest.raises(
         AccelerationError,
         match=r"no PiD network in torch\.nn\.modules\.linear\.Linear: looked for a module with the "
@@ -989,8 +1037,8 @@ def test_a_changed_copy_fails_to_verify(make):
     net = plain(make=make)
     with pytest.raises(
         AccelerationError,
-        match=r"^accelerate\(verify=True\): .* computes something else .*: relative difference 0\.\d+"
-        r", expected at most 0\.001$",
+        match=r"^accelerate\(verify=True\): .* computes something else .*: relative difference 0\."
+        r"\d+, expected at most 0\.001$",
     ):
         pixeldiff.accelerate(net, verify=True)
     assert "forward" not in net.__dict__
@@ -1047,6 +1095,21 @@ def test_the_published_network(config, prepared):
     assert torch.equal(copied(**given), v)
     assert torch.equal(read(**given), want)
     assert torch.equal(pixeldiff.restore(net)(**given), want)
+
+
+@needs_upstream
+def test_the_published_text_to_image_network(prepared):
+    published(V1)  # so that it can be imported
+    module = importlib.import_module("pid._src.networks.pixeldit_official")
+    taken = inspect.signature(module.PixDiT_T2I).parameters
+    fields = {k: v for k, v in PLAIN.to_dict().items() if k in taken}
+    net, given = module.PixDiT_T2I(**fields).eval(), inputs(PLAIN)
+    net.load_state_dict(plain(PLAIN).state_dict())
+    given["t"] = torch.tensor([9.0, 2.0])
+    pixeldiff.accelerate(net, verify=True)
+    assert adopt(net).config == PLAIN
+    assert_same(net(**given), own(net, **given))
+    assert len(prepared) == 2
 
 
 @needs_upstream

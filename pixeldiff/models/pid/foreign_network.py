@@ -51,8 +51,13 @@ def find(module: nn.Module) -> dict[str, nn.Module]:
     """Every PiD network in a module by its path, "" for the module itself.
 
     Raises:
-        AccelerationError: there is none; names what comes nearest.
+        AccelerationError: there is none; names what comes nearest. TypeError: not a module.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"accelerate: module must be a torch.nn.Module, got {type(module).__name__}; pass the "
+            "network that it holds"
+        )
     found, nearest = {}, ("", module, ())
     for path, inner in module.named_modules():
         have = tuple(p for p in PARTS if inner._modules.get(p) is not None)
@@ -111,17 +116,24 @@ def adopt(network: nn.Module, config: PiDConfig | None = None) -> PiDNet:
 
 
 class Structure:
-    """The modules inside a network and their hooks, to notice that they have changed."""
+    """The modules inside a network and their hooks, to notice that they have changed.
+
+    Asked before every call, so it holds the dictionaries that tell, not the modules.
+    """
 
     def __init__(self, network: nn.Module) -> None:
-        self._children = [(m._modules, dict(m._modules)) for m in network.modules()]
-        self._inside = [m for _, m in _inside(network)]
+        inside = [m for _, m in _inside(network)]
+        # What is added to a module without children does nothing by itself.
+        self._children = [(m._modules, dict(m._modules)) for m in network.modules() if m._modules]
+        self._hooks = [h for m in inside for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._attributes = [m.__dict__ for m in inside]
 
     def changed(self) -> bool:
-        """Whether a module was added, replaced, hooked or given another forward."""
-        return any(now != then for now, then in self._children) or any(
-            m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__
-            for m in self._inside
+        """Whether a module was replaced, hooked or given another forward."""
+        return (
+            any(self._hooks)
+            or any("forward" in a for a in self._attributes)
+            or any(now != then for now, then in self._children)
         )
 
 
@@ -151,7 +163,9 @@ def _inside(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _config(network: nn.Module, who: str, shapes: Shapes) -> PiDConfig:
     facts = geometry(shapes)
     has_latent = facts.pop("lq_latent_channels", None) is None
-    known = {**_released(facts, has_latent), **facts, **_attributes(network, facts, has_latent)}
+    known = {**facts, **_attributes(network, facts, has_latent)}
+    if any(f not in known for f in _hidden(has_latent)):
+        known = {**_released(facts, has_latent), **known}
     if not has_latent:
         known["lq_latent_channels"] = None
     if getattr(network, "use_text_rope", True) is not True:

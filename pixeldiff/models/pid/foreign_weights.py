@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ...errors import AccelerationError
 from .network import PiDNet
 
+PLAIN = {nn.Parameter, Tensor}  # torch.func.functional_call puts tensors in
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -39,8 +41,8 @@ class Weights:
         """
         now = self.now()
         first = now[0]
-        if any(type(p) is not nn.Parameter for p in now):
-            which = next(i for i, p in enumerate(now) if type(p) is not nn.Parameter)
+        if not PLAIN.issuperset(map(type, now)):
+            which = next(i for i, p in enumerate(now) if type(p) not in PLAIN)
             raise self._refusal(
                 f"{self._slots[which][2]} is a {type(now[which]).__name__}, not a plain "
                 "torch.nn.Parameter; quantised and sharded weights are not supported"
@@ -48,7 +50,7 @@ class Weights:
         if first.dtype not in DTYPES:
             raise self._refusal(f"its weights are {first.dtype}, not {_listed(DTYPES)}")
         for what in ("dtype", "device"):
-            if len({getattr(p, what) for p in now}) > 1:
+            if len(set(map(attrgetter(what), now))) > 1:
                 want = getattr(first, what)
                 which = next(i for i, p in enumerate(now) if getattr(p, what) != want)
                 raise self._refusal(
@@ -67,14 +69,18 @@ class State:
     `None` among the tensors stands for itself.
     """
 
-    def __init__(self, tensors: Sequence[Tensor | None], when_freed=None) -> None:
-        self._refs = [None if t is None else weakref.ref(t, when_freed) for t in tensors]
+    def __init__(
+        self,
+        tensors: Sequence[Tensor | None],
+        when_freed: Callable[[object], None] | None = None,
+    ) -> None:
+        self._refs = [_nothing if t is None else weakref.ref(t, when_freed) for t in tensors]
         self._marks = [_mark(t) for t in tensors]
 
     def is_of(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether these are the same tensors, unchanged."""
         return len(tensors) == len(self._refs) and all(
-            (t is None if ref is None else t is not None and ref() is t) and _mark(t) == mark
+            ref() is t and _mark(t) == mark
             for t, ref, mark in zip(tensors, self._refs, self._marks, strict=True)
         )
 
@@ -101,6 +107,10 @@ def _with_cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         for name, m in module._modules.items()
     }
     return copied
+
+
+def _nothing() -> None:
+    """A weak reference to None. To a tensor that is gone it is one too, but with another mark."""
 
 
 def _mark(t: Tensor | None) -> tuple | None:
