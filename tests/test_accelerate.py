@@ -165,8 +165,14 @@ def test_autocast_computes_and_returns_its_dtype(config, stored):
         ours, theirs = net(**given), own(net, **given)
     assert ours.dtype == theirs.dtype == torch.bfloat16
     assert 0 < error(ours, want) <= 1.5 * error(theirs, want)
-    # Nothing of it is left to autocast: these are the results of the network in that dtype.
-    assert torch.equal(copy.deepcopy(net).bfloat16()(**given), ours)
+    # Nothing of it is left to autocast: these are the results of the network in that dtype, even
+    # where ops are plain PyTorch, whose fp32 products autocast would round.
+    low = copy.deepcopy(net).bfloat16()
+    assert torch.equal(low(**given), ours)
+    with pixeldiff.backend("reference"):
+        with torch.autocast("cpu", torch.bfloat16):
+            v = net(**given)
+        assert torch.equal(low(**given), v)
     assert {p.dtype for p in net.parameters()} == {stored}
     if stored == torch.float32:
         assert_same(net(**given), own(net, **given))
@@ -608,6 +614,20 @@ def test_weights_that_are_no_plain_parameters():
         net(**given)
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_weights_that_are_gone(cache):
+    net, given = pixeldiff.accelerate(plain(), cache=cache), inputs()
+    weight = net.final_layer.linear.weight
+    del net.final_layer.linear.weight
+    net.final_layer.linear.weight = weight.detach()
+    with pytest.raises(AccelerationError, match=r"final_layer\.linear\.weight is no parameter any"):
+        net(**given)
+    with torch.enable_grad(), pytest.raises(AccelerationError, match=r"is no parameter any more"):
+        net(**given)
+    net.forward._options["fallback"] = True
+    assert torch.equal(net(**given), own(net, **given))
+
+
 def test_weights_of_several_dtypes_and_places():
     net, given = pixeldiff.accelerate(plain()), inputs()
     net.final_layer.norm.bfloat16()
@@ -632,6 +652,7 @@ def test_weights_of_several_dtypes_and_places():
 
 
 @torch.enable_grad()
+@pytest.mark.filterwarnings("error")
 def test_training_runs_its_own_forward():
     net, given = plain().train(), inputs()
     own(net, **given).square().sum().backward()

@@ -173,12 +173,11 @@ class Accelerated:
             raise AccelerationError(
                 "accelerate: the network of this forward is gone; keep the module, not its forward"
             )
-        if torch.is_grad_enabled() and self._needs_grad(network, args, kwargs):
+        try:
+            if not (torch.is_grad_enabled() and self._needs_grad(network, args, kwargs)):
+                return self._run(network, args, kwargs)
             if not network.training:
                 warnings.warn(_GRADIENTS.format(kind(network)), NotAcceleratedWarning, stacklevel=4)
-            return _own(network)(*args, **kwargs)
-        try:
-            return self._run(network, args, kwargs)
         except AccelerationError as error:
             if not self._options["fallback"]:
                 raise

@@ -123,15 +123,16 @@ class Structure:
 
     def __init__(self, network: nn.Module) -> None:
         inside = [m for _, m in _inside(network)]
-        # What is added to a module without children does nothing by itself.
         self._children = [(m._modules, dict(m._modules)) for m in network.modules() if m._modules]
+        self._childless = [m._modules for m in inside if not m._modules]
         self._hooks = [h for m in inside for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._attributes = [m.__dict__ for m in inside]
 
     def changed(self) -> bool:
-        """Whether a module was replaced, hooked or given another forward."""
+        """Whether a module was added, replaced, hooked or given another forward."""
         return (
             any(self._hooks)
+            or any(self._childless)
             or any("forward" in a for a in self._attributes)
             or any(now != then for now, then in self._children)
         )

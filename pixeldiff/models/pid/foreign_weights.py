@@ -31,7 +31,16 @@ class Weights:
         ]
 
     def now(self) -> list[nn.Parameter]:
-        return [parameters[name] for parameters, name, _ in self._slots]
+        """In order.
+
+        Raises:
+            AccelerationError: one is no parameter any more.
+        """
+        try:
+            return [parameters[name] for parameters, name, _ in self._slots]
+        except KeyError:
+            gone = next(full for parameters, name, full in self._slots if name not in parameters)
+            raise self._refusal(f"{gone} is no parameter any more") from None
 
     def one_kind(self) -> tuple[torch.dtype, torch.device]:
         """The dtype and the device that all parameters have.
