@@ -48,7 +48,7 @@ _NORM_EPS = ("variance_epsilon", "eps")
 
 
 def find(module: nn.Module) -> dict[str, nn.Module]:
-    """Every PiD network in a module by its path, "" for the module itself.
+    """Every PiD network in a module that is not pixeldiff's, by its path, "" for the module itself.
 
     Raises:
         AccelerationError: there is none; names what comes nearest. TypeError: not a module.
@@ -58,8 +58,11 @@ def find(module: nn.Module) -> dict[str, nn.Module]:
             f"accelerate: module must be a torch.nn.Module, got {type(module).__name__}; pass the "
             "network that it holds"
         )
-    found, nearest = {}, ("", module, ())
+    found, nearest, ours = {}, ("", module, ()), None
     for path, inner in module.named_modules():
+        if isinstance(inner, PiDNet):
+            ours = inner
+            continue
         have = tuple(p for p in PARTS if inner._modules.get(p) is not None)
         if len(have) == len(PARTS):
             found[path] = inner
@@ -67,6 +70,8 @@ def find(module: nn.Module) -> dict[str, nn.Module]:
             nearest = (path, inner, have)
     if found:
         return found
+    if ours is not None:
+        raise AccelerationError(f"accelerate: {kind(ours)} runs on pixeldiff's ops already")
     path, inner, have = nearest
     lacks = ", ".join(p for p in PARTS if p not in have)
     raise AccelerationError(
@@ -92,8 +97,6 @@ def adopt(network: nn.Module, config: PiDConfig | None = None) -> PiDNet:
             kind), another geometry, other parameters.
     """
     who = kind(network)
-    if isinstance(network, PiDNet):
-        raise AccelerationError(f"accelerate: {who} runs on pixeldiff's ops already")
     shapes = parameter_shapes(network)
     _refuse_changed_modules(network, who, geometry(shapes))
     if config is None:
