@@ -208,7 +208,7 @@ SHALLOW = dataclasses.replace(V1, patch_depth=1, lq_num_res_blocks=0)
 
 
 def test_compiled():
-    """Compiled before it is accelerated; the compiler notices both ways."""
+    """Compiled before it is accelerated: the compiler notices."""
     net, given, graphs = plain(SHALLOW), inputs(), []
     want = net(**given)
 
@@ -218,16 +218,14 @@ def test_compiled():
 
     compiled = torch.compile(net, backend=backend, fullgraph=True)
     assert torch.equal(compiled(**given), want)
-    with pixeldiff.accelerated(net):
-        assert_same(compiled(**given), want)
-        assert len(graphs) == 2
-        ops = ["pixeldiff.joint_attention.default" in targets for targets in graphs]
-        assert ops == [False, True]
-        net.s_embedder.proj.weight.mul_(2)
-        v = compiled(**given)
-        assert_same(v, net(**given))
-        assert (v - want).abs().max() > 1e-3
-    assert torch.equal(compiled(**given), own(net, **given))
+    pixeldiff.accelerate(net).last_repa_tokens = None  # or its end would be one more graph
+    assert_same(compiled(**given), want)
+    assert ["pixeldiff.joint_attention.default" in targets for targets in graphs] == [False, True]
+    net.s_embedder.proj.weight.mul_(2)
+    v = compiled(**given)
+    assert_same(v, net(**given))
+    assert (v - want).abs().max() > 1e-3
+    assert len(graphs) == 2
 
 
 def test_compiled_under_autocast_runs_outside_the_graph():
@@ -988,7 +986,7 @@ def test_geometry_from_attributes(config):
     assert adopt(plain(config)).config == dataclasses.replace(config, lq_aux_rgb_head=False)
 
 
-@pytest.mark.parametrize("name", ["sd3-2k", "siglip-2k", "flux2-v1.5", "pixeldit"])
+@pytest.mark.parametrize("name", ["siglip-2k", "flux2-v1.5", "pixeldit"])
 def test_geometry_of_released_networks_needs_no_attributes(name):
     config = variant(name).inference_config
     assert adopt(without_attributes(config)).config == config
