@@ -228,11 +228,15 @@ def test_compiled():
     assert len(graphs) == 2
 
 
-def test_compiled_under_autocast_runs_outside_the_graph():
+def test_what_cannot_be_compiled_runs_outside_the_graph():
     net, given = pixeldiff.accelerate(plain(SHALLOW)), inputs()
     compiled = torch.compile(net, backend="eager")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(compiled(**given), net(**given))
+    hooked(net)
+    compiled = torch.compile(net, backend="eager")
+    with pytest.raises(AccelerationError, match="has a forward hook"):
+        compiled(**given)
 
 
 def test_threads():

@@ -204,7 +204,9 @@ class Accelerated:
 
     def _run(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         adopted, compiling = self._adopted, torch.compiler.is_compiling()
-        if compiling and (adopted is None or _autocast_dtype(adopted.net)):
+        if compiling and (
+            adopted is None or _changed(adopted.structure) or _autocast_dtype(adopted.net)
+        ):
             return self._run_outside_graph(network, args, kwargs)
         if not compiling and (adopted is None or adopted.structure.changed()):
             self.clear()
@@ -252,6 +254,12 @@ def _adopt(network: nn.Module, config: PiDConfig | None) -> _Adopted:
     who = kind(network)
     call, net = Call(_own(network), who), adopt(network, config)
     return _Adopted(net, Weights(net, who), Structure(network), call)
+
+
+@torch.compiler.assume_constant_result
+def _changed(structure: Structure) -> bool:
+    """As it is when traced; of hooks that are added later compiled code takes no notice anyway."""
+    return structure.changed()
 
 
 def _traced(adopted: _Adopted, x, t, y, lq_latent, degrade_sigma) -> Tensor:
