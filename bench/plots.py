@@ -17,7 +17,7 @@ from matplotlib.figure import Figure  # noqa: E402 (after the backend is chosen)
 
 from .schema import Row  # noqa: E402
 
-# One colour an implementation, from the Okabe-Ito set, and a marker for print.
+# One colour an implementation, from the Okabe-Ito set and Tol's, and a marker for print.
 STYLES = {
     "eager": ("#999999", "o"),
     "reference": ("#999999", "o"),
@@ -32,6 +32,7 @@ STYLES = {
     "pixeldiff-no-graphs": ("#F0E442", "^"),
     "upstream": ("#CC79A7", "P"),
     "upstream+compile": ("#56B4E9", "X"),
+    "upstream+accelerate": ("#882255", "*"),
 }
 OTHER = ("#000000", "x")
 

@@ -22,7 +22,8 @@ from . import models, upstream
 
 # Name -> (what runs, whether under torch.compile). "compile" is the plain network compiled,
 # "reference-fp32" the plain network in fp32 whatever precision is asked for, "pixeldiff-no-graphs"
-# what pixeldiff does for the first image of a size.
+# what pixeldiff does for the first image of a size, "upstream+accelerate" the original, handed to
+# `pixeldiff.accelerate` as it is.
 VARIANTS = {
     "pixeldiff": ("pixeldiff", False),
     "pixeldiff+compile": ("pixeldiff", True),
@@ -32,6 +33,7 @@ VARIANTS = {
     "compile": ("reference", True),
     "upstream": ("upstream", False),
     "upstream+compile": ("upstream", True),
+    "upstream+accelerate": ("upstream", False),
 }
 SEED = 0
 
@@ -177,6 +179,8 @@ class Loaded:
                 raise ValueError(f"the checkout's network has other parameters: {missing[:3]}")
         else:
             models.fill(self.net, {"fp32": torch.float32, "bf16": torch.bfloat16}[spec.precision])
+        if spec.variant == "upstream+accelerate":
+            pixeldiff.accelerate(self.net)
         self.steps = spec.steps or 4
         step = upstream.Step(self.net, spec.precision, compiled=compiled)
         self._step = self.marks.wrap("step", step)

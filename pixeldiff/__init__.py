@@ -10,7 +10,7 @@ from typing import Any
 from .ops.registry import backend
 
 __version__ = "0.1.0"
-__all__ = ["PiDDecoder", "__version__", "backend"]
+__all__ = ["PiDDecoder", "__version__", "accelerate", "accelerated", "backend", "restore"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from .models.pid.decoder import PiDDecoder
 
         return PiDDecoder
+    if name in ("accelerate", "accelerated", "restore"):
+        from .models.pid import accelerate as module
+
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

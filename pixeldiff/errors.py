@@ -74,9 +74,17 @@ class SizeError(ValueError):
     """An image size the network cannot produce."""
 
 
+class AccelerationError(ValueError):
+    """`accelerate` cannot stand in for a module, or for one call of it. Nothing was computed."""
+
+
 class CheckpointWarning(UserWarning):
     """A checkpoint was read, but something about it had to be assumed."""
 
 
 class UntrainedSizeWarning(UserWarning):
     """The network runs at this size, but was not trained near it."""
+
+
+class NotAcceleratedWarning(UserWarning):
+    """An accelerated network ran its own forward, because gradients were asked for."""

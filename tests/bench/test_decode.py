@@ -297,8 +297,11 @@ def test_the_original_is_a_row_that_says_what_is_missing(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(upstream.why_not() is not None, reason=f"original {upstream.why_not()}")
-def test_the_original_makes_the_same_image():
+@pytest.mark.parametrize("variant", ["upstream", "upstream+accelerate"])
+def test_the_original_makes_the_same_image(variant):
     ours = Loaded(dataclasses.replace(SPEC, steps=2, variant="reference")).image(64)[2]
-    theirs = Loaded(dataclasses.replace(SPEC, steps=2, variant="upstream")).image(64)[2]
+    loaded = Loaded(dataclasses.replace(SPEC, steps=2, variant=variant))
+    theirs = loaded.image(64)[2]
+    assert ("forward" in loaded.net.__dict__) == (variant == "upstream+accelerate")
     value = psnr(theirs.numpy(), ours.numpy().astype(np.float64))
     assert value is None or value > 60
