@@ -267,6 +267,13 @@ def test_weights_elsewhere_are_captured_anew(pair, change):
         assert all(tape.released for tape in pair.tape.decodes[0]), "memory for nothing"
 
 
+def test_parts_that_are_not_there(pair):
+    pair.net.register_module("absent", None)
+    pair.net.register_buffer("none", None)
+    three_times(pair.check)
+    assert len(pair.tape.decodes) == 1
+
+
 def test_another_network_in_the_same_decoder(pair):
     [pair.check() for _ in range(3)]
     other = tiny_net()
