@@ -216,8 +216,8 @@ def heuristic(
         return Config(64, 64, 32, group=8, pieces=1, num_warps=4, num_stages=2)
     # Two programs of 8 warps on a multiprocessor, so that one multiplies while the other is in its
     # epilogue, whose traffic takes two thirds of the product's time: at most 128 registers a thread
-    # (`pieces`) and half of the shared memory each. Tiles of 128 x 256 ask less of the shared memory
-    # (which feeds those of 128 x 128 at 80 % of the tensor cores' peak) but leave room for one only.
+    # (`pieces`) and half of the shared memory each. Tiles of 128 x 256 ask less of that memory
+    # (it feeds 128 x 128 at 80 % of the tensor cores' peak) but leave room for one program.
     if capability[0] in (9, 10):  # 228 KB
         return Config(128, 128, 64, group=8, pieces=4, num_warps=8, num_stages=3)
     return Config(128, 128, 32, group=8, pieces=2, num_warps=8, num_stages=4)  # 100 KB
