@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import launching
 
-MAX_CHANNELS = 256  # p, held in registers; so are 4 pixels a thread
+MAX_CHANNELS = 256  # p, held in registers
 MAX_COLOURS = 16  # C, an unrolled loop
 
 
@@ -59,8 +59,8 @@ def key(dtype: object, p: int, patch: int) -> str:
 
 
 def why_not(p: int, colours: int, *tensors: Tensor | None) -> str | None:
-    if p > MAX_CHANNELS:
-        return f"takes at most {MAX_CHANNELS} channels a pixel, got {p}"
-    if colours > MAX_COLOURS:
-        return f"takes at most {MAX_COLOURS} colours a pixel, got {colours}"
+    if not 1 <= p <= MAX_CHANNELS:
+        return f"takes 1 to {MAX_CHANNELS} channels a pixel, got {p}"
+    if not 1 <= colours <= MAX_COLOURS:
+        return f"takes 1 to {MAX_COLOURS} colours a pixel, got {colours}"
     return launching.why_not(*tensors)

@@ -332,8 +332,9 @@ def test_triton_compiles_once_for_all_sizes():
     ("change", "reason"),
     [
         ({"dtype": torch.float64}, "takes float32, bfloat16, float16, got torch.float64"),
-        ({"p": 258}, "takes at most 256 channels a pixel, got 258"),
-        ({"c": 17}, "takes at most 16 colours a pixel, got 17"),
+        ({"p": 258}, "takes 1 to 256 channels a pixel, got 258"),
+        ({"c": 17}, "takes 1 to 16 colours a pixel, got 17"),
+        ({"c": 0}, "takes 1 to 16 colours a pixel, got 0"),
     ],
 )
 def test_triton_refuses(change, reason):
