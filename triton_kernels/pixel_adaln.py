@@ -3,8 +3,9 @@
 A tile is `rows` patches by `columns` channels, that is columns/p pixels, of every chunk it needs.
 The weight rows of its chunks are gathered in the order (chunk, pixel, channel), so that one product
 makes them all and the chunk is the high bits of its columns. Those bits lie in a thread's own
-registers in every tensor-core layout: splitting the accumulator into chunks moves nothing. Rows
-stay contiguous along D, so that the gather costs no width of loads.
+registers on sm_80, 90 and 120: splitting the accumulator into chunks moves nothing. (On sm_100 the
+two halves of 8 warps share the columns, and four chunks pass through shared memory.) Rows stay
+contiguous along D, so that the gather costs no width of loads.
 
 What else the epilogue reads is loaded before the product. That hides its latency, and it decides a
 layout: Triton then converts those 16-bit values to the accumulator's layout once. Loaded after,
