@@ -140,6 +140,14 @@ WORK: dict[str, Work] = {
         token_axes={0: 1},
         out_axis=1,
     ),
+    "joint_attention_fp8": Work(
+        bytes=lambda a: 2 * size(a[0]) + size(a[1], a[2]),
+        flops=_attention_flops,
+        rule=TWICE_EAGER,  # eager rounds to e4m3 as it does; both are held against no rounding
+        token_axes={0: 1},
+        out_axis=1,
+        oracle=lambda a, result: OPS["joint_attention"].reference(*a, None, False)[0],
+    ),
     "swiglu": Work(
         bytes=lambda a: 3 * size(a[0]), flops=lambda a: 5 * a[0].numel(), rule=ONE_ROUNDING
     ),

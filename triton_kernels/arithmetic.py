@@ -21,8 +21,14 @@ def dot(a, b, sums):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """fp32 to the nearest of `dtype`, ties to even."""
+    """fp32 to the nearest of `dtype`, ties to even. To e4m3: of at most 448."""
     if INTERPRETED and dtype == tl.bfloat16:  # which cuts off the bits that bf16 has not
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        x = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    elif INTERPRETED and dtype == tl.float8e4nv:  # which drops the carry
+        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        # 2^23 steps of e4m3 at x, and half as many again for negative x: fp32 has no bits below.
+        shift = tl.maximum(power, 0.015625) * 1572864.0
+        x = (x + shift) - shift
     return x.to(dtype)

@@ -319,7 +319,7 @@ def launch(
     c = config or configs.choose(OP, Config, heuristic, key, (q, k, v, scale, key_mask, return_lse))
     mask = q if key_mask is None else key_mask.view(torch.uint8)
     first, rest = parts(d)
-    align = _alignment(q, k, v)
+    align = alignment(q, k, v)
     strides = [stride // align for t in (q, k, v) for stride in t.stride()[:3]]
     with torch.cuda.device_of(q):
         joint_attention_kernel[(triton.cdiv(L, c.block_m) * B * G,)](
@@ -349,7 +349,7 @@ def launch(
     return o, lse
 
 
-def _alignment(*tensors: Tensor) -> int:
+def alignment(*tensors: Tensor) -> int:
     """Elements of 16 bytes if every row of every head starts at a multiple of them, else 1.
 
     Strides in this unit tell the compiler how wide it may load whatever the sizes: of a number it

@@ -3,6 +3,7 @@
 from .add_silu import add_silu
 from .gated_residual_norm import gated_residual_norm
 from .joint_attention import joint_attention
+from .joint_attention_fp8 import joint_attention_fp8
 from .patchify import patchify, unpatchify
 from .pixel_adaln_compress import pixel_adaln_compress
 from .pixel_adaln_mlp import pixel_adaln_mlp
@@ -23,6 +24,7 @@ __all__ = [
     "explain",
     "gated_residual_norm",
     "joint_attention",
+    "joint_attention_fp8",
     "patchify",
     "pixel_adaln_compress",
     "pixel_adaln_mlp",

@@ -161,6 +161,7 @@ _ARGUMENTS: dict[str, Callable[[Draw, Geometry], tuple[Any, ...]]] = {
     ),
     "qk_norm_rope": _qk_norm_rope,
     "joint_attention": _joint_attention,
+    "joint_attention_fp8": lambda t, g: _joint_attention(t, g)[:4],
     "swiglu": lambda t, g: (t(1, g.tokens, g.hidden), t(1, g.tokens, g.hidden)),
     "add_silu": lambda t, g: (_rows(t, g), t(1, g.width)),
     "sigma_gate": _sigma_gate,
