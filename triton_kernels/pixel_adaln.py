@@ -21,9 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching
+from . import arithmetic, launching
 
-INTERPRETED = tl.constexpr(launching.INTERPRETED)
 CHANNELS = (8, 16, 32)  # of a pixel
 
 # Tiles run through the patches of such a group before they go on to the next pixels. The u of 2048
@@ -104,24 +103,6 @@ def candidates(q: Tensor, columns: int) -> list[Config]:
 
 
 @triton.jit
-def dot(x, y, sums):
-    """sums + x y in fp32, exact products."""
-    if INTERPRETED:  # which multiplies the bits of bf16; widened, the products are the same
-        x = x.to(tl.float32)
-        y = y.to(tl.float32)
-    return tl.dot(x, y, sums, input_precision="ieee")
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """fp32 to the nearest of `dtype`, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # which cuts the bits off that bf16 has not
-        bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
 def tile(rows, pixels, ROWS: tl.constexpr, PIXELS: tl.constexpr, GROUP: tl.constexpr):
     """(first patch, first pixel) of this program's tile; patches of a group are the inner loop."""
     row_tiles = tl.cdiv(rows, ROWS)
@@ -168,7 +149,7 @@ def modulation(
         else:
             u = tl.load(u_ptrs, mask=(k < D - start)[None, :], other=0.0)
             weight = tl.load(weight_ptrs, mask=(k < D - start)[:, None], other=0.0)
-        m = dot(u, weight, m)
+        m = arithmetic.dot(u, weight, m)
         u_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
     return m

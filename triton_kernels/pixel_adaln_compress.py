@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, pixel_adaln
+from . import arithmetic, configs, pixel_adaln
 from .pixel_adaln import Config
 
 OP = "pixel_adaln_compress"
@@ -75,7 +75,7 @@ def pixel_adaln_compress_kernel(
     gain = pixel_adaln.row_of(norm_weight_ptr, i) * (1.0 + scale)
     z = pixel_adaln.norm_modulate(q.to(tl.float32), gain, shift, eps, P, ROWS, COLUMNS)
     z_offset = (row.to(tl.int64) * (pixels * P))[:, None] + (pixel * P + i)[None, :]
-    tl.store(z_ptr + z_offset, pixel_adaln.rounded(z, z_ptr.dtype.element_ty), mask=inside)
+    tl.store(z_ptr + z_offset, arithmetic.rounded(z, z_ptr.dtype.element_ty), mask=inside)
 
 
 def why_not(

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, pixel_adaln
+from . import arithmetic, configs, pixel_adaln
 from .pixel_adaln import Config
 
 OP = "pixel_adaln_mlp"
@@ -123,13 +123,13 @@ def pixel_adaln_mlp_kernel(
     scale += pixel_adaln.row_of(bias, 4 * P)
     gate2 += pixel_adaln.row_of(bias, 5 * P)
 
-    q = pixel_adaln.rounded(q.to(tl.float32) + gate1 * a.to(tl.float32), dtype)
+    q = arithmetic.rounded(q.to(tl.float32) + gate1 * a.to(tl.float32), dtype)
     gain = pixel_adaln.row_of(norm_weight_ptr, i) * (1.0 + scale)
     h = pixel_adaln.norm_modulate(q.to(tl.float32), gain, shift, eps, P, ROWS, COLUMNS)
 
     # One row of the small products for each pixel of each patch. With pixels outside patches every
     # value already lies where the tensor cores want it, so that none leaves its thread's registers.
-    h = pixel_adaln.rounded(h, dtype).reshape(ROWS, PIXELS, P)
+    h = arithmetic.rounded(h, dtype).reshape(ROWS, PIXELS, P)
     h = h.permute(1, 0, 2).reshape(PIXELS * ROWS, P)
     WIDTH: tl.constexpr = P if P > 16 else 16  # the least that a product sums over
     w = tl.arange(0, WIDTH)
@@ -147,11 +147,11 @@ def pixel_adaln_mlp_kernel(
         )
         fc2 = tl.load(fc2_weight_ptr + (channel * fc2_stride)[None, :] + f[:, None])
         x = tl.zeros((PIXELS * ROWS, BLOCK_F), tl.float32)
-        x = pixel_adaln.dot(h, fc1, x) + pixel_adaln.row_of(fc1_bias_ptr, f)
-        out = pixel_adaln.dot(pixel_adaln.rounded(gelu(x, dtype), dtype), fc2, out)
+        x = arithmetic.dot(h, fc1, x) + pixel_adaln.row_of(fc1_bias_ptr, f)
+        out = arithmetic.dot(arithmetic.rounded(gelu(x, dtype), dtype), fc2, out)
     out = out.reshape(PIXELS, ROWS, P).permute(1, 0, 2).reshape(ROWS, COLUMNS)
     out = q.to(tl.float32) + gate2 * (out + pixel_adaln.row_of(fc2_bias_ptr, i))
-    tl.store(out_ptr + offset, pixel_adaln.rounded(out, dtype), mask=inside)
+    tl.store(out_ptr + offset, arithmetic.rounded(out, dtype), mask=inside)
 
 
 def why_not(

@@ -25,13 +25,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, launching, norm_rows
+from . import arithmetic, configs, launching, norm_rows
 from .norm_rows import Config as RowConfig
 
 OP = "sigma_gate"
 MAX_D = 8192  # per token: rows of x and feature are held in registers, 32 values of each a thread
 MAX_STRIDE = 2**23  # elements between rows: offsets inside a tile of at most 256 rows are int32
-INTERPRETED = tl.constexpr(launching.INTERPRETED)
 
 
 @dataclass(frozen=True)
@@ -124,9 +123,7 @@ def sigma_gate_channel_kernel(
             left = (k < D - start)[None, :]
             x = tl.load(x_tile_ptr, mask=left, other=0.0)
             weight = tl.load(weight_tile_ptr, mask=left, other=0.0)
-        if INTERPRETED:  # which multiplies the bits of bf16; widened, the products are the same
-            x, weight = x.to(tl.float32), weight.to(tl.float32)
-        product = tl.dot(x, weight.T, product, input_precision="ieee")
+        product = arithmetic.dot(x, weight.T, product)
         x_tile_ptr += BLOCK_K
         weight_tile_ptr += BLOCK_K
 
