@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import launching
 
-MAX_CHANNELS = 256  # p, held in registers
+MAX_CHANNELS = 128  # p, held in registers
 MAX_COLOURS = 16  # C, an unrolled loop
 
 
