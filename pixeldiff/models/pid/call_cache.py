@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .foreign_weights import State, Weights, cast, has_version
-from .network import PiDCondition, PiDNet
+from .network import PiDCondition, PiDNet, Tables
 
 
 class CallCache:
@@ -23,7 +23,7 @@ class CallCache:
         self.clear()
 
     def clear(self) -> None:
-        self._tables: tuple[Any, dict[str, Any]] | None = None
+        self._tables: tuple[Any, Tables] | None = None
         self._condition: tuple[Any, State, State, PiDCondition] | None = None
         self._cast: tuple[torch.dtype, State, PiDNet] | None = None
 
@@ -72,14 +72,14 @@ class CallCache:
         y, latent, sigma = given
         tables = None
         if y.dim() == 3:  # else `prepare` says what is wrong
-            tables = self._position_tables(net, size, y)
+            tables = self._tables_for(net, size, y.shape[1])
         return net.prepare(latent, y, for_batch(sigma, y), size=size, tables=tables)
 
-    def _position_tables(self, net: PiDNet, size: tuple[int, int], y: Tensor) -> dict[str, Any]:
-        key = (size, min(y.shape[1], net.config.txt_max_length), y.device)
+    def _tables_for(self, net: PiDNet, size: tuple[int, int], text_rows: int) -> Tables:
+        key = (size, min(text_rows, net.config.txt_max_length), net.device)
         kept = self._tables
         if kept is None or kept[0] != key:
-            self._tables = kept = (key, net.position_tables(*key))
+            self._tables = kept = (key, net.tables(*key[:2]))
         return kept[1]
 
 

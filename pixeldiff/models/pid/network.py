@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +31,20 @@ class StepModulation:
     time: Tensor  # (B, D)
     image: list[Tensor]  # per block (B, 6, D)
     text: list[Tensor]  # per block (B, 6, D)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All that depends on sizes alone, on neither weights nor inputs; batches share it.
+
+    Made by `PiDNet.tables`, on the CPU for the most part: worth keeping from image to image.
+    """
+
+    rope: Rope  # (N, d/2) each
+    txt_rope: Rope  # (T, d/2) each
+    pixel_rope: Rope  # (N, d'/2) each
+    pos_x: Tensor  # (W, p/2)
+    pos_y: Tensor  # (H, p/2)
 
 
 @dataclass(frozen=True)
@@ -151,7 +164,7 @@ class PiDNet(nn.Module):
         *,
         size: tuple[int, int],
         timesteps: Sequence[float] = (),
-        tables: dict[str, Any] | None = None,
+        tables: Tables | None = None,
         trace: Trace | None = None,
     ) -> PiDCondition:
         """Everything that is the same for all steps of one image.
@@ -161,11 +174,12 @@ class PiDNet(nn.Module):
             size: (H, W) of the output.
             timesteps: network times whose modulation vectors to compute now; `step` then takes
                 them as plain floats.
-            tables: `position_tables` of this size, number of tokens and device, if the caller has
-                kept them.
+            tables: of `tables` for the same size and caption length, if they are at hand.
         """
         grid = self._grid(size)
         y = self._caption(y)
+        if tables is None:
+            tables = self.tables(size, y.shape[1])
         features, logits = [], []
         if lq_latent is not None:
             features, logits = self._latent_branch(lq_latent, degrade_sigma, grid, y, trace)
@@ -174,24 +188,27 @@ class PiDNet(nn.Module):
             text=self._embed_caption(y, trace),
             features=features,
             logits=logits,
+            rope=tables.rope,
+            txt_rope=tables.txt_rope,
+            pixel_rope=tables.pixel_rope,
+            pos_x=tables.pos_x,
+            pos_y=tables.pos_y,
             modulations=self._modulations(timesteps),
-            **(tables or self.position_tables(size, y.shape[1], y.device)),
         )
 
-    def position_tables(
-        self, size: tuple[int, int], tokens: int, device: torch.device
-    ) -> dict[str, Any]:
-        """The fields of a `PiDCondition` that depend on sizes alone: no weight, no input."""
-        c, grid = self.config, self._grid(size)
+    def tables(self, size: tuple[int, int], text_rows: int) -> Tables:
+        """What `prepare` needs beside weights and inputs, for captions of `text_rows` tokens."""
+        c, grid, device = self.config, self._grid(size), self.device
+        rows = min(text_rows, c.txt_max_length)
         reference = (c.rope_ref_h // c.patch_size, c.rope_ref_w // c.patch_size)
         rope = {"mode": c.rope_mode, "reference": reference, "device": device}
-        return {
-            "rope": rope_2d(grid, c.head_dim, **rope),
-            "txt_rope": rope_1d(tokens, c.head_dim, theta=c.text_rope_theta, device=device),
-            "pixel_rope": rope_2d(grid, c.pixel_head_dim, **rope),
-            "pos_x": pixel_sincos(size[1], c.pixel_hidden_size, device=device),
-            "pos_y": pixel_sincos(size[0], c.pixel_hidden_size, device=device),
-        }
+        return Tables(
+            rope=rope_2d(grid, c.head_dim, **rope),
+            txt_rope=rope_1d(rows, c.head_dim, theta=c.text_rope_theta, device=device),
+            pixel_rope=rope_2d(grid, c.pixel_head_dim, **rope),
+            pos_x=pixel_sincos(size[1], c.pixel_hidden_size, device=device),
+            pos_y=pixel_sincos(size[0], c.pixel_hidden_size, device=device),
+        )
 
     def recaption(self, condition: PiDCondition, y: Tensor) -> PiDCondition:
         """The same condition with another caption; the latent's features are shared, not copied."""
