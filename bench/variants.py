@@ -21,8 +21,7 @@ from pixeldiff.ops.registry import OPS
 from . import models, upstream
 
 # Name -> (what runs, whether under torch.compile). "compile" is the plain network compiled,
-# "reference-fp32" the plain network in fp32 whatever precision is asked for, "upstream+accelerate"
-# the original, handed to `pixeldiff.accelerate` as it is.
+# "reference-fp32" the plain network in fp32 whatever precision is asked for.
 VARIANTS = {
     "pixeldiff": ("pixeldiff", False),
     "pixeldiff+compile": ("pixeldiff", True),
@@ -31,7 +30,7 @@ VARIANTS = {
     "compile": ("reference", True),
     "upstream": ("upstream", False),
     "upstream+compile": ("upstream", True),
-    "upstream+accelerate": ("upstream", False),
+    "upstream+accelerate": ("upstream", False),  # the original, given to pixeldiff.accelerate
 }
 SEED = 0
 
