@@ -286,7 +286,8 @@ def _check_host_memory(plan: Plan, config: PiDConfig) -> None:
 
     count = sum(p.numel() for p in PiDNet(config, device="meta").parameters())
     need = sum(
-        count * _weight_bytes(v, plan.precision)
+        count
+        * (4 if VARIANTS[v][0] == "upstream" else DTYPES[precision(v, plan.precision)].itemsize)
         for v in {FIRST, *plan.variants}
         if VARIANTS[v][0] != "upstream" or upstream.why_not() is None
     )
@@ -295,11 +296,3 @@ def _check_host_memory(plan: Plan, config: PiDConfig) -> None:
             f"the weights of {len({FIRST, *plan.variants})} variants need {need / 1e9:.1f} GB, "
             f"{have / 1e9:.1f} GB are free; compare fewer at a time, or take --precision bf16"
         )
-
-
-def _weight_bytes(variant: str, asked: str) -> int:
-    """Of one parameter, while an image is decoded."""
-    if VARIANTS[variant][0] != "upstream":
-        return DTYPES[precision(variant, asked)].itemsize
-    # Held in fp32; accelerate casts them for the length of a call.
-    return 6 if variant == "upstream+accelerate" and asked != "fp32" else 4

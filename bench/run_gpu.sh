@@ -117,15 +117,17 @@ elif [ "$TUNE" -eq 1 ]; then
   mkdir -p "$OUT/tables" && cp triton_kernels/*.json "$OUT/tables/"
 else
   stage build 120 bash -c build
-  stage tests 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
+  # Most of the time is compilation: on as many processes as the memory of the largest tests allows.
+  stage tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests \
+    $("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadfile")
   # Short first: if the machine goes away, the most telling rows are there.
   kernels short 115 --device cuda --dtype bf16 --sizes 2048 --seconds 0.5 --limit 100
   decode short 70 --device cuda --config flux-2k --size 2048 --new-size 1024 --images 7 \
     --compare reference,upstream --timeout 45
   # Compiling the whole network takes a minute or more: alone, so that it can only lose itself.
-  decode compile 140 --device cuda --config flux-2k --size 2048 --new-size 0 --images 7 \
-    --compare reference,compile --timeout 120
-  kernels full 80 --device cuda --dtype bf16 --sizes 1024,4096 --seconds 1 --limit 65 --no-compile
+  decode compile 110 --device cuda --config flux-2k --size 2048 --new-size 0 --images 5 \
+    --compare reference,compile --timeout 95
+  kernels full 60 --device cuda --dtype bf16 --sizes 1024,4096 --seconds 0.6 --limit 50 --no-compile
   decode v1.5 60 --device cuda --config flux-v1.5 --size 2048 --new-size 0 --images 4 \
     --compare reference --timeout 40
   decode 4096 60 --device cuda --config flux-v1.5 --size 4096 --new-size 0 --images 2 \

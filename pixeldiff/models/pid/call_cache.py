@@ -76,10 +76,10 @@ class CallCache:
         return net.prepare(latent, y, for_batch(sigma, y), size=size, tables=tables)
 
     def _tables_for(self, net: PiDNet, size: tuple[int, int], text_rows: int) -> Tables:
-        rows = min(text_rows, net.config.txt_max_length)
-        key, kept = (size, rows, net.device), self._tables
+        key = (size, min(text_rows, net.config.txt_max_length), net.device)
+        kept = self._tables
         if kept is None or kept[0] != key:
-            self._tables = kept = (key, net.tables(size, rows))
+            self._tables = kept = (key, net.tables(*key[:2]))
         return kept[1]
 
 
