@@ -190,10 +190,12 @@ def test_triton_statistics_of_many_chunks(backend):
     launcher(OP, backend)
     module = import_module("pixeldiff.triton_kernels.joint_attention_fp8")
     q, k, v = arguments(torch.float32, (1, 3, module.CHUNK * 2 + 5, 1, 16))
-    k[:, module.CHUNK :] += 4
-    v[:, -1] *= 3
+    k[:, module.CHUNK : -5] += 4
+    v[:, -1] = 50
     emulated, want = reference(q, k, v, 0.25), exact(q, k, v)
-    assert_within_twice_eager(on(backend, q, k, v), emulated, f64(want))
+    o = on(backend, q, k, v)
+    assert_within_twice_eager(o, emulated, f64(want))
+    assert distance(o, emulated) <= 0.7 * distance(emulated, want)
 
 
 @triton_kernel
