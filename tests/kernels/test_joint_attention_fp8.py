@@ -107,7 +107,7 @@ def test_it_is_the_emulation(d, block_n, backend):
     order, or a maximum of fewer keys, turns a rounding."""
     args = arguments(torch.float32, (2, 140, 300, 2, d))
     args[1][:, 128:256] *= 8  # scales that differ from block to block
-    args[0][:, 128:] *= 4
+    args[0][:, 128:] *= 4  # and from row to row
     launcher(OP, backend)
     config = import_module("pixeldiff.triton_kernels.joint_attention_fp8").Config(block_n, 8, 2)
     o, emulated = on(backend, *args, config=config), reference(*args, d**-0.5)
@@ -169,6 +169,14 @@ def test_triton_reads_views_in_place(dtype, d, backend):
 
 
 @triton_kernel
+def test_triton_a_row_does_not_depend_on_its_neighbours(backend):
+    q, k, v = arguments(torch.float32, (1, 140, 70, 1, 72))
+    whole = on(backend, q, k, v)
+    q[:, :7] *= 100
+    assert_bitwise(on(backend, q, k, v)[:, 7:], whole[:, 7:])
+
+
+@triton_kernel
 def test_triton_repeats_and_leaves_its_inputs(backend):
     args = arguments(torch.bfloat16, (2, 20, 200, 1, 72))
     before = [t.clone() for t in args]
@@ -182,10 +190,12 @@ def test_triton_statistics_of_many_chunks(backend):
     launcher(OP, backend)
     module = import_module("pixeldiff.triton_kernels.joint_attention_fp8")
     q, k, v = arguments(torch.float32, (1, 3, module.CHUNK * 2 + 5, 1, 16))
-    k[:, module.CHUNK :] += 4
-    v[:, -1] *= 3
+    k[:, module.CHUNK : -5] += 4
+    v[:, -1] = 50
     emulated, want = reference(q, k, v, 0.25), exact(q, k, v)
-    assert_within_twice_eager(on(backend, q, k, v), emulated, f64(want))
+    o = on(backend, q, k, v)
+    assert_within_twice_eager(o, emulated, f64(want))
+    assert distance(o, emulated) <= 0.7 * distance(emulated, want)
 
 
 @triton_kernel
@@ -260,7 +270,6 @@ INSTRUCTIONS = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
 @pytest.mark.parametrize("target", INSTRUCTIONS)
 def test_triton_compiles_ahead_of_time(target):
     module = pytest.importorskip("pixeldiff.triton_kernels.joint_attention_fp8")
-    aot.SHARED.setdefault(89, aot.SHARED[120])
     for shape in RELEASED.values():
         args = on_meta(shape)
         *prepare, attention = aot.compile_launch(lambda args=args: module.launch(*args), target)
