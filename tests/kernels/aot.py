@@ -179,3 +179,13 @@ def released(op: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> tu
         grid=(128, 128), text=300, width=1536, heads=24, head_dim=64, hidden=4096, attn=1152
     )
     return arguments(op, "meta", dtype, replace(geometry, **changes))
+
+
+def refusal(ask: Callable[[], str | None], target: int) -> str | None:
+    """What `ask`, a kernel's `why_not`, says on a device of capability `target`."""
+    from pixeldiff.triton_kernels.launching import INTERPRETED, compiling_for
+
+    if INTERPRETED:
+        pytest.skip("Triton is interpreting in this process; it refuses no device")
+    with compiling_for(divmod(target, 10)):
+        return ask()
