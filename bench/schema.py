@@ -23,7 +23,7 @@ KINDS = ("ceiling", "kernel", "decode")
 STATUSES = ("measured", "refused", "failed", "skipped")
 DTYPES = ("fp32", "bf16", "fp16")
 BOUNDS = ("memory", "compute")
-RULES = ("one rounding", "twice eager")
+RULES = ("one rounding", "twice eager", "half an e4m3 spacing")
 
 
 class SchemaError(ValueError):

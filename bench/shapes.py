@@ -59,8 +59,13 @@ SYSTEMS: dict[str, System] = {
         sites={
             "rms_norm": {"caption": _TEXT_ROWS},
             "rms_norm_modulate": {"image": {}, "text": _TEXT_ROWS},
+            "rms_norm_modulate_fp8": {"image": {}, "text": _TEXT_ROWS},
             "gated_residual_norm": {"image": {}, "text": _TEXT_ROWS},
+            "gated_residual_norm_fp8": {"image": {}, "text": _TEXT_ROWS},
             "swiglu": {"image": {}, "text": _TEXT_ROWS},
+            "swiglu_fp8": {"image": {}, "text": _TEXT_ROWS},
+            "quantize_rows": {"mmdit": {}, "pit": _PIT},
+            "fp8_linear": {"mmdit": {}, "pit": _PIT, "text": _TEXT_ROWS},
             "qk_norm_rope": {"mmdit": {}, "pit": _PIT},
             "joint_attention": {"mmdit": {}, "pit": _PIT},
             "sigma_gate": {"v1": {}, "v1.5": {"gates": 1}},
