@@ -25,7 +25,7 @@ class Ceilings:
         """The rates of a call, and how much of its floor's time it needed.
 
         The floor is the longer of bytes at the copy's rate and FLOPs at the product's; `percent`
-        is floor over measured time. `speed` multiplies the product's rate: 2 for e4m3 in a bf16 run.
+        is floor over measured time. `speed` multiplies the product's rate: 2 for e4m3 in bf16.
         """
         product = self.tflop_s * speed
         memory_ms = work_bytes / self.gb_s / 1e6
