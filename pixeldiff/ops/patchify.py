@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .checks import check_rank
 
 
-def patchify(x: Tensor, patch: int) -> Tensor:
+def patchify(x: Tensor, patch: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """(B, C, H, W) -> (B, N, C*P*P), channel outermost in a token, tokens in raster order.
 
         tok[n, c*P*P + py*P + px] = x[c, row*P + py, col*P + px]
+
+    `dtype` is the result's, by default that of x; the conversion is made in the same pass.
 
     Raises:
         ValueError: x is not (B, C, H, W), or H or W is not a multiple of patch.
@@ -21,7 +24,8 @@ def patchify(x: Tensor, patch: int) -> Tensor:
         raise ValueError(f"patchify: H and W must be multiples of {patch}, got {height}x{width}")
     h, w = height // patch, width // patch
     x = x.reshape(b, c, h, patch, w, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, c * patch * patch)
+    x = x.permute(0, 2, 4, 1, 3, 5).to(dtype, memory_format=torch.contiguous_format)
+    return x.reshape(b, h * w, c * patch * patch)
 
 
 def unpatchify(q: Tensor, height: int, width: int, patch: int) -> Tensor:

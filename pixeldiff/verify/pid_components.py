@@ -19,6 +19,7 @@ from ..models.pid.positions import (
     time_embedding,
     time_frequencies,
 )
+from ..models.pid.residual import Stream
 from ..ops.qk_norm_rope import rotate
 from .golden import Golden
 
@@ -87,10 +88,14 @@ def mmdit_block(g: Golden) -> Results:
     def trace(name: str, value: Tensor) -> None:
         out[f"mid.{name}"] = value
 
-    out["out.x"], out["out.y"] = block(x, y, *mods, rope, text, trace=trace)
+    def run(rotary: tuple[Tensor, Tensor], **options) -> tuple[Tensor, Tensor]:
+        streams = Stream(x), Stream(y)
+        block(*streams, *mods, rope, rotary, **options)
+        return streams[0].x, streams[1].x
+
+    out["out.x"], out["out.y"] = run(text, trace=trace)
     still = (torch.ones_like(text[0]), torch.zeros_like(text[1]))
-    plain = block(x, y, *mods, rope, still)
-    out["out.no_text_rope.x"], out["out.no_text_rope.y"] = plain
+    out["out.no_text_rope.x"], out["out.no_text_rope.y"] = run(still)
     return out
 
 

@@ -161,8 +161,12 @@ class PiDDecoder:
         captions = CaptionSource.for_checkpoint(
             loaded, null_caption=null_caption, text_encoder=text_encoder, device=device
         )
+        net = net_from(loaded)
+        loaded.state_dict.clear()  # the network owns its weights
+        if device.type == "cuda":
+            net.pack_()
         return cls(
-            net_from(loaded),
+            net,
             captions=captions,
             variant=loaded.variant,
             backbone=loaded.backbone,

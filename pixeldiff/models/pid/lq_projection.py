@@ -9,6 +9,7 @@ from torch.nn.functional import interpolate, linear, pixel_shuffle, pixel_unshuf
 from ... import ops
 from ...ops.registry import upcast
 from .config import PiDConfig
+from .residual import Stream
 
 
 class ResBlock(nn.Module):
@@ -46,8 +47,14 @@ class SigmaGate(nn.Module):
         return logit if logit.shape[-1] == 1 else logit.to(feature.dtype)
 
     def forward(self, x: Tensor, feature: Tensor, lq_logit: Tensor) -> Tensor:
-        weight = self.content_proj.weight[:, : x.shape[-1]]
-        return ops.sigma_gate(x, feature, weight, lq_logit)
+        return ops.sigma_gate(x, feature, self._x_weight(), lq_logit)
+
+    def inject(self, stream: Stream, feature: Tensor, lq_logit: Tensor) -> None:
+        """`forward`, left to the norm that follows."""
+        stream.inject(feature, self._x_weight(), lq_logit)
+
+    def _x_weight(self) -> Tensor:
+        return self.content_proj.weight[:, : self.content_proj.in_features // 2]
 
 
 class LQProjection(nn.Module):

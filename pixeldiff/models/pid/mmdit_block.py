@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from .layers import RMSNorm, SwiGLU
+from .residual import Stream
 
 Rope = tuple[Tensor, Tensor]
 Trace = Callable[[str, Tensor], None]
@@ -65,8 +66,8 @@ class MMDiTBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        y: Tensor,
+        x: Stream,
+        y: Stream,
         mod_x: Tensor,
         mod_y: Tensor,
         rope: Rope,
@@ -74,46 +75,43 @@ class MMDiTBlock(nn.Module):
         *,
         image_only: bool = False,
         trace: Trace | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """x (B, N, D), y (B, T, D) -> the same. `image_only` returns y as it came (last block)."""
-        rotary = (rope, txt_rope)
-        # Popped, not unpacked: what attention returned is freed once it is added to its stream.
-        outputs = self._attend(x, y, mod_x, mod_y, rotary, image_only=image_only, trace=trace)
-        x = self._finish(x, outputs.pop(), mod_x, self.norm_x2, self.mlp_x)
+    ) -> None:
+        """Advance the streams x (B, N, D) and y (B, T, D). `image_only` leaves y (last block)."""
+        self._attend(x, y, mod_x, mod_y, (rope, txt_rope), image_only=image_only, trace=trace)
+        self._feed_forward(x, mod_x, self.norm_x2, self.mlp_x)
         if not image_only:
-            y = self._finish(y, outputs.pop(), mod_y, self.norm_y2, self.mlp_y)
-        return x, y
+            self._feed_forward(y, mod_y, self.norm_y2, self.mlp_y)
 
     def _attend(self, x, y, mod_x, mod_y, rotary, *, image_only, trace):
-        """What attention adds to the streams: [text, image], or [image] alone."""
-        rows, attn = y.shape[1], self.attn
+        attn = self.attn
 
-        def normed(name: str, stream: Tensor, norm: RMSNorm, mod: Tensor) -> Tensor:
-            h = ops.rms_norm_modulate(stream, norm.weight, mod[:, 1], mod[:, 0])
+        def normed(name: str, stream: Stream, norm: RMSNorm, mod: Tensor) -> Tensor:
+            h = stream.norm(norm.weight, scale=mod[:, 1], shift=mod[:, 0])
             if trace:
                 trace(name, h)
             return h
+
+        def add(name: str, stream: Stream, mod: Tensor, o: Tensor) -> None:
+            stream.add(mod[:, 2], o)
+            if trace:
+                trace(name, o)
 
         q, k, v = attn.joint_qkv(
             normed("x_mod", x, self.norm_x1, mod_x),
             normed("y_mod", y, self.norm_y1, mod_y),
             *rotary,
         ).unbind(0)
+        rows = y.rows
         if image_only:
             q = q[:, rows:]
         o = ops.joint_attention(q, k, v).flatten(2)
         del q, k, v
         if image_only:
-            return [attn.proj_x(o)]
-        outputs = [attn.proj_y(o[:, :rows]), attn.proj_x(o[:, rows:])]
-        if trace:
-            trace("attn_x", outputs[1])
-            trace("attn_y", outputs[0])
-        return outputs
+            return add("attn_x", x, mod_x, attn.proj_x(o))
+        add("attn_x", x, mod_x, attn.proj_x(o[:, rows:]))
+        add("attn_y", y, mod_y, attn.proj_y(o[:, :rows]))
 
     @staticmethod
-    def _finish(x, o, mod, norm, mlp):
-        _, _, gate, shift, scale, mlp_gate = mod.unbind(1)
-        x, h = ops.gated_residual_norm(x, o, gate, norm.weight, scale, shift)
-        del o
-        return mlp.add_gated(x, mlp_gate, h)
+    def _feed_forward(stream, mod, norm, mlp):
+        h = stream.norm(norm.weight, scale=mod[:, 4], shift=mod[:, 3])
+        mlp.add_to(stream, mod[:, 5], h)

@@ -16,11 +16,12 @@ from torch.nn.functional import silu
 from ... import ops
 from ...ops.registry import upcast
 from .config import PiDConfig
-from .layers import CaptionEmbedder, FinalLayer, Projection, TimeEmbedder
+from .layers import CaptionEmbedder, FinalLayer, Projection, SwiGLU, TimeEmbedder
 from .lq_projection import LQProjection, SigmaGate
 from .mmdit_block import MMDiTBlock, Rope, Trace
 from .pit_block import PiTBlock
 from .positions import pixel_sincos, rope_1d, rope_2d
+from .residual import Stream
 from .samplers import Draw, network_time
 
 
@@ -103,6 +104,17 @@ class PiDNet(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.s_embedder.proj.weight.device
+
+    def pack_(self) -> PiDNet:
+        """Lay weights that multiply the same input into one buffer, so that one GEMM takes both.
+
+        Parameters keep their names, shapes and values; the state dict stays as it is. One layer is
+        copied at a time. `.to()` and `deepcopy` undo it: call it again after them.
+        """
+        for module in self.modules():
+            if isinstance(module, SwiGLU):
+                module.pack_()
+        return self
 
     def forward(
         self,
@@ -295,25 +307,25 @@ class PiDNet(nn.Module):
         return self._pixel_stream(x, u, condition, trace)
 
     def _patch_stream(self, x, mod, condition, trace):
-        y, c = condition.text, self.config
-        s = self.s_embedder(ops.patchify(x, c.patch_size).to(self.dtype))
+        c, text = self.config, Stream(condition.text)
+        image = Stream(self.s_embedder(ops.patchify(x, c.patch_size, dtype=self.dtype)))
         if trace:
-            trace("s_embed", s)
+            trace("s_embed", image.x)
         for i, block in enumerate(self.patch_blocks):
             if condition.features and i % c.lq_interval == 0:
                 r = i // c.lq_interval
                 gate = self.lq_proj.gate_modules[r]
-                s = gate(s, condition.features[r], condition.logits[r])
+                gate.inject(image, condition.features[r], condition.logits[r])
             if trace:
-                trace(f"patch_blocks.{i}.x_in", s)
+                trace(f"patch_blocks.{i}.x_in", image.x)
             # The text stream ends with its keys and values in the last block: nothing reads it.
             last = i == c.patch_depth - 1 and trace is None
             rope = (condition.rope, condition.txt_rope)
-            s, y = block(s, y, mod.image[i], mod.text[i], *rope, image_only=last)
+            block(image, text, mod.image[i], mod.text[i], *rope, image_only=last)
             if trace:
-                trace(f"patch_blocks.{i}.x", s)
-                trace(f"patch_blocks.{i}.y", y)
-        return s
+                trace(f"patch_blocks.{i}.x", image.x)
+                trace(f"patch_blocks.{i}.y", text.x)
+        return image.x
 
     def _pixel_stream(self, x, u, condition, trace):
         patch, embed = self.config.patch_size, self.pixel_embedder.proj

@@ -1,0 +1,65 @@
+"""The residual stream between two sub-layers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import ops
+from ...ops.registry import needs_grad
+
+
+class Stream:
+    """A residual stream x (B, N, D), and at most one update that is yet to be made to it.
+
+    A sub-layer leaves its result with `add`, a gate of the latent its inputs with `inject`. The
+    norm that opens the next sub-layer reads every token anyway: it makes the update in the same
+    pass. The stream changes in place, so that nobody holds what it was.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+        self._ours = False  # whether x may be written to
+        self._branch: tuple[Tensor, Tensor] | None = None  # (y, gate)
+        self._gate: tuple[Tensor, Tensor, Tensor] | None = None  # (feature, weight, lq_logit)
+
+    def add(self, gate: Tensor, y: Tensor) -> None:
+        """x + gate * y for y (B, N, D) and gate (B, D)."""
+        self._settle()
+        self._branch = (y, gate)
+
+    def inject(self, feature: Tensor, weight: Tensor, lq_logit: Tensor) -> None:
+        """x + sigmoid(weight x + lq_logit) * feature, see `pixeldiff.ops.sigma_gate`."""
+        self._settle()
+        self._gate = (feature, weight, lq_logit)
+
+    def norm(self, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """rms_norm(x) * weight * (1 + scale) + shift of the updated x; (B, N, D)."""
+        modulation = (weight, scale, shift)
+        if self._branch is None:
+            return ops.rms_norm_modulate(self.x, *modulation)
+        self.x, h = ops.gated_residual_norm(self._x, *self._branch, *modulation)
+        return h
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self._x.shape[1]
+
+    @property
+    def x(self) -> Tensor:
+        """The stream, updated."""
+        self._settle()
+        return self._x
+
+    @x.setter
+    def x(self, x: Tensor) -> None:
+        self._x, self._ours, self._branch, self._gate = x, True, None, None
+
+    def _settle(self) -> None:
+        if self._branch is not None:
+            y, gate = self._branch
+            in_place = self._ours and not needs_grad(self._x, y, gate)
+            add = self._x.addcmul_ if in_place else self._x.addcmul
+            self.x = add(gate[:, None], y)
+        elif self._gate is not None:
+            self.x = ops.sigma_gate(self._x, *self._gate)
