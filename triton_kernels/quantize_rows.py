@@ -60,14 +60,15 @@ def candidates(x: Tensor) -> list[Config]:
 
 
 def launch(
-    x: Tensor,  # (B, N, D)
+    x: Tensor,  # (..., D)
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    B, N, D = x.shape
     q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    row_scale = torch.empty((B, N), dtype=torch.float32, device=x.device)
+    row_scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if q.numel() == 0:
         return q, row_scale.fill_(1)
+    x = norm_rows.three_axes(x)
+    B, N, D = x.shape
     chosen = config or configs.choose(OP, Config, heuristic, key, (x,))
     with torch.cuda.device_of(x):
         quantize_rows_kernel[(triton.cdiv(B * N, chosen.rows),)](

@@ -67,15 +67,16 @@ def candidates(a: Tensor, *rest: object) -> list[Config]:
 
 
 def launch(
-    a: Tensor,  # (B, N, F)
-    b: Tensor,  # (B, N, F), dtype of a
+    a: Tensor,  # (..., F)
+    b: Tensor,  # (..., F), dtype of a
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    B, N, F = a.shape
     y = torch.empty(a.shape, dtype=torch.float8_e4m3fn, device=a.device)
-    row_scale = torch.empty((B, N), dtype=torch.float32, device=a.device)
+    row_scale = torch.empty(a.shape[:-1], dtype=torch.float32, device=a.device)
     if y.numel() == 0:
         return y, row_scale.fill_(1)
+    a, b = norm_rows.three_axes(a), norm_rows.three_axes(b)
+    B, N, F = a.shape
     chosen = config or configs.choose(OP, Config, heuristic, key, (a,))
     with torch.cuda.device_of(a):
         swiglu_fp8_kernel[(triton.cdiv(B * N, chosen.rows),)](

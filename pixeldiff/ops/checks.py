@@ -30,6 +30,12 @@ def check_rank(op: str, name: str, t: Tensor, names: str) -> None:
         raise ValueError(f"{op}: {name} must be {names}, {rank} axes, got {tuple(t.shape)}")
 
 
+def check_rows(op: str, name: str, t: Tensor) -> None:
+    """Raise ValueError unless `t` holds rows: an axis of them, and the axis within one."""
+    if t.dim() < 2:
+        raise ValueError(f"{op}: {name} must be (..., D), 2 axes or more, got {tuple(t.shape)}")
+
+
 def check_last_contiguous(op: str, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:

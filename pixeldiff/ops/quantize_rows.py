@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_float, check_last_contiguous, check_no_grad, check_rank
+from .checks import check_float, check_last_contiguous, check_no_grad, check_rows
 from .registry import Backend, define, upcast
 
 BACKENDS = (Backend("triton", "pixeldiff.triton_kernels.quantize_rows"),)
@@ -55,21 +55,22 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     that is not finite, so that all of it, multiplied out, is NaN; its values are of no meaning.
 
     Args:
-        x: (B, N, D), fp32 | fp16 | bf16, last axis contiguous, other strides free.
+        x: (..., D), two axes or more, fp32 | fp16 | bf16, last axis contiguous. The strides of the
+            others are free; of more than three axes only a view keeps that from being a copy.
 
     Returns:
-        (y, row_scale): (B, N, D) e4m3 (torch.float8_e4m3fn) and (B, N) fp32, contiguous.
+        (y, row_scale): (..., D) e4m3 (torch.float8_e4m3fn) and (...) fp32, contiguous.
 
     Raises:
         ValueError: shape or stride. TypeError: dtype. NotImplementedError: a forced backend cannot
         run; says why. RuntimeError: a gradient is asked for; there is none.
 
     Backends: triton (capability 8.9 and later), reference.
-    Cost: B*N*D*(sizeof(x) + 1) bytes; bandwidth-bound.
+    Cost: numel*(sizeof(x) + 1) bytes; bandwidth-bound.
     """
     op = "quantize_rows"
     check_float(op, x=x)
-    check_rank(op, "x", x, "(B, N, D)")
+    check_rows(op, "x", x)
     check_last_contiguous(op, x=x)
     check_no_grad(op, x)
     return _op(x)

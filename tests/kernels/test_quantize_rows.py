@@ -94,6 +94,15 @@ def test_random_bits(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("shape", [(6, 37), (2, 3, 1, 37)], ids=str)
+def test_any_number_of_axes(shape, backend):
+    launch, device = implementation(OP, backend)
+    x = Case(torch.bfloat16, 2, 3, 37).rows(device)
+    q, scale = launch(x.view(shape))
+    check_rows(q, scale, x.cpu().double().view(shape))
+
+
+@each_backend
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
 def test_empty(shape, backend):
     launch, device = implementation(OP, backend)
@@ -190,7 +199,7 @@ X = torch.zeros(2, 3, 8)
 @pytest.mark.parametrize(
     ("x", "error", "text"),
     [
-        (X[0], ValueError, "x must be (B, N, D), 3 axes, got (3, 8)"),
+        (X[0, 0], ValueError, "x must be (..., D), 2 axes or more, got (8,)"),
         (X.int(), TypeError, "x must be float32, float16 or bfloat16, got torch.int32"),
         (X.to(E4M3), TypeError, "x must be float32, float16 or bfloat16, got torch.float8_e4m3fn"),
         (X.mT, ValueError, "last axis of x must be contiguous"),

@@ -61,6 +61,15 @@ def test_rows_of_the_oracle(case, backend):
 
 
 @each_backend
+@pytest.mark.parametrize("shape", [(6, 37), (2, 3, 1, 37)], ids=str)
+def test_any_number_of_axes(shape, backend):
+    launch, device = implementation(OP, backend)
+    a, b = Case(torch.bfloat16, 2, 3, 37, fused=True).halves(device)
+    q, scale = launch(a.view(shape), b.view(shape))
+    check_rows(q, scale, oracle(a, b).view(shape))
+
+
+@each_backend
 @pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (2, 3, 0)], ids=str)
 def test_empty(shape, backend):
     launch, device = implementation(OP, backend)
@@ -141,7 +150,7 @@ A = torch.zeros(2, 3, 8)
     [
         ((A, A[:, :2]), ValueError, "b must be shape of a = (2, 3, 8), got (2, 2, 8)"),
         ((A, A.half()), TypeError, "b must have the dtype of a, torch.float32, got torch.float16"),
-        ((A[0], A[0]), ValueError, "a must be (B, N, F), 3 axes, got (3, 8)"),
+        ((A[0, 0], A[0, 0]), ValueError, "a must be (..., D), 2 axes or more, got (8,)"),
         ((A.mT, A.mT), ValueError, "last axis of a must be contiguous"),
         ((A, A.clone().requires_grad_()), RuntimeError, "call it under torch.no_grad()"),
     ],
