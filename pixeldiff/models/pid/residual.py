@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ... import ops
 from ...ops.registry import needs_grad
+from ..fp8 import Rows
 
 
 class Stream:
@@ -32,11 +33,22 @@ class Stream:
         self._settle()
         self._gate = (feature, weight, lq_logit)
 
-    def norm(self, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """rms_norm(x) * weight * (1 + scale) + shift of the updated x; (B, N, D)."""
+    def norm(
+        self, weight: Tensor, scale: Tensor, shift: Tensor, *, fp8: bool = False
+    ) -> Tensor | Rows:
+        """rms_norm(x) * weight * (1 + scale) + shift of the updated x; (B, N, D).
+
+        `fp8` quantises it on its way to an `Fp8Linear`.
+        """
         modulation = (weight, scale, shift)
         if self._branch is None:
-            return ops.rms_norm_modulate(self.x, *modulation)
+            x = self.x
+            if fp8:
+                return Rows(*ops.rms_norm_modulate_fp8(x, *modulation), x.dtype)
+            return ops.rms_norm_modulate(x, *modulation)
+        if fp8:
+            self.x, *rows = ops.gated_residual_norm_fp8(self._x, *self._branch, *modulation)
+            return Rows(*rows, self._x.dtype)
         self.x, h = ops.gated_residual_norm(self._x, *self._branch, *modulation)
         return h
 
