@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import operator
 import os
@@ -9,7 +10,6 @@ import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from .. import fp8
 from .captions import CaptionSource
 from .checkpoint import LoadedCheckpoint, net_from, read_checkpoint
 from .config import PiDConfig
-from .network import PiDNet
+from .graphs import Graphs, Student
+from .network import PiDNet, Tables
+from .recent import Recent
 from .samplers import (
     Callback,
     Interrupted,
@@ -44,6 +46,8 @@ from .variants import LICENCE_NOTE, SamplingSettings, Variant
 
 # What weights are held in; in "fp8" the network's linear layers are then quantised.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+GRAPHS = 2  # kinds of decode kept as CUDA graphs
+KEPT_TABLES = 4  # 9 MB each at 2048 x 2048
 STATE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 STUDENT = SamplingSettings(steps=4, times=None, stochastic=True, cfg_scale=1.0)
 Caption = str | Sequence[str] | Tensor | CaptionFile | None
@@ -80,6 +84,11 @@ class PiDDecoder:
         backbone: name of the generator whose latents it decodes.
         sampling: schedule and guidance; default: the variant's, or the 4-step student's.
         name: recorded in the metadata of images.
+        cuda_graphs: how many kinds of decode (size, batch, caption length, options) to keep as CUDA
+            graphs, True for 2; False or 0 for none. Same pixels, less work for the host. The second
+            decode of its kind is captured. Only a distilled network whose parameters require no
+            gradients, on CUDA. Their memory is kept: that of the largest decode once, and three
+            images each; `release_graphs` frees it.
     """
 
     def __init__(
@@ -91,6 +100,7 @@ class PiDDecoder:
         backbone: str | None = None,
         sampling: SamplingSettings | None = None,
         name: str = "custom",
+        cuda_graphs: bool | int = True,
     ) -> None:
         if net.config.lq_latent_channels is None:
             raise ValueError(
@@ -103,6 +113,8 @@ class PiDDecoder:
         self.backbone = backbone
         self.sampling = sampling or (variant.sampling if variant else STUDENT)
         self.name = name
+        self.graphs = Graphs(_graph_limit(cuda_graphs))
+        self._tables: Recent[Tables] = Recent(KEPT_TABLES)
 
     @classmethod
     def from_pretrained(
@@ -118,6 +130,7 @@ class PiDDecoder:
         config: PiDConfig | None = None,
         ema: bool | None = None,
         sampling: SamplingSettings | None = None,
+        cuda_graphs: bool | int = True,
     ) -> PiDDecoder:
         """Read a checkpoint.
 
@@ -139,6 +152,7 @@ class PiDDecoder:
             variant, config, ema: as for `read_checkpoint`.
             sampling: schedule and guidance of a network that was never released; default: the
                 variant's, or the 4-step student's.
+            cuda_graphs: as for `PiDDecoder`.
 
         Raises:
             CheckpointError: what is wrong with the file (see `pixeldiff.errors`); nothing stays
@@ -150,6 +164,7 @@ class PiDDecoder:
         device = check_device(device)
         if precision is None:
             precision = "bf16" if device.type == "cuda" else "fp32"
+        _graph_limit(cuda_graphs)
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         check_precision(precision, device)
@@ -180,6 +195,7 @@ class PiDDecoder:
             backbone=loaded.backbone,
             sampling=sampling,
             name=_name(path, loaded),
+            cuda_graphs=cuda_graphs,
         )
 
     @property
@@ -214,6 +230,10 @@ class PiDDecoder:
     def release_text_encoder(self) -> None:
         """Free the text encoder's memory. It is loaded again if a text is given again."""
         self.captions.release()
+
+    def release_graphs(self) -> None:
+        """Free the memory of captured CUDA graphs. Waits for a decode that is using one."""
+        self.graphs.release()
 
     def decode(
         self,
@@ -255,8 +275,8 @@ class PiDDecoder:
             negative_caption: for guidance; text or embeddings.
 
         Returns:
-            Images and metadata. Nothing else is kept or changed, so a decoder may be used from
-            several threads at once.
+            Images and metadata. Nothing else that shows is kept or changed, so a decoder may be
+            used from several threads at once; CUDA graphs serve one of them at a time.
 
         Raises:
             ValueError, TypeError: an argument the network cannot take; checked before any work.
@@ -278,34 +298,37 @@ class PiDDecoder:
         null = None
         if cfg_scale != 1:
             null = self._caption("negative_caption", negative_caption, latent.shape[0])
-        with torch.no_grad():
-            taus = [network_time(t) for t in times[:-1]]
-            condition = self.net.prepare(latent, y, sigma, size=size, timesteps=taus)
-            shape = (latent.shape[0], self.net.config.in_channels, *size)
-            # Drawn in the calls below: a name for it here would keep it for all steps.
+        tables = self._tables_for(size, y.shape[1], times)
+        with torch.no_grad(), _no_autocast(self.device):
             if self.distilled:
-                advance = partial(
-                    self.net.student_step,
-                    condition,
-                    sample_type=sample_type,
-                    prediction_type=self.sampling.prediction_type,
-                    state_dtype=STATE_DTYPES[state_dtype],
-                )
-                result = run_student(
-                    advance, draw(shape), times, draw, sample_type=sample_type, callback=callback
+                result = self._student(
+                    Student(
+                        latent,
+                        y,
+                        sigma,
+                        size=size,
+                        times=times,
+                        tables=tables,
+                        sample_type=sample_type,
+                        prediction_type=self.sampling.prediction_type,
+                        state_dtype=STATE_DTYPES[state_dtype],
+                        want_x0=callback is not None,
+                    ),
+                    draw,
+                    callback,
                 )
             else:
+                condition = self.net.prepare(latent, y, sigma, size=size, tables=tables)
                 negative = None if null is None else self.net.recaption(condition, null)
                 result = sample_teacher(
                     lambda x, tau: self.net.step(x, tau, condition),
                     lambda x, tau: self.net.step(x, tau, negative),
-                    draw(shape),
+                    draw((latent.shape[0], self.net.config.in_channels, *size)),
                     times,
                     cfg_scale=cfg_scale,
                     prediction_type=self.sampling.prediction_type,
                     callback=callback,
-                )
-            result = result.clamp(-1, 1)
+                ).clamp(-1, 1)
             if torch.isnan(result).any():
                 raise ArithmeticError(
                     f"the network returned NaN at {size[0]} x {size[1]} in {self.precision}; try "
@@ -332,6 +355,29 @@ class PiDDecoder:
         if forced:
             metadata["backend"] = forced
         return DecodeOutput(images.convert(result, output), metadata)
+
+    def _student(self, student: Student, draw: NoiseSource, callback: Callback | None) -> Tensor:
+        shape = (student.latent.shape[0], self.net.config.in_channels, *student.size)
+        with self.graphs.run(self.net, student) as advance:
+            x = run_student(
+                advance,
+                draw(shape),  # not named: it would be kept for all steps
+                student.times,
+                draw,
+                sample_type=student.sample_type,
+                callback=callback,
+            )
+            return x.clamp(-1, 1)  # a copy: x may be a graph's
+
+    def _tables_for(
+        self, size: tuple[int, int], text_rows: int, times: tuple[float, ...]
+    ) -> Tables:
+        taus = tuple(network_time(t) for t in times[:-1])
+        with torch.inference_mode(False), torch.no_grad():  # to serve in any mode
+            return self._tables.made(
+                (self.net.config, self.device, size, text_rows, taus),
+                lambda: self.net.tables(size, text_rows, taus),
+            )
 
     def _latent(self, latent: Tensor) -> Tensor:
         c = self.net.config
@@ -469,6 +515,21 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise ValueError(
             f'precision = "fp8" cannot be used on {device}: {reason}; use precision="bf16"'
         )
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """The network has its dtype; a caller's autocast would give its layers another."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _graph_limit(cuda_graphs: bool | int) -> int:
+    if isinstance(cuda_graphs, bool):
+        return GRAPHS if cuda_graphs else 0
+    if not isinstance(cuda_graphs, int) or cuda_graphs < 0:
+        raise ValueError(f"cuda_graphs must be a bool or an integer >= 0, got {cuda_graphs!r}")
+    return cuda_graphs
 
 
 def _seed(seed: Any) -> int:

@@ -174,7 +174,11 @@ class TimeEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(time_embedding(t).to(self.mlp[0].weight.dtype))
+        return self.embedded(time_embedding(t))
+
+    def embedded(self, times: Tensor) -> Tensor:
+        """The same for times that went through `time_embedding`, (B, 256)."""
+        return self.mlp(times.to(self.mlp[0].weight.dtype))
 
 
 class FinalLayer(nn.Module):

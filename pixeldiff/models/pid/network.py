@@ -21,7 +21,7 @@ from .layers import CaptionEmbedder, FinalLayer, Projection, SwiGLU, TimeEmbedde
 from .lq_projection import LQProjection, SigmaGate
 from .mmdit_block import MMDiTBlock, Rope, Trace
 from .pit_block import PiTBlock
-from .positions import pixel_sincos, rope_1d, rope_2d
+from .positions import pixel_sincos, rope_1d, rope_2d, time_embedding
 from .residual import Stream
 from .samplers import Draw, network_time
 
@@ -39,6 +39,23 @@ class StepModulation:
     time: Tensor  # (B, D)
     image: list[Tensor]  # per block (B, 6, D)
     text: list[Tensor]  # per block (B, 6, D)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All that depends on sizes and times alone, on neither weights nor inputs; batches share it.
+
+    Made by `PiDNet.tables`, on the CPU for the most part: worth keeping from image to image.
+    """
+
+    size: tuple[int, int]
+    timesteps: tuple[float, ...]
+    rope: Rope  # (N, d/2) each
+    txt_rope: Rope  # (T, d/2) each
+    pixel_rope: Rope  # (N, d'/2) each
+    pos_x: Tensor  # (W, p/2)
+    pos_y: Tensor  # (H, p/2)
+    times: Tensor  # (len(timesteps), 256), their embedding
 
 
 @dataclass(frozen=True)
@@ -187,6 +204,7 @@ class PiDNet(nn.Module):
         *,
         size: tuple[int, int],
         timesteps: Sequence[float] = (),
+        tables: Tables | None = None,
         trace: Trace | None = None,
     ) -> PiDCondition:
         """Everything that is the same for all steps of one image.
@@ -196,26 +214,46 @@ class PiDNet(nn.Module):
             size: (H, W) of the output.
             timesteps: network times whose modulation vectors to compute now; `step` then takes
                 them as plain floats.
+            tables: of `tables` for the same size, caption length and times, if they are at hand.
         """
-        c = self.config
         grid = self._grid(size)
         y = self._caption(y)
+        if tables is None:
+            tables = self.tables(size, y.shape[1], timesteps)
         features, logits = [], []
         if lq_latent is not None:
             features, logits = self._latent_branch(lq_latent, degrade_sigma, grid, y, trace)
-        reference = (c.rope_ref_h // c.patch_size, c.rope_ref_w // c.patch_size)
-        rope = {"mode": c.rope_mode, "reference": reference, "device": y.device}
         return PiDCondition(
             size=size,
             text=self._embed_caption(y, trace),
             features=features,
             logits=logits,
+            rope=tables.rope,
+            txt_rope=tables.txt_rope,
+            pixel_rope=tables.pixel_rope,
+            pos_x=tables.pos_x,
+            pos_y=tables.pos_y,
+            modulations=self._modulations(tables),
+        )
+
+    def tables(
+        self, size: tuple[int, int], text_rows: int, timesteps: Sequence[float] = ()
+    ) -> Tables:
+        """What `prepare` needs beside weights and inputs, for captions of `text_rows` tokens."""
+        c, grid, device = self.config, self._grid(size), self.device
+        rows = min(text_rows, c.txt_max_length)
+        reference = (c.rope_ref_h // c.patch_size, c.rope_ref_w // c.patch_size)
+        rope = {"mode": c.rope_mode, "reference": reference, "device": device}
+        times = torch.tensor(timesteps, dtype=torch.float32, device=device)
+        return Tables(
+            size=size,
+            timesteps=tuple(timesteps),
             rope=rope_2d(grid, c.head_dim, **rope),
-            txt_rope=rope_1d(y.shape[1], c.head_dim, theta=c.text_rope_theta, device=y.device),
+            txt_rope=self._text_rope(rows),
             pixel_rope=rope_2d(grid, c.pixel_head_dim, **rope),
-            pos_x=pixel_sincos(size[1], c.pixel_hidden_size, device=y.device),
-            pos_y=pixel_sincos(size[0], c.pixel_hidden_size, device=y.device),
-            modulations=self._modulations(timesteps),
+            pos_x=pixel_sincos(size[1], c.pixel_hidden_size, device=device),
+            pos_y=pixel_sincos(size[0], c.pixel_hidden_size, device=device),
+            times=time_embedding(times),
         )
 
     def recaption(self, condition: PiDCondition, y: Tensor) -> PiDCondition:
@@ -226,36 +264,35 @@ class PiDNet(nn.Module):
                 f"PiDNet.recaption: y must have batch size {condition.text.shape[0]}, got "
                 f"{y.shape[0]}"
             )
-        rope = rope_1d(
-            y.shape[1],
-            self.config.head_dim,
-            theta=self.config.text_rope_theta,
-            device=y.device,
-        )
-        return replace(condition, text=self._embed_caption(y), txt_rope=rope)
+        return replace(condition, text=self._embed_caption(y), txt_rope=self._text_rope(y.shape[1]))
 
     def modulation(self, t: Tensor) -> StepModulation:
         """The time vector and every MMDiT modulation vector for network times t (B,)."""
-        e = self.t_embedder(t)
+        return self._modulation(time_embedding(t))
+
+    def _modulation(self, times: Tensor) -> StepModulation:
+        e = self.t_embedder.embedded(times)
         c = silu(e)
         image, text = zip(*(block.modulation(c) for block in self.patch_blocks), strict=True)
         return StepModulation(time=e, image=list(image), text=list(text))
 
-    def _modulations(self, timesteps: Sequence[float]) -> dict[float, StepModulation]:
+    def _modulations(self, tables: Tables) -> dict[float, StepModulation]:
         """One pass over the modulation weights, 0.4 billion at released size, for all times.
 
+        Made anew for each image: it takes a thousandth of its time, and nothing tells for sure
+        whether weights were changed since (a version counter misses writes through `.data`).
         Each time holds its row of the result, which may differ in the last bit from one made alone.
         """
-        if len(timesteps) == 0:
+        if not tables.timesteps:
             return {}
-        every = self.modulation(torch.tensor(timesteps, dtype=torch.float32, device=self.device))
+        every = self._modulation(tables.times)
         return {
             t: StepModulation(
                 time=every.time[i : i + 1],
                 image=[m[i : i + 1] for m in every.image],
                 text=[m[i : i + 1] for m in every.text],
             )
-            for i, t in enumerate(timesteps)
+            for i, t in enumerate(tables.timesteps)
         }
 
     def step(
@@ -416,6 +453,10 @@ class PiDNet(nn.Module):
         if trace:
             trace("y_proj_norm", text)
         return text + self.y_pos_embedding[:, : y.shape[1]]
+
+    def _text_rope(self, rows: int) -> Rope:
+        c = self.config
+        return rope_1d(rows, c.head_dim, theta=c.text_rope_theta, device=self.device)
 
     def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
         patch = self.config.patch_size

@@ -171,6 +171,13 @@ def test_grad_mode_of_the_caller_does_not_matter(decoder, net, mode):
     assert not image.requires_grad
 
 
+def test_autocast_of_the_caller_does_not_matter(decoder):
+    expected = pixels(decoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pixels(decoder), expected)
+        assert torch.is_autocast_enabled("cpu")
+
+
 def test_trainable_network_and_latent_leave_no_graph():
     net = tiny_net().requires_grad_(True)
     decoder = PiDDecoder(net)
