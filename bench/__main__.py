@@ -1,4 +1,4 @@
-"""`python -m bench`: kernels, decode, report. Described in bench/README.md."""
+"""`python -m bench`: kernels, decode, tune, report. Described in bench/README.md."""
 
 from __future__ import annotations
 
@@ -170,6 +170,62 @@ def decode(
         **options,
     )
     _finish(Recorder(path), run(plan), show.decodes)
+
+
+@main.command()
+@click.option("--op", "ops", multiple=True, callback=comma(), help="default: all that have tiles")
+@click.option("--device", help="default: cuda; cpu under TRITON_INTERPRET=1")
+@click.option("--dtype", "dtypes", multiple=True, callback=comma(choices=tuple(DTYPES)))
+@click.option("--sizes", multiple=True, callback=comma(int), help="pixels of a side: 1024,2048")
+@click.option("--scale", type=click.IntRange(1), default=1, help="divides the side")
+@click.option("--rounds", type=click.IntRange(3), default=7, show_default=True)
+@click.option("--seconds", default=3.0, show_default=True, help="for the samples of one case")
+@click.option("--limit", type=float, help="seconds for everything; unfinished ops keep their table")
+@click.option("--tables", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@json_option
+@clean_errors
+def tune(device: str | None, dtypes: tuple[str, ...], tables: Path | None, path, **options) -> None:
+    """Measure the tiles of the Triton kernels and rewrite their tables, triton_kernels/<op>.json.
+
+    Takes minutes on a GPU; what is measured for one compute capability is kept for the others.
+    """
+    from .tune import TABLES, Plan, run
+
+    plan = Plan(
+        check_device(device), dtypes=dtypes or ("bf16",), tables=tables or TABLES, **options
+    )
+    _finish(Recorder(path), run(plan), show.tiles)
+
+
+@main.command()
+@click.option("--op", "ops", multiple=True, callback=comma(), help="default: all with a kernel")
+@click.option("--dtype", type=click.Choice(tuple(DTYPES)), default="bf16", show_default=True)
+@click.option("--size", default=2048, show_default=True, help="pixels of a side")
+@click.option("--target", "targets", multiple=True, callback=comma(int), help="90 is 9.0")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="page, docs/kernels/triton.md"
+)
+@clean_errors
+def resources(
+    ops: tuple[str, ...], dtype: str, size: int, targets: tuple[int, ...], output: Path | None
+) -> None:
+    """Registers, shared memory and tensor-core use of the Triton kernels; needs no GPU."""
+    from pixeldiff.out_files import check_out_path, written_whole
+
+    from .aot import TARGETS
+    from .resources import cell, document, measure
+
+    if output is not None:
+        check_out_path(output, ".md")
+    usages = []
+    for usage in measure(size, dtype, targets or TARGETS, ops):
+        usages.append(usage)
+        for target, kernels in usage.kernels.items():
+            for k in kernels:
+                show.console.print(f"{usage.case.label} sm_{target} {k.name}: {cell(k)}")
+    if output is not None:
+        with written_whole([output]) as (partial,):
+            partial.write_text(document(usages, size, dtype))
 
 
 @main.command()

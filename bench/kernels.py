@@ -84,7 +84,7 @@ def _guarded(plan: Plan, case: Case, dtype: str, top: ceilings.Ceilings) -> list
         return measure(plan, case, dtype, top)
     except (RuntimeError, MemoryError, ArithmeticError) as e:  # of the case: memory, overflow
         _free(plan.device)
-        return [_row(plan, case, dtype, "-", {}, "failed", _reason(e))]
+        return [_row(plan, case, dtype, "-", {}, "failed", reason(e))]
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def measure(plan: Plan, case: Case, dtype: str, top: ceilings.Ceilings) -> list[
                 row.accuracy = judge(candidate.call(*args))
                 row.memory = _memory(candidate, args, plan.device)
         except Exception as e:  # whatever a candidate raises is its row's reason
-            row.status, row.reason = "failed", _reason(e)
+            row.status, row.reason = "failed", reason(e)
             _free(plan.device)
             continue
         ready.append((candidate, row, first))
@@ -217,7 +217,7 @@ def _row(
     )
 
 
-def _reason(e: BaseException) -> str:
+def reason(e: BaseException) -> str:
     text = (str(e).strip() or type(e).__name__).splitlines()[0]
     return f"{type(e).__name__}: {text}"[:300]
 

@@ -2,7 +2,9 @@
 # Builds, tests and measures on a bare CUDA machine, in under nine minutes, with no network.
 #
 #   bash bench/run_gpu.sh             results in $OUT, default bench/results
-#   bash bench/run_gpu.sh --dry-run   the same stages on a CPU at tiny sizes, to rehearse it
+#   bash bench/run_gpu.sh --tune      instead: measures the tiles of the Triton kernels and puts the
+#                                     rewritten tables, triton_kernels/*.json, into $OUT/tables too
+#   bash bench/run_gpu.sh --dry-run   the first on a CPU at tiny sizes, to rehearse it
 #
 # Every stage has a time limit of its own and a log; a stage that fails or hangs costs its own
 # results only, and those it had measured so far are kept. PYTHON chooses the interpreter, BACKEND
@@ -10,12 +12,17 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-DRY=0
+DRY=0 TUNE=0
 case "${1:-}" in
   "") ;;
   --dry-run) DRY=1 ;;
-  *) echo "usage: bash bench/run_gpu.sh [--dry-run]" >&2; exit 2 ;;
+  --tune) TUNE=1 ;;
+  *) echo "usage: bash bench/run_gpu.sh [--dry-run | --tune]" >&2; exit 2 ;;
 esac
+# Not installed, only on the path: the package then finds its Triton kernels through a link.
+if [ "$DRY" -eq 0 ] && [ ! -e pixeldiff/triton_kernels ]; then
+  ln -s ../triton_kernels pixeldiff/triton_kernels
+fi
 PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-bench/results}"
 mkdir -p "$OUT" || exit 1
@@ -104,6 +111,10 @@ if [ "$DRY" -eq 1 ]; then
   kernels full 240 --device cpu --quick --no-compile --dtype bf16 --limit 40
   decode short 240 --device cpu --config demo --size 64 --new-size 0 --images 2 --steps 1 --compare reference
   decode full 240 --device cpu --config demo --size 128 --images 2 --steps 1 --compare reference,upstream
+elif [ "$TUNE" -eq 1 ]; then
+  stage build 120 bash -c build
+  stage tune 380 "$PYTHON" -m bench tune --seconds 0.4 --sizes 2048,4096 --limit 360 --json "$OUT/tune.json"
+  mkdir -p "$OUT/tables" && cp triton_kernels/*.json "$OUT/tables/"
 else
   stage build 120 bash -c build
   stage tests 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests

@@ -18,7 +18,7 @@ from typing import Any
 from pixeldiff.out_files import written_whole
 
 VERSION = 1
-KINDS = ("ceiling", "kernel", "decode")
+KINDS = ("ceiling", "kernel", "decode", "tile")
 # refused: the implementation says it cannot take the call; failed: it raised; skipped: not tried.
 STATUSES = ("measured", "refused", "failed", "skipped")
 DTYPES = ("fp32", "bf16", "fp16")

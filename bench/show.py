@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -66,6 +67,20 @@ def title(row: Row) -> str:
     return f"{row.name} {row.site} at {row.shape['size']}{scaled}, {row.dtype}"
 
 
+def tiles(rows: list[Row]) -> None:
+    """The tiles of one kernel at one place, the fastest first."""
+    if rows:
+        rows = sorted(rows, key=lambda r: r.timing.median_ms if r.timing else math.inf)
+        _table(title(rows[0]), ("tile", "ms", "range", "GB/s", "TFLOP/s", "of budget"), rows, _tile)
+
+
+def _tile(row: Row) -> tuple[str, ...]:
+    t, r = row.timing, row.rates
+    spread = f"{number(t.min_ms)} to {number(t.max_ms)}"
+    rates = (number(r.gb_s), number(r.tflop_s))
+    return (row.backend, number(t.median_ms), spread, *rates, f"{row.accuracy.of_budget:.2f}")
+
+
 def decodes(rows: list[Row]) -> None:
     if not rows:
         return
@@ -95,7 +110,7 @@ def summary(rows: list[Row]) -> None:
     for i, name in enumerate(("what", "at", "", "backend", "ms", "% ceiling", "x eager", "x comp")):
         table.add_column(name, justify="right" if i > 3 else "left", no_wrap=True)
     for r in rows:
-        if r.timing is None or r.kind == "ceiling":
+        if r.timing is None or r.kind in ("ceiling", "tile"):
             continue
         if r.kind == "kernel" and r.backend in ("eager", "compiled"):
             continue

@@ -1,70 +1,43 @@
-"""Compiling, for a GPU that is not here, exactly the kernels that a launch would run.
-
-`compile_launch(call, target)` runs `call` with Triton's launcher replaced by one that records the
-kernel and its arguments, typed and specialised as Triton would, and compiles what it recorded. The
-tensors are on the meta device, so a call can have its real size:
-
-    args = arguments("swiglu", "meta", torch.bfloat16, GEOMETRY)
-    for kernel in compile_launch(lambda: module.launch(*args), 90): ...
-"""
+"""`bench.aot` for tests: skips where nothing can be compiled; what every kernel must be."""
 
 from __future__ import annotations
 
-import functools
-import re
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-TARGETS = (80, 90, 100, 120)
+from bench import aot
+from bench.aot import TARGETS, Compiled
+from bench.shapes import SYSTEMS
+from pixeldiff.ops.examples import arguments
+
 # Bytes of shared memory one block may take (CUDA C++ Programming Guide, table of capabilities).
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-TENSOR_CORES = r"\b(HMMA|HGMMA|QMMA|QGMMA|UTCHMMA|UTCQMMA|OMMA)\b"
 
-
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel of a launch, compiled. Bytes of `stack` and `spills` are per thread."""
-
-    name: str
-    target: int
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    warps: int
-    ptx: str
-    sass: str
-
-    @property
-    def tensor_cores(self) -> set[str]:
-        """The tensor-core instructions among the machine code."""
-        return set(re.findall(TENSOR_CORES, self.sass))
-
-
-@dataclass(frozen=True)
-class Recorded:
-    kernel: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+__all__ = ["TARGETS", "Compiled", "assert_lean", "compile_launch", "keys", "refusal", "released"]
 
 
 def compile_launch(call: Callable[[], Any], target: int) -> list[Compiled]:
     """The kernels that `call` launches on a device of capability `target` (90 is 9.0), compiled."""
-    return [_compile(r, target) for r in record(call, target)]
+    _skip_without_compiler()
+    return aot.compile_launch(call, target)
 
 
 def keys(call: Callable[[], Any], target: int = 90) -> list[str]:
     """One string for each kernel `call` launches; equal strings are one compilation."""
-    return [str(_specialise(r, target)[1:]) for r in record(call, target)]
+    _skip_without_compiler()
+    return aot.keys(call, target)
+
+
+def _skip_without_compiler() -> None:
+    pytest.importorskip("triton")
+    from pixeldiff.triton_kernels.launching import INTERPRETED
+
+    if INTERPRETED:
+        pytest.skip("Triton is interpreting in this process; it cannot compile")
 
 
 def assert_lean(kernel: Compiled, *, tensor_cores: bool = False) -> None:
@@ -78,114 +51,19 @@ def assert_lean(kernel: Compiled, *, tensor_cores: bool = False) -> None:
         assert kernel.tensor_cores, f"{where} has no tensor-core instruction"
 
 
-def record(call: Callable[[], Any], target: int) -> list[Recorded]:
-    """Run `call` with launches recorded instead of done, its configs chosen for `target`."""
-    pytest.importorskip("triton")
-    from pixeldiff.triton_kernels.launching import INTERPRETED, compiling_for
-
-    if INTERPRETED:
-        pytest.skip("Triton is interpreting in this process; it cannot compile")
-    with _recording() as found, compiling_for(divmod(target, 10)):
-        call()
-    assert found, "nothing was launched"
-    return found
-
-
-@contextmanager
-def _recording() -> Iterator[list[Recorded]]:
-    from triton.runtime import JITFunction
-
-    found: list[Recorded] = []
-
-    def run(self, *args, grid, warmup, **kwargs):
-        found.append(Recorded(self, args, kwargs))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", run)
-        # Triton reads a tensor's address for its alignment; a meta tensor has none, and the
-        # allocator of a real device starts every tensor on 256 bytes.
-        patch.setattr(Tensor, "data_ptr", _address)
-        yield found
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.storage_offset() * tensor.element_size()
-
-
-def _specialise(r: Recorded, target: int) -> tuple[Any, ...]:
-    """(source, signature, constants, attributes, options) of a recorded launch."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    backend = make_backend(GPUTarget("cuda", target, 32))
-    bind = create_function_from_signature(r.kernel.signature, r.kernel.params, backend)
-    bound, specialization, options = bind(*r.args, **r.kwargs)
-    packed = r.kernel._pack_args(backend, r.kwargs, bound, specialization, options)
-    options, signature, constants, attributes = packed
-    source = ASTSource(r.kernel, signature, constants, attributes)
-    return source, r.kernel.__name__, signature, constants, attributes, options
-
-
-def _compile(r: Recorded, target: int) -> Compiled:
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    source, name, *_, options = _specialise(r, target)
-    out = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options.__dict__)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(out.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", cubin)
-        sass = _tool("nvdisasm", "-c", cubin)
-    resources = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return Compiled(
-        name=name,
-        target=target,
-        registers=resources["REG"],
-        stack=resources["STACK"],
-        spills=4 * len(re.findall(r"\bSTL\b", sass)),
-        shared=out.metadata.shared,
-        warps=out.metadata.num_warps,
-        ptx=out.asm["ptx"],
-        sass=sass,
-    )
-
-
-def _tool(name: str, *arguments: Any) -> str:
-    done = subprocess.run(
-        [_tool_path(name), *map(str, arguments)], capture_output=True, text=True, check=True
-    )
-    return done.stdout
-
-
-@functools.cache
-def _tool_path(name: str) -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
-
-
 def released(op: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> tuple[Any, ...]:
-    """Arguments of `op` on the meta device at the released network's shapes, 2048 x 2048.
+    """Arguments of `op` on the meta device at the released PiD's shapes, 2048 x 2048.
 
     `changes` to the geometry: grid=(256, 256) is 4096 x 4096.
     """
-    from dataclasses import replace
-
-    from pixeldiff.ops.examples import Geometry, arguments
-
-    geometry = Geometry(
-        grid=(128, 128), text=300, width=1536, heads=24, head_dim=64, hidden=4096, attn=1152
-    )
-    return arguments(op, "meta", dtype, replace(geometry, **changes))
+    geometry = replace(SYSTEMS["pid"].geometry, **{"grid": (128, 128), **changes})
+    return arguments(op, "meta", dtype, geometry)
 
 
 def refusal(ask: Callable[[], str | None], target: int) -> str | None:
     """What `ask`, a kernel's `why_not`, says on a device of capability `target`."""
-    from pixeldiff.triton_kernels.launching import INTERPRETED, compiling_for
+    _skip_without_compiler()
+    from pixeldiff.triton_kernels.launching import compiling_for
 
-    if INTERPRETED:
-        pytest.skip("Triton is interpreting in this process; it refuses no device")
     with compiling_for(divmod(target, 10)):
         return ask()
