@@ -184,10 +184,7 @@ class PiDDecoder:
         )
         net = net_from(loaded)
         loaded.state_dict.clear()  # the network owns its weights
-        if precision == "fp8":
-            net.quantize_()
-        if device.type == "cuda":
-            net.pack_()
+        ready(net, precision)
         return cls(
             net,
             captions=captions,
@@ -515,6 +512,14 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise ValueError(
             f'precision = "fp8" cannot be used on {device}: {reason}; use precision="bf16"'
         )
+
+
+def ready(net: PiDNet, precision: str) -> PiDNet:
+    """Quantise and lay out the weights, in place, as a decoder of `precision` has them on their
+    device."""
+    if precision == "fp8":
+        net.quantize_()
+    return net.pack_() if net.device.type == "cuda" else net
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:

@@ -28,10 +28,6 @@ class JointAttention(nn.Module):
         self.proj_x = nn.Linear(dim, dim, **factory)
         self.proj_y = nn.Linear(dim, dim, **factory)
 
-    @property
-    def fp8(self) -> bool:
-        return isinstance(self.qkv_x, Fp8Linear)
-
     def joint_qkv(self, x: Tensor | Rows, y: Tensor | Rows, rope: Rope, txt_rope: Rope) -> Tensor:
         """(3, B, T+N, G, d): normalised, rotated, text rows first."""
         qkv, text_qkv = self.qkv_x(x), self.qkv_y(y)
@@ -90,8 +86,11 @@ class MMDiTBlock(nn.Module):
     def _attend(self, x, y, mod_x, mod_y, rotary, *, image_only, trace):
         attn = self.attn
 
-        def normed(name: str, stream: Stream, norm: RMSNorm, mod: Tensor) -> Tensor | Rows:
-            h = stream.norm(norm.weight, scale=mod[:, 1], shift=mod[:, 0], fp8=attn.fp8)
+        def normed(
+            name: str, stream: Stream, norm: RMSNorm, mod: Tensor, reader: nn.Module
+        ) -> Tensor | Rows:
+            fp8 = isinstance(reader, Fp8Linear)
+            h = stream.norm(norm.weight, scale=mod[:, 1], shift=mod[:, 0], fp8=fp8)
             if trace:
                 trace(name, h.multiplied() if isinstance(h, Rows) else h)
             return h
@@ -102,8 +101,8 @@ class MMDiTBlock(nn.Module):
                 trace(name, o)
 
         q, k, v = attn.joint_qkv(
-            normed("x_mod", x, self.norm_x1, mod_x),
-            normed("y_mod", y, self.norm_y1, mod_y),
+            normed("x_mod", x, self.norm_x1, mod_x, attn.qkv_x),
+            normed("y_mod", y, self.norm_y1, mod_y, attn.qkv_y),
             *rotary,
         ).unbind(0)
         rows = y.rows
