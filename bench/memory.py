@@ -1,4 +1,4 @@
-"""Peak memory: the allocator's on a GPU, the resident set of this process on a CPU."""
+"""Peak memory: the allocator's and CUDA graphs' own on a GPU, the resident set on a CPU."""
 
 from __future__ import annotations
 
@@ -36,8 +36,18 @@ class Meter:
     def peak(self) -> int | None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_allocated(self.device) + _graphs_own(self.device)
         return _status("VmHWM")
+
+
+def _graphs_own(device: torch.device) -> int:
+    """Memory that a replay writes to and no tensor holds, which the allocator does not count."""
+    device = torch.device("cuda", device.index or torch.cuda.current_device())
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == device.index and tuple(segment["segment_pool_id"]) != (0, 0)
+    )
 
 
 def _status(key: str) -> int | None:

@@ -69,6 +69,7 @@ SYSTEMS: dict[str, System] = {
             "qk_norm_rope": {"mmdit": {}, "pit": _PIT},
             "joint_attention": {"mmdit": {}, "pit": _PIT},
             "sigma_gate": {"v1": {}, "v1.5": {"gates": 1}},
+            "sigma_gate_norm": {"v1": {}, "v1.5": {"gates": 1}},
         },
     ),
 }

@@ -76,6 +76,18 @@ class Marks:
 
         return timed
 
+    def around(self, run: Callable) -> Callable:
+        """`Graphs.run` with its spans: entered is prepared, what it yields is a step."""
+
+        @contextlib.contextmanager
+        def timed(*args: Any):
+            with contextlib.ExitStack() as stack:
+                with self.span("prepare"):
+                    advance = stack.enter_context(run(*args))
+                yield self.wrap("step", advance)
+
+        return timed
+
     def take(self) -> dict[str, list[float]]:
         """Milliseconds of every span since the last call."""
         spans, self._spans = self._spans, {}
@@ -141,13 +153,15 @@ class Loaded:
         self.steps = spec.steps or self.decoder.sampling.steps
         if compiled:
             net.step = _compiled_step(net)
+        if self.decoder.distilled and not compiled:
+            # Around what the decoder runs, captured or not: its methods are what graphs replay.
+            self.decoder.graphs.run = self.marks.around(self.decoder.graphs.run)
+            self._decode = self._by_decoder
+            return
         net.prepare = self.marks.wrap("prepare", net.prepare)
-        for name in ("step", "student_step"):  # whichever of them the decoder calls
-            if hasattr(net, name):
-                setattr(net, name, self.marks.wrap("step", getattr(net, name)))
-        # A decoder may fuse its sampler's update into the step; the compiled graph is the step.
-        by_step = compiled and self.decoder.distilled
-        self._decode = self._by_step if by_step else self._by_decoder
+        net.step = self.marks.wrap("step", net.step)
+        # A decoder fuses its sampler's update into the step; the compiled graph is the step.
+        self._decode = self._by_step if self.decoder.distilled else self._by_decoder
 
     def _load_upstream(self, compiled: bool) -> None:
         spec, found = self.spec, models.resolve(self.spec.config)

@@ -116,6 +116,13 @@ def _linear_bytes(args: Args) -> int:
     return size(*args) + x.numel() // x.shape[-1] * weight.shape[0] * out_dtype.itemsize
 
 
+def _gate_norm_oracle(args: Args, result: Any) -> Any:
+    # As above, but of the gate.
+    *gate, norm_weight, scale, shift, eps = args
+    norm = OPS["rms_norm_modulate"].reference(result[0], norm_weight, scale, shift, eps)
+    return OPS["sigma_gate"].reference(*gate), norm
+
+
 WORK: dict[str, Work] = {
     "rms_norm": Work(
         bytes=lambda a: 2 * size(a[0]) + size(a[1]),
@@ -181,6 +188,12 @@ WORK: dict[str, Work] = {
         bytes=lambda a: 3 * size(a[0]), flops=lambda a: 5 * a[0].numel(), rule=ONE_ROUNDING
     ),
     "sigma_gate": Work(bytes=lambda a: size(*a) + size(a[0]), flops=_gate_flops, rule=TWICE_EAGER),
+    "sigma_gate_norm": Work(
+        bytes=lambda a: size(*a) + 2 * size(a[0]),
+        flops=lambda a: _gate_flops(a) + 5 * a[0].numel(),
+        rule=TWICE_EAGER,
+        oracle=_gate_norm_oracle,
+    ),
     "pixel_embed": Work(
         bytes=_image_bytes,
         flops=lambda a: (2 * a[1].shape[1] + 2) * a[1].shape[0] * (a[0].numel() // a[0].shape[1]),

@@ -17,6 +17,7 @@ from .rms_norm import rms_norm
 from .rms_norm_modulate import rms_norm_modulate
 from .rms_norm_modulate_fp8 import rms_norm_modulate_fp8
 from .sigma_gate import sigma_gate
+from .sigma_gate_norm import sigma_gate_norm
 from .swiglu import swiglu
 from .swiglu_fp8 import swiglu_fp8
 
@@ -39,6 +40,7 @@ __all__ = [
     "rms_norm_modulate",
     "rms_norm_modulate_fp8",
     "sigma_gate",
+    "sigma_gate_norm",
     "swiglu",
     "swiglu_fp8",
     "unpatchify",

@@ -24,7 +24,7 @@ class Geometry:
         width: D, channels of a token.
         heads, head_dim: of the attention.
         hidden: F, width of the gated feed-forward.
-        gates: K of `sigma_gate`, D or 1; None is D.
+        gates: K of `sigma_gate` and `sigma_gate_norm`, D or 1; None is D.
         patch, pixel: P pixels a side of a patch, p channels of a pixel.
         attn: A, width of the attention over compressed patches.
     """
@@ -184,6 +184,10 @@ _ARGUMENTS: dict[str, Callable[[Draw, Geometry], tuple[Any, ...]]] = {
     "quantize_rows": lambda t, g: (_rows(t, g),),
     "fp8_linear": _fp8_linear,
     "sigma_gate": _sigma_gate,
+    "sigma_gate_norm": lambda t, g: (
+        *(*_sigma_gate(t, g), t(g.width)),
+        *(t(1, g.width), t(1, g.width), 1e-6),
+    ),
     "pixel_embed": _pixel_embed,
     "pixel_adaln_compress": _pixel_compress,
     "pixel_adaln_mlp": _pixel_mlp,

@@ -76,14 +76,21 @@ def rms_norm_modulate(
 
 
 def check_modulation(
-    op: str, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor | None
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    *,
+    weight_name: str = "weight",
 ) -> None:
-    check_float(op, x=x, weight=weight, scale=scale, shift=shift)
+    vectors = {weight_name: weight, "scale": scale, "shift": shift}
+    check_float(op, x=x, **vectors)
     check_rank(op, "x", x, "(B, N, D)")
     b, _, d = x.shape
-    check_shape(op, "weight", weight, "(D,)", (d,))
+    check_shape(op, weight_name, weight, "(D,)", (d,))
     check_shape(op, "scale", scale, "(B, D)", (b, d))
     if shift is not None:
         check_shape(op, "shift", shift, "(B, D)", (b, d))
-    check_last_contiguous(op, x=x, weight=weight, scale=scale, shift=shift)
-    check_device(op, x, weight=weight, scale=scale, shift=shift)
+    check_last_contiguous(op, x=x, **vectors)
+    check_device(op, x, **vectors)

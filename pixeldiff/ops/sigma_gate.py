@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .checks import check_float, check_rank, check_shape
+from .checks import check_device, check_float, check_rank, check_shape
 from .registry import Backend, define, upcast
 
-BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.sigma_gate"),)
+BACKENDS = (
+    Backend("triton", "pixeldiff.triton_kernels.sigma_gate"),
+    Backend("cpu", "pixeldiff.ops.cpu.sigma_gate"),
+)
 
 
 def reference(x: Tensor, feature: Tensor, weight: Tensor, lq_logit: Tensor) -> Tensor:
@@ -50,14 +53,19 @@ def sigma_gate(x: Tensor, feature: Tensor, weight: Tensor, lq_logit: Tensor) -> 
         (B, N, D), contiguous, dtype of x.
 
     Raises:
-        ValueError: shape. TypeError: dtype.
+        ValueError: shape or device. TypeError: dtype. NotImplementedError: a forced backend
+        cannot run; says why.
 
-    Backends: cpu (fp32, bf16, fp16; feature of the dtype of x, lq_logit of it or fp32; last axes
-    contiguous), reference. Gradients: through the reference.
+    Backends: triton, cpu (both fp32, bf16, fp16, last axes contiguous; on cpu feature of the dtype
+    of x, lq_logit of it or fp32), reference. Gradients: through the reference.
     Cost: K = D: 2*B*N*D*D FLOPs; K = 1: 3*B*N*D*sizeof(x) bytes, bandwidth-bound.
     Source: PiD (arXiv 2605.23902), sigma-aware adapter.
     """
-    op = "sigma_gate"
+    check_gate("sigma_gate", x, feature, weight, lq_logit)
+    return _op(x, feature, weight, lq_logit)
+
+
+def check_gate(op: str, x: Tensor, feature: Tensor, weight: Tensor, lq_logit: Tensor) -> None:
     check_float(op, x=x, feature=feature, weight=weight, lq_logit=lq_logit)
     check_rank(op, "x", x, "(B, N, D)")
     b, n, d = x.shape
@@ -71,4 +79,4 @@ def sigma_gate(x: Tensor, feature: Tensor, weight: Tensor, lq_logit: Tensor) -> 
     check_shape(op, "weight", weight, "(K, D)", (k, d))
     check_shape(op, "feature", feature, "(B, N, D)", (b, n, d))
     check_shape(op, "lq_logit", lq_logit, "(B, N, K)", (b, n, k))
-    return _op(x, feature, weight, lq_logit)
+    check_device(op, x, feature=feature, weight=weight, lq_logit=lq_logit)

@@ -33,6 +33,26 @@ BACKENDS = [
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _round_to_nearest_bf16() -> None:
+    """Triton's interpreter cuts fp32 down to bf16 (and a NaN at times to infinity), up to a whole
+    spacing away; every GPU rounds to nearest even, and so does the interpreter after this."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cut = interpreter._convert_float
+
+    def convert(values, source, target, rounding_mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return cut(values, source, target, rounding_mode)
+        return torch.tensor(values).bfloat16().view(torch.uint16).numpy()
+
+    interpreter._convert_float = convert
+
+
+if INTERPRETER:
+    _round_to_nearest_bf16()
+
+
 def one_rounding(y: Tensor, oracle: Tensor) -> float:
     """Worst |y - oracle| over its bound, for fp32 arithmetic that rounds once: at most 1 passes."""
     assert y.shape == oracle.shape

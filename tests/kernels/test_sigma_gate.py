@@ -1,9 +1,13 @@
 """sigma_gate against fp64: y = x + sigmoid(x W^T + lq_logit) * feature."""
 
+from importlib import import_module
+
+import aot
+import harness
 import numpy as np
 import pytest
 import torch
-from harness import NAMES, launcher
+from harness import NAMES, check_not_finite_like, launcher, one_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rules import (
@@ -138,6 +142,8 @@ def test_errors():
         sigma_gate(x, feature, weight.bfloat16(), logit)
     with pytest.raises(TypeError, match=r"^sigma_gate: lq_logit must be .* got torch.int64$"):
         sigma_gate(x, feature, weight, logit.long())
+    with pytest.raises(ValueError, match=r"^sigma_gate: feature must be on cpu, got meta$"):
+        sigma_gate(x, feature.to("meta"), weight, logit)
 
 
 # --- the CPU kernels, every instruction set -------------------------------------------------------
@@ -327,3 +333,246 @@ def test_forced_cpu_refuses():
         ):
             sigma_gate(*args)
         assert sigma_gate(*args).shape == x.shape
+
+
+# --- the Triton kernels: in the interpreter, on a GPU, and compiled without one -------------------
+
+triton_backends = pytest.mark.parametrize(
+    "backend", ["triton", pytest.param("triton-gpu", marks=pytest.mark.gpu)]
+)
+# Prime sizes; rows and channels just past a tile; a tail of every tile along the sum; size 1.
+ODD = [(2, 5, 7), (1, 131, 200), (3, 3, 67), (2, 129, 64), (1, 1, 1)]
+
+
+def on(device, args, strided=False, wide_logit=False):
+    """The arguments on a device; strided: rows that are not adjacent, W a column slice, batch and
+    token axes swapped in x."""
+    x, feature, weight, logit = args
+    if wide_logit:
+        logit = logit.float() / 3
+    if strided:
+        x = at_odd_stride(x.transpose(0, 1)).transpose(0, 1)
+        feature, weight, logit = (at_odd_stride(t) for t in (feature, weight, logit))
+    return tuple(t.to(device) for t in (x, feature, weight, logit))
+
+
+def check_triton(launch, args):
+    x, feature, weight, logit = (t.double() for t in args)
+    want = x + torch.sigmoid(x @ weight.T + logit) * feature
+    y = launch(*args)
+    assert y.dtype == args[0].dtype
+    assert y.is_contiguous()
+    if args[2].shape[0] == 1:
+        assert one_rounding(y, want) <= 1
+    assert_within_twice_eager(y.cpu(), eager(*args).to(y.dtype).cpu(), want.cpu().numpy())
+
+
+@triton_backends
+@each_kind
+@each_dtype
+@pytest.mark.parametrize("shape", ODD, ids=str)
+def test_triton_odd_shapes(shape, dtype, per_channel, backend):
+    launch, device = launcher("sigma_gate", backend)
+    for std in (1.0, 1e-3):
+        args = arguments(dtype, shape, shape[-1] if per_channel else 1, std)
+        check_triton(launch, on(device, args))
+        check_triton(launch, on(device, args, strided=True, wide_logit=True))
+
+
+@triton_backends
+@each_kind
+@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (2, 3, 0)], ids=str)
+def test_triton_empty(shape, per_channel, backend):
+    launch, device = launcher("sigma_gate", backend)
+    k = shape[-1] if per_channel else 1
+    shapes = (shape, shape, (k, shape[-1]), (*shape[:2], k))
+    assert launch(*(torch.empty(s, device=device) for s in shapes)).shape == shape
+
+
+@triton_backends
+@pytest.mark.parametrize(("group", "pieces"), [(1, 4), (3, 2), (8, 1)])
+def test_triton_every_tile_is_written_once(group, pieces, backend):
+    """4 row tiles of an image in groups of less, more and as many; 3 column tiles."""
+    launch, device = launcher("sigma_gate", backend)
+    config = import_module("pixeldiff.triton_kernels.sigma_gate").Config
+    tile = config(16, 32, 16, group=group, pieces=pieces, num_warps=4, num_stages=2)
+    args = on(device, arguments(torch.bfloat16, (2, 51, 68), 68))
+    check_triton(lambda *args: launch(*args, config=tile), args)
+
+
+@triton_backends
+@pytest.mark.parametrize("k", [1, 136])
+def test_triton_every_candidate(k, backend):
+    """What tuning may choose, and what another device's heuristic chooses, is right too."""
+    launch, device = launcher("sigma_gate", backend)
+    module = import_module("pixeldiff.triton_kernels.sigma_gate")
+    args = on(device, arguments(torch.bfloat16, (1, 130, 136), k))
+    devices = [(8, 0), (9, 0), (12, 0)] if backend == "triton" else []
+    tiles = module.candidates(*args) + [module.heuristic(c, *args) for c in devices]
+    for tile in dict.fromkeys(tiles):
+        check_triton(lambda *args, tile=tile: launch(*args, config=tile), args)
+
+
+@triton_backends
+@each_kind
+@each_dtype
+def test_triton_not_finite(dtype, per_channel, backend):
+    launch, device = launcher("sigma_gate", backend)
+    clean = arguments(dtype, (2, 3, 37), 37 if per_channel else 1)
+    for which in (0, 1, 3):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            args = [t.clone() for t in clean]
+            args[which][1, 2, -1] = value
+            with pixeldiff.backend("reference"):
+                want = sigma_gate(*args)
+            y = launch(*on(device, args)).cpu()
+            if want.isfinite().all():  # a gate of exactly 0 or 1
+                torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
+            else:
+                check_not_finite_like(y, want)
+
+
+@triton_backends
+@each_kind
+def test_triton_repeats_and_leaves_its_arguments(per_channel, backend):
+    launch, device = launcher("sigma_gate", backend)
+    check_repeatable(
+        launch, *on(device, arguments(torch.bfloat16, (2, 9, 72), 72 if per_channel else 1))
+    )
+
+
+@triton_backends
+@each_kind
+def test_triton_offsets_past_two_to_the_31(per_channel, backend):
+    """Images, and where one logit a token allows it rows, that lie 2^31 values apart."""
+    launch, device = launcher("sigma_gate", backend)
+    clean = on(device, arguments(torch.bfloat16, (2, 3, 40), 40 if per_channel else 1))
+    far = torch.empty(2**31 + 2**11, dtype=torch.bfloat16, device=device)
+    x = far.as_strided(clean[0].shape, (2**31 + 72, 48, 1))
+    feature = far[400:].as_strided(clean[1].shape, (2**31 + 72, 48, 1))
+    x.copy_(clean[0])
+    feature.copy_(clean[1])
+    assert_bitwise(launch(x, feature, *clean[2:]), launch(*clean))
+    if not per_channel:
+        rows = far.as_strided((1, 2, 40), (0, 2**31, 1))
+        rows.copy_(clean[0][:1, :2])
+        here = (rows.contiguous(), clean[1][:1, :2], clean[2], clean[3][:1, :2])
+        assert_bitwise(launch(rows, *here[1:]), launch(*here))
+
+
+@pytest.mark.gpu
+@each_kind
+def test_triton_gpu_results_past_two_to_the_31(per_channel):
+    """y and x of 2.15 G values: the last rows are those of a small call."""
+    launch, device = launcher("sigma_gate", "triton-gpu")
+    rows, d = 1_400_003, 1536
+    x = torch.zeros(1, rows, d, dtype=torch.bfloat16, device=device)
+    (*small,) = on(device, arguments(torch.bfloat16, (1, 5, d), d if per_channel else 1))
+    x[:, -5:] = small[0]
+    feature = small[1][:, :1].expand(1, rows, d)
+    logit = small[3][:, :1].expand(1, rows, -1)
+    want = launch(small[0], feature[:, :5], small[2], logit[:, :5])
+    assert_bitwise(launch(x, feature, small[2], logit)[:, -5:], want)
+
+
+@pytest.mark.gpu
+@each_kind
+@each_dtype
+@pytest.mark.parametrize("tokens", [16384, 4096, 65536, 1517])
+def test_triton_gpu_production(tokens, dtype, per_channel):
+    """The released width at 2048, 1024, 4096 and an odd size; W a column slice of the linear."""
+    launch, device = launcher("sigma_gate", "triton-gpu")
+    x, feature, _, logit = arguments(dtype, (1, tokens, 1536), 1536 if per_channel else 1)
+    weight = Draw(dtype, seed=2)(logit.shape[-1], 2 * 1536, std=1536**-0.5)[:, :1536]
+    check_triton(launch, (x.to(device), feature.to(device), weight.to(device), logit.to(device)))
+
+
+@pytest.mark.gpu
+@each_kind
+def test_triton_gpu_in_a_captured_graph(per_channel):
+    launch, device = launcher("sigma_gate", "triton-gpu")
+    args = on(device, arguments(torch.bfloat16, (1, 300, 1536), 1536 if per_channel else 1))
+    want = launch(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = launch(*args)
+    graph.replay()
+    assert_bitwise(y, want)
+
+
+def test_triton_refuses():
+    module = pytest.importorskip("pixeldiff.triton_kernels.sigma_gate")
+    x, feature, weight, logit = arguments(torch.float32, (2, 3, 8), 8)
+    assert module.why_not(x.double(), feature, weight, logit) == (
+        "takes float32, bfloat16, float16, got torch.float64"
+    )
+    assert "needs a contiguous last axis" in module.why_not(
+        x, feature.mT.contiguous().mT, weight, logit
+    )
+    far = torch.empty_strided(x.shape, (1, module.MAX_STRIDE, 1), device="meta")
+    assert module.why_not(far, feature, weight, logit) == (
+        "needs less than 8388608 elements from a row to the next"
+    )
+    wide = torch.empty(1, 1, module.MAX_D + 1, device="meta")
+    assert module.why_not(wide, wide, wide[0], wide[..., :1]) == (
+        "takes at most 8192 channels with one logit a token, got 8193"
+    )
+
+
+def test_triton_in_interpreter():
+    harness.run_in_interpreter(__file__)
+
+
+# Bytes of shared memory of a multiprocessor; each program takes 1 KB beside its own.
+MULTIPROCESSOR = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_triton_product_compiles_ahead_of_time(target):
+    module = pytest.importorskip("pixeldiff.triton_kernels.sigma_gate")
+    for dtype, logit_dtype in (
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+    ):
+        *args, logit = aot.released("sigma_gate", dtype)
+        args = (*args, logit.to(logit_dtype))
+        (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
+        low = dtype != torch.float32
+        aot.assert_lean(kernel, tensor_cores=low)
+        assert "cp.async.cg.shared.global" in kernel.ptx  # of 16 bytes
+        assert "st.global.v4.b32" in kernel.ptx
+        if dtype == torch.bfloat16:
+            assert 2 * kernel.registers * kernel.warps * 32 <= 65536, "two programs do not fit"
+            assert 2 * (kernel.shared + 1024) <= MULTIPROCESSOR[target], "two programs do not fit"
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_triton_dot_compiles_ahead_of_time(target):
+    module = pytest.importorskip("pixeldiff.triton_kernels.sigma_gate")
+    for dtype, width in (
+        (torch.bfloat16, 1536),
+        (torch.float32, 1536),
+        (torch.bfloat16, module.MAX_D),
+        (torch.float32, module.MAX_D),
+    ):
+        args = aot.released("sigma_gate", dtype, gates=1, width=width)
+        (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
+        aot.assert_lean(kernel)
+        assert "ld.global.v4.b32" in kernel.ptx
+        assert "st.global.v4.b32" in kernel.ptx
+
+
+@pytest.mark.parametrize("gates", [None, 1])
+def test_triton_compiles_once_for_all_sizes(gates):
+    module = pytest.importorskip("pixeldiff.triton_kernels.sigma_gate")
+    grids = ((128, 128), (256, 256), (37, 41), (1, 1))
+    keys = [
+        key
+        for grid in grids
+        for key in aot.keys(
+            lambda grid=grid: module.launch(*aot.released("sigma_gate", grid=grid, gates=gates))
+        )
+    ]
+    assert len(keys) == len(grids)
+    assert len(set(keys)) == 1

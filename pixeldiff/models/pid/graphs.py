@@ -44,6 +44,7 @@ class Student:
     prediction_type: str
     state_dtype: torch.dtype
     want_x0: bool
+    keep_features: bool = True
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,14 +55,21 @@ class Student:
         """What two decodes share that differ in the values of their inputs and noise alone."""
         shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in self.inputs)
         sampler = (self.sample_type, self.prediction_type, self.state_dtype, self.want_x0)
-        return (shapes, self.size, self.times, sampler)
+        return (shapes, self.size, self.times, sampler, self.keep_features)
 
     def on(self, net: PiDNet) -> Advance:
         """The steps, kernel by kernel."""
         return partial(net.student_step, self.prepare(net, *self.inputs), **self.options)
 
     def prepare(self, net: PiDNet, latent: Tensor, caption: Tensor, sigma: Tensor):
-        return net.prepare(latent, caption, sigma, size=self.size, tables=self.tables)
+        return net.prepare(
+            latent,
+            caption,
+            sigma,
+            size=self.size,
+            tables=self.tables,
+            keep_features=self.keep_features,
+        )
 
     def draws(self, t_next: float) -> bool:
         """Whether the step to t_next takes noise."""

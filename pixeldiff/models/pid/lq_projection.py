@@ -115,13 +115,19 @@ class LQProjection(nn.Module):
         """[B, Q, h, w], the output of the conv stack."""
         return self.latent_proj(self.align(latent, grid))
 
+    def tokens(self, features: Tensor) -> Tensor:
+        """[B, Q, h, w] -> [B, N, Q], what every head reads."""
+        return features.flatten(2).transpose(1, 2).contiguous()
+
+    def head(self, index: int, tokens: Tensor) -> Tensor:
+        """[B, N, D], the feature of one injection point; PiT's comes last, if there is one."""
+        patch_stream = index < len(self.output_heads)
+        return (self.output_heads[index] if patch_stream else self.pit_head)(tokens)
+
     def heads(self, features: Tensor) -> list[Tensor]:
-        """One [B, N, D] tensor an injection point; the PiT feature last, when there is one."""
-        tokens = features.flatten(2).transpose(1, 2)
-        heads = [head(tokens) for head in self.output_heads]
-        if self.config.pit_lq_inject:
-            heads.append(self.pit_head(tokens))
-        return heads
+        """The features of all injection points."""
+        tokens, count = self.tokens(features), len(self.output_heads) + self.config.pit_lq_inject
+        return [self.head(index, tokens) for index in range(count)]
 
     def predict_lq_rgb(self, latent: Tensor, grid: tuple[int, int]) -> Tensor:
         """The training-only RGB head: [B, 3, H/sr_scale, W/sr_scale].

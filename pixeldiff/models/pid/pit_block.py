@@ -20,11 +20,9 @@ class RotaryAttention(nn.Module):
         self.k_norm = RMSNorm(dim // heads, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
 
-    def forward(self, a: Tensor, rope: Rope) -> Tensor:
-        """(B, N, A) -> (B, N, A)."""
-        qkv = ops.qk_norm_rope(
-            self.qkv(a), self.q_norm.weight, self.k_norm.weight, rope, heads=self.heads
-        )
+    def attend(self, qkv: Tensor, rope: Rope) -> Tensor:
+        """(B, N, 3A), the projection of the tokens, -> (B, N, A)."""
+        qkv = ops.qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, rope, heads=self.heads)
         o = ops.joint_attention(*qkv.unbind(0)).flatten(2)
         del qkv
         return self.proj(o)
@@ -60,18 +58,9 @@ class PiTBlock(nn.Module):
     ) -> Tensor:
         """q (B*N, P*P, p), u (B*N, D) -> q."""
         ada = self.adaLN_modulation[0]
-        a = ops.pixel_adaln_compress(
-            q,
-            u,
-            ada.weight,
-            ada.bias,
-            self.norm1.weight,
-            self.compress_to_attn.weight,
-            self.compress_to_attn.bias,
-        ).unflatten(0, (batch, -1))
-        o = self.attn(a, rope)
+        # Nothing here is named that attention only passes through: it would last to its end.
+        o = self.attn.attend(self._qkv(q, u, batch, trace), rope)
         if trace:
-            trace("compressed", a.flatten(0, 1))
             trace("attn", o)
         return ops.pixel_adaln_mlp(
             q,
@@ -83,3 +72,19 @@ class PiTBlock(nn.Module):
             (self.mlp.fc1.weight, self.mlp.fc1.bias),
             (self.mlp.fc2.weight, self.mlp.fc2.bias),
         )
+
+    def _qkv(self, q: Tensor, u: Tensor, batch: int, trace: Trace | None) -> Tensor:
+        """(B, N, 3A): one attention token of each patch, projected."""
+        ada = self.adaLN_modulation[0]
+        a = ops.pixel_adaln_compress(
+            q,
+            u,
+            ada.weight,
+            ada.bias,
+            self.norm1.weight,
+            self.compress_to_attn.weight,
+            self.compress_to_attn.bias,
+        )
+        if trace:
+            trace("compressed", a)
+        return self.attn.qkv(a.unflatten(0, (batch, -1)))

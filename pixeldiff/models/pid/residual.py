@@ -41,16 +41,23 @@ class Stream:
         `fp8` quantises it on its way to an `Fp8Linear`.
         """
         modulation = (weight, scale, shift)
-        if self._branch is None:
-            x = self.x
-            if fp8:
-                return Rows(*ops.rms_norm_modulate_fp8(x, *modulation), x.dtype)
-            return ops.rms_norm_modulate(x, *modulation)
         if fp8:
-            self.x, *rows = ops.gated_residual_norm_fp8(self._x, *self._branch, *modulation)
-            return Rows(*rows, self._x.dtype)
-        self.x, h = ops.gated_residual_norm(self._x, *self._branch, *modulation)
+            return self._norm_fp8(*modulation)
+        if self._branch is not None:
+            self.x, h = ops.gated_residual_norm(self._x, *self._branch, *modulation)
+        elif self._gate is not None:
+            self.x, h = ops.sigma_gate_norm(self._x, *self._gate, *modulation)
+        else:
+            h = ops.rms_norm_modulate(self._x, *modulation)
         return h
+
+    def _norm_fp8(self, *modulation: Tensor) -> Rows:
+        if self._branch is not None:
+            self.x, *rows = ops.gated_residual_norm_fp8(self._x, *self._branch, *modulation)
+        else:
+            self._settle()
+            rows = ops.rms_norm_modulate_fp8(self._x, *modulation)
+        return Rows(*rows, self._x.dtype)
 
     @property
     def rows(self) -> int:

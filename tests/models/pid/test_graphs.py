@@ -95,6 +95,16 @@ def test_gates_with_a_logit_for_each_channel():
     assert len(pair.tape.decodes) == 1
 
 
+def test_features_made_anew():
+    pair = Pair(tiny_net(), low_memory=True)
+    images = [pair.check(seed) for seed in range(3)]
+    assert len(pair.tape.decodes) == 1
+    pair.captures.low_memory = False
+    for seed in range(3):
+        assert torch.equal(pair.check(seed), images[seed])
+    assert len(pair.tape.decodes) == 2
+
+
 def test_bf16():
     pair = Pair(tiny_net(dtype=torch.bfloat16))
     three_times(pair.check)
@@ -129,6 +139,7 @@ def test_generators_are_drawn_from_as_without(pair, each):
     assert pair.tape.replays == 3 * 5
 
 
+@pytest.mark.filterwarnings("ignore::pixeldiff.errors.UntrainedSizeWarning")
 def test_other_captions_and_latents_of_other_length_and_type_are_other_kinds(pair):
     kinds = [
         {},
@@ -136,6 +147,7 @@ def test_other_captions_and_latents_of_other_length_and_type_are_other_kinds(pai
         {"latent": tiny_latent().bfloat16()},
         {"latent": tiny_latent(1, 2, 3)},
         {"latent": tiny_latent(2)},
+        {"size": (80, 64)},
         {"steps": 2},
         {"sample_type": "ode"},
         {"state_dtype": "fp32"},

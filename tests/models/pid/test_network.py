@@ -133,6 +133,22 @@ def test_student_step_is_step_and_update(config, dtype, sample_type):
 
 
 @each_config
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_made_anew_are_those_kept(config, dtype):
+    net, kw = network(config, dtype=dtype), inputs()
+    given = (kw["lq_latent"], kw["y"], kw["degrade_sigma"])
+    kept = net.prepare(*given, size=(16, 32))
+    lean = net.prepare(*given, size=(16, 32), keep_features=False)
+    assert not lean.features
+    assert not lean.logits
+    v = net.step(kw["x"], kw["t"], kept)
+    assert torch.equal(net.step(kw["x"], kw["t"], lean), v)
+    assert torch.equal(net.step(kw["x"], kw["t"], net.recaption(lean, kw["y"])), v)
+    none = net.prepare(None, kw["y"], size=(16, 32), keep_features=False)
+    assert torch.equal(net.step(kw["x"], kw["t"], none), net(kw["x"], kw["t"], kw["y"]))
+
+
+@each_config
 def test_recaption(config):
     net, kw, other = network(config), inputs(), inputs(seed=7)["y"][:, :4]
     rest = {"lq_latent": kw["lq_latent"], "degrade_sigma": kw["degrade_sigma"]}

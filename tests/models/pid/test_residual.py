@@ -94,12 +94,18 @@ def test_norms_that_add_are_the_network(config, batch, monkeypatch):
     want, calls = net(**kw), []
     monkeypatch.setattr(layers, "ADD_EACH_PIECE", ())
     monkeypatch.setitem(layers.FEED_FORWARD_PIECE, "cpu", 3)
-    fused = ops.gated_residual_norm
-    monkeypatch.setattr(ops, "gated_residual_norm", lambda *a: calls.append(a) or fused(*a))
+    for name in ("gated_residual_norm", "sigma_gate_norm", "rms_norm_modulate", "sigma_gate"):
+        fused = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda *a, name=name, fused=fused: calls.append(name) or fused(*a)
+        )
     torch.testing.assert_close(net(**kw), want, rtol=1e-10, atol=1e-10)
     # 5 after attention (the last block's text stream ends), and before blocks 1 and 2 the text's
     # feed-forward; the image's before block 1 alone, as a gate of the latent stands before 2.
-    assert len(calls) == 5 + 2 + 1
+    assert calls.count("gated_residual_norm") == 5 + 2 + 1
+    assert calls.count("sigma_gate_norm") == 2  # before blocks 0 and 2
+    assert calls.count("rms_norm_modulate") == 1  # the text's first
+    assert calls.count("sigma_gate") == config.pit_lq_inject
     traced = net(**kw, trace=lambda name, value: None)
     torch.testing.assert_close(traced, want, rtol=1e-10, atol=1e-10)
 
@@ -178,7 +184,7 @@ def test_packed_weights_are_changed_saved_and_loaded_as_any(tmp_path):
     assert not torch.allclose(net(**kw), want, atol=1e-3)
 
 
-@pytest.mark.parametrize("change", ["to", "deepcopy", "assign", "data"])
+@pytest.mark.parametrize("change", ["to", "deepcopy", "assign", "data", "another half"])
 def test_what_moves_weights_ends_the_packing(change):
     net, kw = network(CONFIGS["v1"]), inputs()
     want = net(**kw)
@@ -193,7 +199,9 @@ def test_what_moves_weights_ends_the_packing(change):
     else:
         for module in net.modules():
             if isinstance(module, layers.SwiGLU):
-                module.w3.weight.data = module.w3.weight.data.clone()
+                w3 = module.w3.weight
+                half = torch.cat((w3, w3)).chunk(2)[1]  # begins where a packed one does
+                w3.data = w3.data.clone() if change == "data" else half
     assert is_packed(net) == {False}
     torch.testing.assert_close(net(**kw), want, rtol=1e-5, atol=1e-5)
     assert is_packed(net.pack_()) == {True}
