@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_networks import CONFIGS, inputs, network
 
+import pixeldiff
+from bench import models
 from pixeldiff import ops
 from pixeldiff.models import fp8
 from pixeldiff.models.fp8 import Fp8Linear
@@ -236,3 +238,63 @@ def test_never_a_second_copy_of_the_weights(monkeypatch):
     monkeypatch.setattr(Fp8Linear, "of", classmethod(record))
     net.quantize_()
     assert order == list(range(len(names(net))))
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+on_gpu = pytest.mark.gpu
+
+
+def gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    device = torch.device("cuda")
+    if fp8.why_not(device) is not None:
+        pytest.skip(fp8.why_not(device))
+    return device
+
+
+@on_gpu
+def test_fused_network_is_near_the_reference():
+    device = gpu()
+    net = models.decoder("demo", device, "fp8").net
+    kw = {
+        "x": torch.randn(2, 3, 128, 128, device=device),
+        "t": torch.tensor([866.0, 342.0], device=device),
+        "y": torch.randn(2, net.config.txt_max_length, net.config.txt_embed_dim, device=device),
+        "lq_latent": torch.randn(2, 16, 4, 4, device=device),
+    }
+    got = net(**kw)
+    with pixeldiff.backend("reference"):
+        want = net(**kw)
+    assert relative(got, want) < 0.02
+
+
+@on_gpu
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_demo_decode_on_a_gpu_is_near_that_in_fp32(cuda_graphs):
+    """Beside the fp32 decode from the same noise; captured decodes are the first one again."""
+    device = gpu()
+    noise = {"seed": 0, "caption": "a red circle", "output": "pt"}
+    exact = PiDDecoder.from_pretrained("demo", device=device, precision="fp32")
+    want = exact.decode(latent(0, 8), **noise).images.cpu()
+    decoder = PiDDecoder.from_pretrained(
+        "demo", device=device, precision="fp8", cuda_graphs=cuda_graphs
+    )
+    first, *others = (decoder.decode(latent(0, 8), **noise).images.cpu() for _ in range(3))
+    assert psnr(first, want) > 50
+    assert all(torch.equal(first, image) for image in others)
+
+
+@on_gpu
+def test_released_weights_in_memory():
+    """flux-2k: 1.36 billion parameters, of which 0.80 are quantised, in the text's stream too."""
+    device = gpu()
+    sizes = {}
+    for precision in ("bf16", "fp8"):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
+        decoder = models.decoder("flux-2k", device, precision)
+        sizes[precision] = torch.cuda.memory_allocated(device) - before
+        del decoder
+    assert sizes["bf16"] - sizes["fp8"] > 0.78e9
