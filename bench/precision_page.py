@@ -47,6 +47,9 @@ PSNR (dB, higher is better) against the decode in fp32, mean of four pictures, w
 layers in fp8. The last row has the results of all of them set to zero: what they do for the picture
 altogether.
 """
+SHARE = """Root mean square, what fp8 adds to the error of bf16 is about {share:.0f} % of what these
+layers do for the picture.
+"""
 PICTURES = """## Pictures
 
 Decodes of held-out pictures with the same seed: PSNR against the original, and of the decodes in
@@ -65,9 +68,20 @@ def page(report: Report, source: Path | None) -> str:
     lines += [RELEASED.format(tokens=256, text=32), *_errors("layer", report.released)]
     parts = {"none (bf16)": report.bf16, **report.parts, "results set to zero": report.without}
     lines += [PARTS, *_table(("in fp8", "dB"), [(part, f"{db:.1f}") for part, db in parts.items()])]
+    lines += [SHARE.format(share=100 * _share(report))]
     lines += [PICTURES, *_pictures(report.pictures)]
     lines += ["## Weights\n", _weights(report.weights)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _share(report: Report) -> float:
+    """The error that fp8 adds to that of bf16, over the effect of the layers it is in."""
+
+    def power(db: float) -> float:
+        return 10 ** (-db / 10)
+
+    added = max(0.0, power(report.parts["all"]) - power(report.bf16))
+    return (added / power(report.without)) ** 0.5
 
 
 def _by_kind(layers: Sequence[Error]) -> list[Error]:
