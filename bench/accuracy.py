@@ -55,10 +55,15 @@ class Judge:
             error=max(e.relative for e in errors),
             eager_error=max(e.relative for e in self._eager),
             of_budget=max(
-                of_budget(self.work.rule, e, base)
-                for e, base in zip(errors, self._eager, strict=True)
+                of_budget(rule, e, base)
+                for rule, e, base in zip(self._rules(errors), errors, self._eager, strict=True)
             ),
         )
+
+    def _rules(self, errors: list[Error]) -> list[str]:
+        if self.work.rule != HALF_SPACING:
+            return [self.work.rule] * len(errors)
+        return [self.work.rest] * (len(errors) - 1) + [HALF_SPACING]
 
     def _errors(self, results: tuple[Tensor, ...]) -> list[Error]:
         oracle = self._oracle

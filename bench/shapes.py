@@ -70,6 +70,7 @@ SYSTEMS: dict[str, System] = {
             "joint_attention": {"mmdit": {}, "pit": _PIT},
             "sigma_gate": {"v1": {}, "v1.5": {"gates": 1}},
             "sigma_gate_norm": {"v1": {}, "v1.5": {"gates": 1}},
+            "sigma_gate_norm_fp8": {"v1": {}, "v1.5": {"gates": 1}},
         },
     ),
 }

@@ -27,7 +27,7 @@ class Work:
         bytes, flops: of a call, from its arguments in schema order.
         rule: which of the error rules of tests/kernels/rules.py holds for it. By HALF_SPACING the
             last two results are e4m3 values and the scales of their rows (e4m3_rules.py), judged
-            multiplied out, and the others by ONE_ROUNDING.
+            multiplied out; by which rule the others are, `rest` says.
         token_axes: argument -> its axis of independent rows, `out_axis` the result's. Where given,
             the fp64 oracle is evaluated for a selection of rows: all of them would not fit.
         oracle: (fp64 arguments, fp64 result) -> what the result should be; default: the op's
@@ -42,6 +42,7 @@ class Work:
     out_axis: int = 0
     oracle: Callable[[Args, Any], Any] | None = None
     speed: float = 1.0
+    rest: str = ONE_ROUNDING
 
 
 def size(*values: Any) -> int:
@@ -192,6 +193,13 @@ WORK: dict[str, Work] = {
         bytes=lambda a: size(*a) + 2 * size(a[0]),
         flops=lambda a: _gate_flops(a) + 5 * a[0].numel(),
         rule=TWICE_EAGER,
+        oracle=_gate_norm_oracle,
+    ),
+    "sigma_gate_norm_fp8": Work(
+        bytes=lambda a: size(*a) + size(a[0]) + _row_bytes(a[0]),
+        flops=lambda a: _gate_flops(a) + 7 * a[0].numel(),
+        rule=HALF_SPACING,
+        rest=TWICE_EAGER,
         oracle=_gate_norm_oracle,
     ),
     "pixel_embed": Work(

@@ -18,6 +18,7 @@ from .rms_norm_modulate import rms_norm_modulate
 from .rms_norm_modulate_fp8 import rms_norm_modulate_fp8
 from .sigma_gate import sigma_gate
 from .sigma_gate_norm import sigma_gate_norm
+from .sigma_gate_norm_fp8 import sigma_gate_norm_fp8
 from .swiglu import swiglu
 from .swiglu_fp8 import swiglu_fp8
 
@@ -41,6 +42,7 @@ __all__ = [
     "rms_norm_modulate_fp8",
     "sigma_gate",
     "sigma_gate_norm",
+    "sigma_gate_norm_fp8",
     "swiglu",
     "swiglu_fp8",
     "unpatchify",

@@ -151,6 +151,10 @@ def _rows(t: Draw, g: Geometry) -> Tensor:
     return t(1, g.tokens, g.width)
 
 
+def _sigma_gate_norm(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    return *_sigma_gate(t, g), t(g.width), t(1, g.width), t(1, g.width), 1e-6
+
+
 def _norm(t: Draw, g: Geometry) -> tuple[Any, ...]:
     return _rows(t, g), t(g.width), t(1, g.width), t(1, g.width), 1e-6
 
@@ -184,10 +188,8 @@ _ARGUMENTS: dict[str, Callable[[Draw, Geometry], tuple[Any, ...]]] = {
     "quantize_rows": lambda t, g: (_rows(t, g),),
     "fp8_linear": _fp8_linear,
     "sigma_gate": _sigma_gate,
-    "sigma_gate_norm": lambda t, g: (
-        *(*_sigma_gate(t, g), t(g.width)),
-        *(t(1, g.width), t(1, g.width), 1e-6),
-    ),
+    "sigma_gate_norm": _sigma_gate_norm,
+    "sigma_gate_norm_fp8": _sigma_gate_norm,
     "pixel_embed": _pixel_embed,
     "pixel_adaln_compress": _pixel_compress,
     "pixel_adaln_mlp": _pixel_mlp,

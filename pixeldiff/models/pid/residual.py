@@ -54,8 +54,9 @@ class Stream:
     def _norm_fp8(self, *modulation: Tensor) -> Rows:
         if self._branch is not None:
             self.x, *rows = ops.gated_residual_norm_fp8(self._x, *self._branch, *modulation)
+        elif self._gate is not None:
+            self.x, *rows = ops.sigma_gate_norm_fp8(self._x, *self._gate, *modulation)
         else:
-            self._settle()
             rows = ops.rms_norm_modulate_fp8(self._x, *modulation)
         return Rows(*rows, self._x.dtype)
 
