@@ -188,6 +188,11 @@ WORK: dict[str, Work] = {
     "swiglu": Work(
         bytes=lambda a: 3 * size(a[0]), flops=lambda a: 5 * a[0].numel(), rule=ONE_ROUNDING
     ),
+    "add_silu": Work(
+        bytes=lambda a: 2 * size(a[0]) + size(a[1]),
+        flops=lambda a: 5 * a[0].numel(),
+        rule=ONE_ROUNDING,
+    ),
     "sigma_gate": Work(bytes=lambda a: size(*a) + size(a[0]), flops=_gate_flops, rule=TWICE_EAGER),
     "sigma_gate_norm": Work(
         bytes=lambda a: size(*a) + 2 * size(a[0]),

@@ -118,6 +118,7 @@ def _size(_ctx, _param, value: str | None) -> tuple[int, int] | None:
     type=click.Choice(["fp32", "bf16", "fp8"]),
     help="default: bf16 on CUDA; fp8: e4m3 products, capability 8.9 (docs/precision.md)",
 )
+@click.option("--low-memory", is_flag=True, help="half the activations, about 1% slower")
 @click.option("--quiet", is_flag=True, help="no progress bar")
 @clean_errors
 def decode(
@@ -137,6 +138,7 @@ def decode(
     size: tuple[int, int] | None,
     device: str | None,
     precision: str | None,
+    low_memory: bool,
     quiet: bool,
 ) -> None:
     """Decode SOURCE to a PNG.
@@ -162,6 +164,7 @@ def decode(
         device=device,
         precision=precision,
         text_encoder=text_encoder,
+        low_memory=low_memory,
     )
     with progress_bar(quiet) as callback:
         result = decoder.decode(

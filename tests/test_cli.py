@@ -20,7 +20,7 @@ import pixeldiff
 from pixeldiff import cli, sources
 from pixeldiff.images import read_png_metadata
 from pixeldiff.models.autoencoder import ConvAutoencoder
-from pixeldiff.models.pid import checkpoint_location
+from pixeldiff.models.pid import PiDNet, checkpoint_location
 from pixeldiff.models.pid import decoder as decoder_module
 from pixeldiff.models.pid.decoder import PiDDecoder
 from pixeldiff.models.pid.samplers import STUDENT_T_LIST
@@ -137,6 +137,21 @@ def test_size(files, out):
     assert pixels(out / "a.png").shape == (64, 96, 3)
     assert "note: " in result.stderr
     assert "64 x 96 is not the latent's own size" in result.stderr
+
+
+def test_low_memory_makes_the_same_picture(files, out, monkeypatch):
+    asked, prepare = [], PiDNet.prepare
+    monkeypatch.setattr(
+        PiDNet,
+        "prepare",
+        lambda *args, **kw: asked.append(kw["keep_features"]) or prepare(*args, **kw),
+    )
+    pictures = []
+    for options in ([], ["--low-memory"]):
+        decode(files, out, "--seed", 7, "--caption", "a fox", *options)
+        pictures.append(pixels(out / "a.png"))
+    assert asked == [True, False]
+    assert np.array_equal(*pictures)
 
 
 def test_caption_file(files, out):

@@ -23,13 +23,6 @@ def columns(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
-def three_axes(t: Tensor) -> Tensor:
-    """(..., D) as (B, N, D)."""
-    if t.dim() < 3:
-        return t.reshape(1, -1, t.shape[-1])
-    return t.flatten(0, -3)
-
-
 def heuristic(d: int) -> Config:
     """About 2048 values a tile, so that short rows share a program and every thread has several
     16-byte loads in flight."""

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, e4m3, norm_rows
+from .elementwise_rows import three_axes
 from .norm_rows import Config
 
 OP = "quantize_rows"
@@ -67,7 +68,7 @@ def launch(
     row_scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if q.numel() == 0:
         return q, row_scale.fill_(1)
-    x = norm_rows.three_axes(x)
+    x = three_axes(x)
     B, N, D = x.shape
     chosen = config or configs.choose(OP, Config, heuristic, key, (x,))
     with torch.cuda.device_of(x):

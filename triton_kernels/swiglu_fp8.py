@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, e4m3, norm_rows
+from .elementwise_rows import three_axes
 from .norm_rows import Config
 
 OP = "swiglu_fp8"
@@ -75,7 +76,7 @@ def launch(
     row_scale = torch.empty(a.shape[:-1], dtype=torch.float32, device=a.device)
     if y.numel() == 0:
         return y, row_scale.fill_(1)
-    a, b = norm_rows.three_axes(a), norm_rows.three_axes(b)
+    a, b = three_axes(a), three_axes(b)
     B, N, F = a.shape
     chosen = config or configs.choose(OP, Config, heuristic, key, (a,))
     with torch.cuda.device_of(a):

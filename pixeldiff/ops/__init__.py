@@ -1,5 +1,6 @@
 """The ops: one file each, with the definition (`reference`) and the table of backends."""
 
+from .add_silu import add_silu
 from .fp8_linear import fp8_linear
 from .gated_residual_norm import gated_residual_norm
 from .gated_residual_norm_fp8 import gated_residual_norm_fp8
@@ -23,6 +24,7 @@ from .swiglu import swiglu
 from .swiglu_fp8 import swiglu_fp8
 
 __all__ = [
+    "add_silu",
     "backend",
     "explain",
     "fp8_linear",

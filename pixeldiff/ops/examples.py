@@ -187,6 +187,7 @@ _ARGUMENTS: dict[str, Callable[[Draw, Geometry], tuple[Any, ...]]] = {
     "swiglu_fp8": _halves,
     "quantize_rows": lambda t, g: (_rows(t, g),),
     "fp8_linear": _fp8_linear,
+    "add_silu": lambda t, g: (_rows(t, g), t(1, g.width)),
     "sigma_gate": _sigma_gate,
     "sigma_gate_norm": _sigma_gate_norm,
     "sigma_gate_norm_fp8": _sigma_gate_norm,

@@ -9,7 +9,10 @@ from torch.nn.functional import linear
 from .checks import check_float, check_rank, check_shape
 from .registry import Backend, define, upcast
 
-BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.pixel_embed"),)
+BACKENDS = (
+    Backend("triton", "pixeldiff.triton_kernels.pixel_embed"),
+    Backend("cpu", "pixeldiff.ops.cpu.pixel_embed"),
+)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, pos_x: Tensor, pos_y: Tensor, patch: int):
@@ -60,7 +63,7 @@ def pixel_embed(
     Raises:
         ValueError: shape. TypeError: dtype.
 
-    Backends: cpu (fp32, bf16, fp16), reference. Gradients: through the reference.
+    Backends: triton, cpu (both fp32, bf16, fp16), reference. Gradients: through the reference.
     Cost: B*H*W*(C*sizeof(x) + p*sizeof(weight)) bytes; bandwidth-bound.
     Source: PiD (arXiv 2605.23902), pixel stream embedding.
     """

@@ -10,7 +10,10 @@ from .checks import check_float, check_rank, check_shape
 from .patchify import unpatchify
 from .registry import Backend, define, upcast
 
-BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.pixel_head"),)
+BACKENDS = (
+    Backend("triton", "pixeldiff.triton_kernels.pixel_head"),
+    Backend("cpu", "pixeldiff.ops.cpu.pixel_head"),
+)
 
 
 def reference(q, norm_weight, weight, bias, height, width, patch, eps):
@@ -64,7 +67,7 @@ def pixel_head(
     Raises:
         ValueError: shape. TypeError: dtype.
 
-    Backends: cpu (fp32, bf16, fp16), reference. Gradients: through the reference.
+    Backends: triton, cpu (both fp32, bf16, fp16), reference. Gradients: through the reference.
     Cost: B*H*W*(p*sizeof(q) + 4*C) bytes; bandwidth-bound.
     Source: PiD (arXiv 2605.23902), final layer.
     """

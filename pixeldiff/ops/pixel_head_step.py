@@ -16,7 +16,10 @@ SAMPLE_TYPES = ("sde", "ode")
 PREDICTION_TYPES = ("velocity", "x0")
 MIN_TIME = 0.05  # floor of t where an x0-predicting network's velocity divides by it
 
-BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.pixel_head_step"),)
+BACKENDS = (
+    Backend("triton", "pixeldiff.triton_kernels.pixel_head_step"),
+    Backend("cpu", "pixeldiff.ops.cpu.pixel_head_step"),
+)
 
 
 def update(
@@ -45,7 +48,9 @@ def update(
     if sample_type == "sde":
         return (1 - t_next) * x0 + t_next * noise, x0
     if prediction_type == "x0":
-        out = _by_plane(lambda a, b: (a - b) / max(t, MIN_TIME), x, x0, state_dtype)
+        # A tensor, because PyTorch on CUDA multiplies by the reciprocal of a Python divisor.
+        divisor = torch.full((), max(t, MIN_TIME), dtype=state_dtype, device=x.device)
+        out = _by_plane(lambda a, b: (a - b) / divisor, x, x0, state_dtype)
     return x + (t_next - t) * out, x0
 
 
@@ -139,7 +144,7 @@ def pixel_head_step(
     Raises:
         ValueError: shape, a missing noise, an unknown type. TypeError: dtype.
 
-    Backends: cpu (fp32, bf16, fp16), reference. Gradients: through the reference.
+    Backends: triton, cpu (both fp32, bf16, fp16), reference. Gradients: through the reference.
     Cost: B*H*W*(p*sizeof(q) + 4*C*(2 + noise + x0)) bytes; bandwidth-bound.
     Source: PiD (arXiv 2605.23902), final layer and the student's sampler.
     """

@@ -8,7 +8,10 @@ from torch import Tensor
 from .checks import check_device, check_float, check_last_contiguous, check_rank, check_shape
 from .registry import Backend, define, upcast
 
-BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.qk_norm_rope"),)
+BACKENDS = (
+    Backend("triton", "pixeldiff.triton_kernels.qk_norm_rope"),
+    Backend("cpu", "pixeldiff.ops.cpu.qk_norm_rope"),
+)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -89,7 +92,8 @@ def qk_norm_rope(
         ValueError: shape, stride or device. TypeError: dtype. NotImplementedError: a forced
         backend cannot run; says why.
 
-    Backends: cpu (fp32, bf16, fp16; tables in fp32), reference. Gradients: through the reference.
+    Backends: triton (fp32, bf16, fp16, tables too; d up to 256), cpu (the same types; tables in
+    fp32), reference. Gradients: through the reference.
     Cost: 6*B*(T+N)*G*d*sizeof(qkv) bytes; bandwidth-bound.
     Source: PiD (arXiv 2605.23902), joint attention of the MMDiT blocks, and PixelDiT's rotary.
     """

@@ -9,7 +9,10 @@ from torch.nn.functional import silu
 from .checks import check_float, check_shape
 from .registry import Backend, define, upcast
 
-BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.swiglu"),)
+BACKENDS = (
+    Backend("triton", "pixeldiff.triton_kernels.swiglu"),
+    Backend("cpu", "pixeldiff.ops.cpu.swiglu"),
+)
 
 
 def gated(a: Tensor, b: Tensor) -> Tensor:
@@ -49,8 +52,8 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: shape. TypeError: dtype.
 
-    Backends: cpu (fp32, bf16, fp16; last axis contiguous), reference. Gradients: through the
-    reference.
+    Backends: triton, cpu (both fp32, bf16, fp16; last axis contiguous), reference. Gradients:
+    through the reference.
     Cost: 3*numel*sizeof(a) bytes; bandwidth-bound.
     Source: PiD (arXiv 2605.23902), feed-forward of the MMDiT blocks.
     """

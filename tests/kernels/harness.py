@@ -7,15 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module, util
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from pixeldiff import native
+from pixeldiff.sources import demo_asset
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -30,6 +34,7 @@ BACKENDS = [
     pytest.param("triton-gpu", marks=pytest.mark.gpu),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
+TRITON = ["triton", pytest.param("triton-gpu", marks=pytest.mark.gpu)]
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -89,6 +94,35 @@ def launcher(op: str, backend: str) -> tuple[Callable, str]:
     if native.why_not_cuda() is not None:
         pytest.skip(native.why_not_cuda())
     return import_module(f"pixeldiff.ops.cuda.{op}").launch, "cuda"
+
+
+def on(device: str, args: tuple) -> tuple:
+    """The same arguments with their tensors on a device."""
+    return tuple(a.to(device) if isinstance(a, Tensor) else a for a in args)
+
+
+@contextmanager
+def guarded_outputs() -> Iterator[None]:
+    """What `torch.empty` allocates inside lies between guards that must stay as they are."""
+    buffers = []
+
+    def empty(shape, *, dtype, device):
+        shape = torch.Size([shape]) if isinstance(shape, int) else torch.Size(shape)
+        buffers.append(torch.full((shape.numel() + 128,), 7.0, dtype=dtype, device=device))
+        return buffers[-1][64:-64].view(shape)
+
+    with mock.patch.object(torch, "empty", empty):
+        yield
+    assert buffers
+    for buffer in buffers:
+        assert (buffer[:64] == 7).all()
+        assert (buffer[-64:] == 7).all()
+
+
+def demo_weights(*names: str, of: str) -> list[Tensor]:
+    """The demo network's own parameters of one module, fp32."""
+    with safe_open(demo_asset("pid.safetensors"), "pt") as f:
+        return [f.get_tensor(f"{of}.{name}") for name in names]
 
 
 def usable_isas() -> list[str]:

@@ -189,6 +189,20 @@ def check_repeatable(fn: Callable[..., Tensor], *args: Any) -> None:
         assert_bitwise(now, was)
 
 
+def check_captures(launch: Callable[..., Any], *args: Any) -> None:
+    """A CUDA graph of the launch gives, when replayed, the launch's own bits."""
+    want = launch(*args)  # and compiles, which a capture cannot
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = launch(*args)
+    pairs = list(zip(got, want, strict=True)) if isinstance(got, tuple) else [(got, want)]
+    for y, _ in pairs:
+        y.zero_()
+    graph.replay()
+    for y, expected in pairs:
+        assert_bitwise(y, expected)
+
+
 def check_gradients(fn: Callable[..., Tensor], *args: Tensor) -> None:
     """gradcheck in fp64, with respect to every argument."""
     args = tuple(a.detach().double().requires_grad_() for a in args)
@@ -197,7 +211,7 @@ def check_gradients(fn: Callable[..., Tensor], *args: Tensor) -> None:
 
 def at_odd_stride(t: Tensor) -> Tensor:
     """The same values as a view whose rows are not adjacent and whose last axis is."""
-    wide = torch.full((*t.shape[:-1], t.shape[-1] + 5), float("nan"), dtype=t.dtype)
+    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 5), float("nan"))
     view = wide[..., 2 : 2 + t.shape[-1]]
     view.copy_(t)
     return view

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from rules import Draw, assert_bitwise
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixeldiff.ops import patchify, unpatchify
 
@@ -31,6 +32,36 @@ def test_patchify_by_index(shape, dtype):
         feature = channel * patch * patch + py * patch + px
         want[:, row * w + col, feature] = x[:, channel, row * patch + py, col * patch + px]
     assert_bitwise(patchify(x, patch), want)
+
+
+@each_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_patchify_to_another_type(shape, dtype):
+    """The value of each pixel rounded once, in one pass: a contiguous result, whatever the view."""
+    b, c, height, width, patch = shape
+    x = Draw(torch.float32)(b, c, height, width)
+    want = patchify(x, patch).to(dtype)
+    assert_bitwise(patchify(x, patch, dtype=dtype), want)
+    crossed = x.transpose(0, 3).contiguous().transpose(0, 3)
+    y = patchify(crossed, patch, dtype=dtype)
+    assert y.is_contiguous()
+    assert_bitwise(y, want)
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 1), (torch.bfloat16, 1), (None, 1)])
+def test_patchify_passes_over_the_image_once(dtype, copies):
+    class Count(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            self.seen += result.untyped_storage().data_ptr() != args[0].untyped_storage().data_ptr()
+            return result
+
+    x = Draw(torch.float32)(1, 3, 8, 12)
+    with Count() as count:
+        patchify(x, 4, dtype=dtype)
+    assert count.seen == copies
 
 
 @each_shape

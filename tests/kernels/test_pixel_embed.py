@@ -2,10 +2,23 @@
 
 from importlib import import_module
 
+import aot
+import harness
 import numpy as np
 import pytest
 import torch
-from harness import check_not_finite_like, check_threads, each_isa, launcher, usable_isas
+from harness import (
+    NAMES,
+    TRITON,
+    check_not_finite_like,
+    check_threads,
+    demo_weights,
+    each_isa,
+    guarded_outputs,
+    launcher,
+    on,
+    usable_isas,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rules import (
@@ -13,6 +26,7 @@ from rules import (
     assert_bitwise,
     assert_one_rounding,
     at_odd_stride,
+    check_captures,
     check_compiles,
     check_gradients,
     check_meta,
@@ -24,7 +38,11 @@ from rules import (
     precisions,
 )
 
+import pixeldiff
+from pixeldiff import native
 from pixeldiff.ops import pixel_embed
+from pixeldiff.ops.examples import Geometry
+from pixeldiff.ops.examples import arguments as arguments_of
 
 reference = import_module("pixeldiff.ops.pixel_embed").reference
 
@@ -116,11 +134,11 @@ def test_magnitudes(isa, std):
     assert_one_rounding(launch(*args), oracle(*args))
 
 
-@each_isa
-def test_not_finite(isa):
+@pytest.mark.parametrize("backend", [*(f"cpu-{isa}" for isa in native.ISA_CODES), *TRITON])
+def test_not_finite(backend):
     """Of one pixel only."""
-    launch, _ = launcher("pixel_embed", f"cpu-{isa}")
-    x, *rest = arguments(torch.float32, (1, 3, 16, 32, 8, 16))
+    launch, device = launcher("pixel_embed", backend)
+    x, *rest = on(device, arguments(torch.float32, (1, 3, 16, 32, 8, 16)))
     x[0, 1, 3, 4], x[0, 2, 15, 31] = torch.nan, torch.inf
     q = launch(x, *rest)
     check_not_finite_like(q, reference(x, *rest))
@@ -193,3 +211,132 @@ def test_errors():
         *(x, weight, bias, pos_x, pos_y[:7], patch),
     )
     raises(TypeError, r"x must be .* got torch.uint8", *(x.byte(), weight, bias, pos_x, pos_y, 4))
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# p 6 and P 5 are no powers of two; 35 pixels are no whole tile, 20 rows of a patch no whole group.
+ODD = (2, 3, 10, 35, 6, 5)
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "rows-apart": at_odd_stride,
+    "channels-last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "one-image-for-all": lambda x: x[:1].expand(2, -1, -1, -1),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@precisions
+def test_matches_oracle_on_the_gpu(dtype, std, shape):
+    launch, device = launcher("pixel_embed", "triton-gpu")
+    args = arguments(dtype, shape, std)
+    assert_one_rounding(launch(*on(device, args)).cpu(), oracle(*args))
+
+
+IMAGES = [(dtype, image, "contiguous") for dtype in DTYPES for image in DTYPES]
+IMAGES += [(d, d, layout) for d in DTYPES[:2] for layout in LAYOUTS if layout != "contiguous"]
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize(
+    ("dtype", "image", "layout"), IMAGES, ids=[f"{NAMES[d]}-{NAMES[i]}-{v}" for d, i, v in IMAGES]
+)
+def test_any_image(dtype, image, layout, backend):
+    """Every pair of dtypes, and images read where they lie."""
+    launch, device = launcher("pixel_embed", backend)
+    x, *rest = on(device, arguments(dtype, ODD))
+    x = LAYOUTS[layout](x.to(image))
+    with guarded_outputs():
+        q = launch(x, *rest)
+    assert q.dtype == dtype
+    assert_one_rounding(q.cpu(), oracle(*on("cpu", (x, *rest))))
+
+
+@pytest.mark.parametrize("backend", TRITON)
+def test_every_tile_gives_the_same_bits(backend):
+    launch, device = launcher("pixel_embed", backend)
+    module = import_module("pixeldiff.triton_kernels.pixel_embed")
+    args = on(device, arguments(torch.bfloat16, (1, 3, 32, 16, 16, 16)))
+    want = launch(*args)
+    for config in {*module.candidates(*args), module.Config(1, 16, 1), module.Config(32, 16, 4)}:
+        assert_bitwise(launch(*args, config=config), want)
+
+
+@pytest.mark.parametrize("backend", TRITON)
+def test_the_demo_network_on_both_backends(backend):
+    """Its own weights, in fp32, at the size of its pixels: CPU kernel and Triton differ by the
+    order of four additions."""
+    usable_isas()
+    launch, device = launcher("pixel_embed", backend)
+    weight, bias = demo_weights("weight", "bias", of="pixel_embedder.proj")
+    x, _, _, *rest = arguments(torch.float32, (1, 3, 32, 48, weight.shape[0], 16))
+    args = (x, weight, bias, *rest)
+    with pixeldiff.backend("cpu"):
+        want = call(*args)
+    assert_one_rounding(launch(*on(device, args)).cpu(), f64(want))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_released_size_on_the_gpu(dtype):
+    launch, device = launcher("pixel_embed", "triton-gpu")
+    x, *rest = arguments_of("pixel_embed", device, dtype, Geometry(grid=(128, 128)))
+    want = reference(x.double(), *(t.double() for t in rest[:-1]), rest[-1])
+    assert harness.one_rounding(launch(x, *rest), want) <= 1
+
+
+@pytest.mark.gpu
+def test_captures_in_a_graph():
+    launch, device = launcher("pixel_embed", "triton-gpu")
+    check_captures(launch, *on(device, arguments(torch.bfloat16, SHAPES["production"])))
+
+
+def test_triton_in_interpreter():
+    harness.run_in_interpreter(__file__)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_triton_compiles_ahead_of_time(target):
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_embed")
+    for dtype, pixel in ((torch.bfloat16, 16), (torch.float32, 16), (torch.bfloat16, 8)):
+        args = aot.released("pixel_embed", dtype, pixel=pixel)
+        (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
+        aot.assert_lean(kernel)
+        assert kernel.registers <= 128
+        assert "st.global.v4.b32" in kernel.ptx  # the tokens
+        assert "ld.global.v2.b32" in kernel.ptx  # the image, two pixels a thread
+        assert "ld.global.v4.b32" in kernel.ptx  # the table
+
+
+def test_every_tile_compiles_ahead_of_time():
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_embed")
+    args = aot.released("pixel_embed")
+    for config in module.candidates(*args):
+        (kernel,) = aot.compile_launch(lambda c=config: module.launch(*args, config=c), 90)
+        aot.assert_lean(kernel)
+
+
+def test_triton_compiles_once_for_all_sizes():
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_embed")
+    keys = set()
+    for grid in ((128, 128), (256, 256), (37, 41), (1, 1)):
+        args = aot.released("pixel_embed", grid=grid)
+        keys.update(aot.keys(lambda args=args: module.launch(*args)))
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "takes float32, bfloat16, float16, got torch.float64"),
+        ({"p": 258}, "takes at most 256 channels a pixel, got 258"),
+        ({"c": 17}, "takes at most 16 colours a pixel, got 17"),
+    ],
+)
+def test_triton_refuses(change, reason):
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_embed")
+    dtype, p, c = ({"dtype": torch.float32, "p": 4, "c": 3} | change).values()
+    assert module.why_not(*arguments(dtype, (1, c, 4, 4, p, 4))) == reason

@@ -2,16 +2,30 @@
 
 from importlib import import_module
 
+import aot
+import harness
 import numpy as np
 import pytest
 import torch
-from harness import check_not_finite_like, check_threads, each_isa, launcher, usable_isas
+from harness import (
+    NAMES,
+    TRITON,
+    check_not_finite_like,
+    check_threads,
+    demo_weights,
+    each_isa,
+    guarded_outputs,
+    launcher,
+    on,
+    usable_isas,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rules import (
     Draw,
     assert_one_rounding,
     at_odd_stride,
+    check_captures,
     check_compiles,
     check_gradients,
     check_meta,
@@ -24,7 +38,11 @@ from rules import (
     rms,
 )
 
+import pixeldiff
+from pixeldiff import native
 from pixeldiff.ops import pixel_head
+from pixeldiff.ops.examples import Geometry
+from pixeldiff.ops.examples import arguments as arguments_of
 
 reference = import_module("pixeldiff.ops.pixel_head").reference
 
@@ -106,21 +124,25 @@ def test_threads_do_not_change_the_result(isa):
     check_threads("pixel_head", isa, *arguments(torch.bfloat16, (2, 3, 96, 96, 8, 16)), 1e-6)
 
 
-@each_isa
+KERNELS = [*(f"cpu-{isa}" for isa in native.ISA_CODES), *TRITON]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("std", [1e15, 1e-15])
-def test_magnitudes(isa, std):
+def test_magnitudes(backend, std):
     """Squares stay in fp32's range; below the root of eps the norm is x / sqrt(eps)."""
-    launch, _ = launcher("pixel_head", f"cpu-{isa}")
+    launch, device = launcher("pixel_head", backend)
     args = arguments(torch.float32, (1, 3, 16, 32, 8, 16), std)
-    assert_one_rounding(launch(*args, 1e-6), oracle(*args))
+    assert_one_rounding(launch(*on(device, args), 1e-6).cpu(), oracle(*args))
 
 
-@each_isa
-def test_not_finite(isa):
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("large", [1e30, 3e38])
+def test_not_finite(backend, large):
     """Of one pixel only; squares that overflow give the bias, as in the reference."""
-    launch, _ = launcher("pixel_head", f"cpu-{isa}")
-    q, *rest = arguments(torch.float32, (1, 3, 16, 32, 8, 16))
-    q[0, 5, 1], q[1, 255, 7], q[1, 0] = torch.nan, torch.inf, 1e30
+    launch, device = launcher("pixel_head", backend)
+    q, *rest = on(device, arguments(torch.float32, (1, 3, 16, 32, 8, 16)))
+    q[0, 5, 1], q[1, 255, 7], q[1, 0] = torch.nan, torch.inf, large
     v = launch(q, *rest, 1e-6)
     check_not_finite_like(v, reference(q, *rest, 1e-6))
     assert v.isfinite().sum() == (16 * 32 - 2) * 3
@@ -177,3 +199,129 @@ def test_errors():
     raises(r"bias must be \(C,\) = \(3,\), got \(2,\)", bias=bias[:2])
     with pytest.raises(TypeError, match=r"^pixel_head: q must be float32, .* got torch.int64$"):
         pixel_head(q.long(), norm_weight, weight, bias, size=(8, 12), patch=4)
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ODD = (2, 3, 10, 35, 6, 5)  # p and P are no powers of two, 35 pixels no whole tile
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@precisions
+def test_matches_oracle_on_the_gpu(dtype, std, shape):
+    launch, device = launcher("pixel_head", "triton-gpu")
+    args = arguments(dtype, shape, std)
+    assert_one_rounding(launch(*on(device, args), 1e-6).cpu(), oracle(*args))
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize("vectors", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_any_stream(dtype, vectors, backend):
+    """Every pair of dtypes; one of different dtypes is read where it lies."""
+    launch, device = launcher("pixel_head", backend)
+    q, *weights, height, width, patch = on(device, arguments(dtype, ODD))
+    q = q if dtype == vectors else at_odd_stride(q)
+    args = (q, *(t.to(vectors) for t in weights), height, width, patch)
+    with guarded_outputs():
+        v = launch(*args, 1e-6)
+    assert v.dtype == torch.float32
+    assert_one_rounding(v.cpu(), oracle(*on("cpu", args)))
+
+
+@pytest.mark.parametrize("backend", TRITON)
+def test_every_tile(backend):
+    launch, device = launcher("pixel_head", backend)
+    module = import_module("pixeldiff.triton_kernels.pixel_head")
+    args = arguments(torch.bfloat16, (1, 3, 8, 48, 16, 8))
+    for config in module.candidates(*args):
+        v = launch(*on(device, args), 1e-6, config=config)
+        assert_one_rounding(v.cpu(), oracle(*args))
+
+
+@pytest.mark.parametrize("backend", TRITON)
+def test_the_demo_network_on_both_backends(backend):
+    """In fp32, at the size of its pixels: CPU kernel and Triton differ by the order of sums."""
+    usable_isas()
+    launch, device = launcher("pixel_head", backend)
+    weights = demo_weights("norm.weight", "linear.weight", "linear.bias", of="final_layer")
+    q, *_, height, width, patch = arguments(torch.float32, (1, 3, 32, 48, len(weights[0]), 16))
+    args = (q, *weights, height, width, patch)
+    with pixeldiff.backend("cpu"):
+        want = call(*args)
+    assert_one_rounding(launch(*on(device, args), 1e-6).cpu(), f64(want))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_released_size_on_the_gpu(dtype):
+    launch, device = launcher("pixel_head", "triton-gpu")
+    *tensors, height, width, patch, eps = arguments_of(
+        "pixel_head", device, dtype, Geometry(grid=(128, 128))
+    )
+    want = reference(*(t.double() for t in tensors), height, width, patch, eps)
+    got = launch(*tensors, height, width, patch, eps)
+    assert harness.one_rounding(got, want) <= 1
+
+
+@pytest.mark.gpu
+def test_captures_in_a_graph():
+    launch, device = launcher("pixel_head", "triton-gpu")
+    check_captures(launch, *on(device, arguments(torch.bfloat16, SHAPES["production"])), 1e-6)
+
+
+def test_triton_in_interpreter():
+    harness.run_in_interpreter(__file__)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_triton_compiles_ahead_of_time(target):
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head")
+    for dtype, pixel in ((torch.bfloat16, 16), (torch.float32, 16), (torch.bfloat16, 8)):
+        args = aot.released("pixel_head", dtype, pixel=pixel)
+        (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
+        aot.assert_lean(kernel)
+        assert kernel.registers <= 128
+        loads = kernel.ptx.count("ld.global.v4.b32")
+        assert loads * 16 >= 64 * dtype.itemsize  # the tokens, 64 values a thread
+        assert "st.global.v4.b32" in kernel.ptx  # the image, four pixels a thread
+
+
+def test_every_tile_compiles_ahead_of_time():
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head")
+    args = aot.released("pixel_head")
+    for config in module.candidates(*args):
+        (kernel,) = aot.compile_launch(lambda c=config: module.launch(*args, config=c), 90)
+        aot.assert_lean(kernel)
+
+
+def test_triton_compiles_once_for_all_sizes():
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head")
+    keys = set()
+    for grid in ((128, 128), (256, 256), (37, 41), (1, 1)):
+        args = aot.released("pixel_head", grid=grid)
+        keys.update(aot.keys(lambda args=args: module.launch(*args)))
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "takes float32, bfloat16, float16, got torch.float64"),
+        ({"p": 257}, "takes at most 256 channels a pixel, got 257"),
+        ({"c": 17}, "takes at most 16 colours a pixel, got 17"),
+    ],
+)
+def test_triton_refuses(change, reason):
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head")
+    dtype, p, c = ({"dtype": torch.float32, "p": 4, "c": 3} | change).values()
+    assert module.why_not(*arguments(dtype, (1, c, 4, 4, p, 4)), 1e-6) == reason
+
+
+def test_triton_refuses_channels_apart():
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head")
+    q, *rest = arguments(torch.float32, (1, 3, 4, 4, 4, 4))
+    turned = q.mT.contiguous().mT
+    assert "needs a contiguous last axis, got strides" in module.why_not(turned, *rest, 1e-6)

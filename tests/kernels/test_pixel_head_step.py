@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import itertools
+import re
 
+import aot
+import harness
 import pytest
 import torch
-from harness import check_threads, each_isa, launcher, usable_isas
+from harness import (
+    TRITON,
+    check_threads,
+    demo_weights,
+    each_isa,
+    guarded_outputs,
+    launcher,
+    on,
+    usable_isas,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rules import (
+    EPS32,
     Draw,
     assert_bitwise,
+    at_odd_stride,
+    check_captures,
     check_gradients,
     check_registered,
     every_backend,
@@ -21,11 +36,13 @@ from rules import (
 import pixeldiff
 from pixeldiff.models.pid.samplers import run_student, sample_student
 from pixeldiff.ops import pixel_head, pixel_head_step
+from pixeldiff.ops.examples import Geometry
+from pixeldiff.ops.examples import arguments as arguments_of
 from pixeldiff.ops.pixel_head_step import update
 
 # (B, C, H, W, p, P)
 SHAPES = {
-    "production": (1, 3, 64, 96, 16, 16),
+    "production": (1, 3, 32, 96, 16, 16),
     "primes": (2, 5, 21, 35, 4, 7),
     "patch8": (1, 3, 16, 48, 8, 8),
     "p12-patch2": (3, 1, 4, 10, 12, 2),
@@ -68,6 +85,8 @@ def composed(q, norm_weight, weight, bias, x, noise, *, t, t_next, patch, **rule
 @each_rule
 @each_time
 def test_is_bitwise_the_composition(shape, rule, times, backend):
+    if backend == "triton" and shape[2] * shape[3] > 48 and (rule, times) != (RULES[0], TIMES[0]):
+        pytest.skip("slow in the interpreter, which runs every rule at the small shapes")
     args, kwargs = arguments(torch.bfloat16, shape), options(rule, times, shape[-1])
     with forced("pixel_head_step", backend):
         x_next, x0 = pixel_head_step(*args, **kwargs)
@@ -129,14 +148,20 @@ def test_threads_do_not_change_the_result(isa):
 
 
 @each_rule
-def test_not_finite(rule):
+@pytest.mark.parametrize("backend", ["cpu", *TRITON])
+def test_not_finite(rule, backend):
     """NaN and infinities of the stream, the state and the noise, as in the composition."""
-    usable_isas()
-    q, norm_weight, weight, bias, x, noise = arguments(torch.float32, (1, 3, 16, 32, 8, 16))
-    q[0, 5, 1], q[1, 255, 7] = torch.nan, torch.inf
+    if backend == "cpu":
+        usable_isas()
+        device = "cpu"
+    else:
+        _, device = launcher("pixel_head_step", backend)
+    args = on(device, arguments(torch.float32, (1, 3, 8, 16, 8, 8)))
+    q, _, _, _, x, noise = args
+    q[0, 5, 1], q[1, 63, 7] = torch.nan, torch.inf
     x[0, 0, 0, 0], x[0, 1, 1, 1], noise[0, 2, 2, 2] = torch.inf, torch.nan, -torch.inf
-    args, kwargs = (q, norm_weight, weight, bias, x, noise), options(rule, TIMES[0], 16)
-    with pixeldiff.backend("cpu"):
+    kwargs = options(rule, TIMES[0], 8)
+    with pixeldiff.backend(backend.removesuffix("-gpu")):
         got, want = pixel_head_step(*args, **kwargs), composed(*args, **kwargs)
     for a, b in zip(got, want, strict=True):
         assert not a.isfinite().all()
@@ -245,3 +270,191 @@ def test_errors():
     raises(ValueError, r"noise must be \(B, C, H, W\) = .*, got \(1, 3, 8, 12\)", noise=noise[:1])
     raises(ValueError, r"q must be \(B\*N, P\*P, p\) with N = 6 .*, got \(11, 16, 4\)", q=q[:11])
     raises(TypeError, r"x must be float32, .* got torch.int64", x=x.long())
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+
+def positional(args, rule, times, patch, want_x0=True):
+    """In schema order, as `launch` takes them."""
+    ode, predicts_x0 = rule[0] == "ode", rule[1] == "x0"
+    return (*args, *times, ode, predicts_x0, rule[2] == torch.float64, want_x0, patch, 1e-6)
+
+
+def composed_by(head, args, rule, times, patch):
+    """The sampler's update of what the backend's own pixel_head gives."""
+    *tensors, x, noise = args
+    v = head(*tensors, *x.shape[2:], patch, 1e-6)
+    kinds = dict(zip(("sample_type", "prediction_type", "state_dtype"), rule, strict=True))
+    return update(x, v, noise, *times, **kinds), update(
+        x.cpu(), v.cpu(), noise.cpu(), *times, **kinds
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@each_rule
+@each_time
+def test_is_bitwise_the_composition_on_the_gpu(shape, rule, times, dtype):
+    """The update as PyTorch computes it on CUDA, and the same bits as on the CPU."""
+    (head, device), (step, _) = (
+        launcher(op, "triton-gpu") for op in ("pixel_head", "pixel_head_step")
+    )
+    args = on(device, arguments(dtype, shape))
+    want, on_cpu = composed_by(head, args, rule, times, shape[-1])
+    for want_x0 in (True, False):
+        got = step(*positional(args, rule, times, shape[-1], want_x0))
+        assert_bitwise(got[0], want[0])
+        assert_bitwise(got[0].cpu(), on_cpu[0])
+        if want_x0:
+            assert_bitwise(got[1], want[1])
+
+
+@pytest.mark.gpu
+@each_rule
+def test_released_size_on_the_gpu(rule):
+    head, device = launcher("pixel_head", "triton-gpu")
+    step, _ = launcher("pixel_head_step", "triton-gpu")
+    geometry = Geometry(grid=(128, 128))
+    *tensors, x, noise = arguments_of("pixel_head_step", device, torch.bfloat16, geometry)[:6]
+    args = (*tensors, x, noise)
+    want, _ = composed_by(head, args, rule, TIMES[0], 16)
+    for a, b in zip(step(*positional(args, rule, TIMES[0], 16)), want, strict=True):
+        assert_bitwise(a, b)
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("weights", DTYPES.values(), ids=DTYPES)
+def test_any_stream_and_state(dtype, weights, backend):
+    """Every pair of dtypes; stream, state and noise read where they lie; nothing else written."""
+    head, device = launcher("pixel_head", backend)
+    step, _ = launcher("pixel_head_step", backend)
+    shape, rule = (2, 3, 5, 35, 6, 5), ("sde", "velocity", torch.float64)
+    q, *vectors, x, noise = on(device, arguments(dtype, shape))
+    vectors = [v.to(weights) for v in vectors]
+    x, noise = x.mT.contiguous().mT, noise.to(memory_format=torch.channels_last)
+    args = (at_odd_stride(q), *vectors, x, noise)
+    want, _ = composed_by(head, args, rule, TIMES[0], shape[-1])
+    with guarded_outputs():
+        got = step(*positional(args, rule, TIMES[0], shape[-1]))
+    for a, b in zip(got, want, strict=True):
+        assert_bitwise(a, b)
+        assert a.is_contiguous()
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize("times", [(1.0, 1 / 3), (0.1, 0.05), (5e-324, 0.0), (1, 0)], ids=str)
+def test_times_keep_every_bit(times, backend):
+    """Times that no fp32 number is, integers, and the smallest fp64 number of all."""
+    head, device = launcher("pixel_head", backend)
+    step, _ = launcher("pixel_head_step", backend)
+    shape = (1, 3, 4, 20, 8, 4)
+    args = on(device, arguments(torch.float32, shape))
+    for rule in RULES:
+        want, _ = composed_by(head, args, rule, times, shape[-1])
+        for a, b in zip(step(*positional(args, rule, times, shape[-1])), want, strict=True):
+            assert_bitwise(a, b)
+
+
+@pytest.mark.parametrize("backend", TRITON)
+def test_the_demo_network_on_both_backends(backend):
+    """Its own weights and the size of its pixels. One and the same image from CPU kernel and
+    Triton, but for what the two heads differ by, times t."""
+    usable_isas()
+    step, device = launcher("pixel_head_step", backend)
+    weights = demo_weights("norm.weight", "linear.weight", "linear.bias", of="final_layer")
+    q, *_, x, noise = arguments(torch.float32, (1, 3, 32, 48, len(weights[0]), 16))
+    for rule in (("sde", "velocity", torch.float64), ("ode", "x0", torch.float32)):
+        args = positional((q, *weights, x, noise), rule, TIMES[0], 16)
+        with pixeldiff.backend("cpu"):
+            want = torch.ops.pixeldiff.pixel_head_step(*args)
+        for a, b in zip(step(*on(device, args)), want, strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=0, atol=8 * EPS32 * b.abs().max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_captures_in_a_graph(state):
+    launch, device = launcher("pixel_head_step", "triton-gpu")
+    args = on(device, arguments(torch.bfloat16, SHAPES["production"]))
+    check_captures(launch, *positional(args, ("sde", "velocity", state), TIMES[0], 16))
+
+
+def test_triton_in_interpreter():
+    harness.run_in_interpreter(__file__)
+
+
+def released(rule=RULES[0], times=TIMES[0], dtype=torch.bfloat16, **changes):
+    *args, _, _ = aot.released("pixel_head_step", dtype, **changes)
+    return positional(args[:6], rule, times, 16)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_triton_compiles_ahead_of_time(target):
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head_step")
+    for dtype, pixel in ((torch.bfloat16, 16), (torch.float32, 16), (torch.bfloat16, 8)):
+        args = released(dtype=dtype, pixel=pixel)
+        (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
+        aot.assert_lean(kernel)
+        assert kernel.registers <= 128
+        tokens = 32 * dtype.itemsize // 16  # loads of 32 values a thread
+        assert kernel.ptx.count("ld.global.v4.b32") >= tokens
+        assert kernel.ptx.count("ld.global.v2.b32") >= 6  # x and noise, two pixels a thread
+        assert kernel.ptx.count("st.global.v2.b32") == 6  # x_next and x0
+
+
+def test_every_tile_compiles_ahead_of_time():
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head_step")
+    for state in STATES.values():
+        args = released(("sde", "velocity", state))
+        for config in module.candidates(*args):
+            (kernel,) = aot.compile_launch(lambda a=args, c=config: module.launch(*a, config=c), 90)
+            aot.assert_lean(kernel)
+
+
+@each_rule
+def test_every_operation_of_the_update_rounds(rule):
+    """No multiply-add is left in the kernel, so none is in the update; and the assembler may make
+    none, since every addition and multiplication names its rounding."""
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head_step")
+    for times in TIMES[:2]:
+        args = released(rule, times)
+        (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), 90)
+        aot.assert_lean(kernel)
+        found = re.findall(r"\b(?:fma|mad|mul|add|sub|div)\.(?:\w+\.)*f(?:32|64)\b", kernel.ptx)
+        assert not [op for op in found if not re.fullmatch(r"(mul|add|sub|div)\.rn\.f(32|64)", op)]
+        predicts_x0, wide = rule[1] == "x0", rule[2] == torch.float64
+        divides = predicts_x0 and rule[0] == "ode" and times[1] != 0
+        kinds = ("sub", "div") if divides else () if predicts_x0 else ("mul", "sub")
+        assert {op for op in found if op.endswith("64")} == {f"{op}.rn.f64" for op in kinds if wide}
+        assert ("div.rn.f32" in found) == (divides and not wide)
+        if not divides:  # what a division is made of
+            assert not re.search(r"\b[DF]FMA\b", kernel.sass)
+
+
+def test_triton_compiles_once_for_all_sizes_and_times():
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head_step")
+    keys = set()
+    for grid in ((128, 128), (256, 256), (37, 41), (1, 1)):
+        for times in ((0.999, 0.866), (0.5, 0.25), (1.0, 0.5), (1, 1 / 3)):
+            args = released(times=times, grid=grid)
+            keys.update(aot.keys(lambda args=args: module.launch(*args)))
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"x": torch.float64}, "takes x in float32 on cpu, got torch.float64 on cpu"),
+        ({"noise": torch.bfloat16}, "takes noise in float32 on cpu, got torch.bfloat16 on cpu"),
+        ({"q": torch.float64}, "takes float32, bfloat16, float16, got torch.float64"),
+    ],
+)
+def test_triton_refuses(change, reason):
+    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head_step")
+    names = ("q", "norm_weight", "weight", "bias", "x", "noise")
+    args = dict(zip(names, arguments(torch.float32, (1, 3, 4, 4, 4, 4)), strict=True))
+    args |= {name: args[name].to(dtype) for name, dtype in change.items()}
+    assert module.why_not(*positional(args.values(), RULES[0], TIMES[0], 4)) == reason

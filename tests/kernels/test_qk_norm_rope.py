@@ -1,8 +1,11 @@
 """qk_norm_rope against fp64: RMSNorm per head, rotation as a complex product, one buffer."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import import_module
 
+import aot
+import harness
 import numpy as np
 import pytest
 import torch
@@ -27,8 +30,9 @@ from rules import (
 )
 
 import pixeldiff
+from bench.shapes import SYSTEMS
 from pixeldiff import native
-from pixeldiff.ops import qk_norm_rope
+from pixeldiff.ops import examples, qk_norm_rope
 
 OP = "qk_norm_rope"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -285,6 +289,190 @@ def test_cpu_refuses_other_tables():
         call(wide, None, heads)
     with pixeldiff.backend("cpu"), pytest.raises(NotImplementedError, match=text):
         call(image, None, heads)
+
+
+# --- the Triton kernel ----------------------------------------------------------------------------
+
+each_triton = pytest.mark.parametrize(
+    "backend", ["triton", pytest.param("triton-gpu", marks=pytest.mark.gpu)]
+)
+
+
+def run_triton(backend, image, text, heads, prepare=lambda t: t, **kwargs):
+    """The launch on this backend's device; `prepare` sees every tensor there."""
+    launch, device = launcher(OP, backend)
+    none = (None,) * 5
+    tensors = (*flattened(image, None, heads), *(none if text is None else (*text[:3], *text[3])))
+    args = [None if t is None else prepare(t.to(device)) for t in tensors]
+    return launch(*args, heads, 1e-6, **kwargs).cpu()
+
+
+# Channels of a head: the released ones, tiles with idle lanes, one pair, the most.
+@each_triton
+@pytest.mark.parametrize("d", [2, 6, 22, 64, 72, 128, 130, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_triton_heads(dtype, d, backend):
+    for std in (1.0, 1e-3, 1e4):
+        args = arguments(dtype, (2, 7, 3, 5, d), std)
+        assert_matches(run_triton(backend, *args), args)
+
+
+@each_triton
+@pytest.mark.parametrize("small", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_triton_strides_and_types(dtype, small, backend):
+    """Rows that start anywhere, weights and tables of any type."""
+    image, text, heads = arguments(dtype, (2, 5, 4, 3, 24))
+
+    def cast(stream):
+        qkv, q_weight, k_weight, rope = stream
+        rope = tuple(t.to(small) for t in rope)
+        return (qkv, q_weight.to(small), k_weight.to(small), rope)
+
+    args = (cast(image), cast(text), heads)
+    assert_matches(run_triton(backend, *args, prepare=at_odd_stride), args)
+
+
+@each_triton
+@pytest.mark.parametrize(("heads", "warps"), [(1, 1), (4, 2), (64, 8)])
+def test_triton_every_tile_gives_the_same(heads, warps, backend):
+    module = pytest.importorskip("pixeldiff.triton_kernels.qk_norm_rope")
+    args = arguments(torch.bfloat16, (3, 5, 2, 3, 22))
+    out = run_triton(backend, *args, config=module.Config(heads, warps))
+    assert_matches(out, args)
+
+
+@each_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_triton_not_finite(dtype, backend):
+    """A NaN takes its head; an infinity takes its own channel pair, the rest of its head is 0."""
+    image, text, heads = arguments(dtype, (2, 3, 2, 3, 22))
+    image[0][0, 1, 22 + 5] = torch.nan  # q, head 1
+    text[0][1, 0, 66 + 44 + 20] = torch.inf  # k, head 2, pair 20 and 21
+    image[0][1, 2, 132 + 7] = torch.nan  # v
+    out = run_triton(backend, image, text, heads)
+    with pixeldiff.backend("reference"):
+        want = call(image, text, heads)
+    assert torch.equal(out.isnan(), want.isnan())
+    assert out.isnan().sum() == 22 + 2 + 1
+    assert (out[1, 1, 0, 2, :20] == 0).all()
+    torch.testing.assert_close(out, want, equal_nan=True, rtol=2e-2, atol=1e-3)
+
+
+@each_triton
+def test_triton_writes_nothing_outside_its_rows(backend):
+    """Rows 2 to 4 of 8 in a buffer: neither the others nor anything beyond it."""
+    _, device = launcher(OP, backend)
+    module = import_module("pixeldiff.triton_kernels.qk_norm_rope")
+    (qkv, q_weight, k_weight, rope), _, heads = args = arguments(torch.float32, (2, 3, None, 3, 22))
+    shape = (3, 2, 8, heads, 22)
+    buffer = torch.full((np.prod(shape) + 64,), 7.0, device=device)
+    out = buffer[32:-32].view(shape)
+    tensors = (t.to(device) for t in (qkv, q_weight, k_weight, *rope))
+    module._launch_rows(*tensors, out, 2, 1e-6, module.Config(4, 4))
+    assert_matches(out[:, :, 2:5].contiguous().cpu(), args)
+    out[:, :, 2:5] = 7
+    assert (buffer == 7).all()
+
+
+@each_triton
+@pytest.mark.parametrize("axis", ["images", "rows"])
+def test_triton_offsets_past_two_to_the_31(axis, backend):
+    """The third image, or row, 2^31 elements away from the first, at a stride of 32 bits."""
+    launch, device = launcher(OP, backend)
+    shape = (3, 1) if axis == "images" else (1, 3)
+    image, _, heads = args = arguments(torch.bfloat16, (*shape, None, 2, 8))
+    base = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
+    far = base.as_strided((*shape, 48), (2**30, 2**30, 1))
+    far.copy_(image[0])
+    rest = (*(t.to(device) for t in (*image[1:3], *image[3])), *(None,) * 5, heads, 1e-6)
+    assert_matches(launch(far, *rest).cpu(), args)
+
+
+@each_triton
+def test_triton_repeats_bitwise_and_leaves_its_inputs(backend):
+    image, text, heads = arguments(torch.bfloat16, (2, 9, 4, 3, 64))
+    before = [t.clone() for t in flattened(image, text, heads)]
+    first, second = (run_triton(backend, image, text, heads) for _ in range(2))
+    assert_bitwise(first, second)
+    for a, b in zip(before, flattened(image, text, heads), strict=True):
+        assert_bitwise(a, b)
+
+
+def test_triton_refuses():
+    module = pytest.importorskip("pixeldiff.triton_kernels.qk_norm_rope")
+    image, _, heads = arguments(torch.float32, (1, 3, None, 2, 258))
+    none = (None,) * 5
+    reason = module.why_not(*image[:3], *image[3], *none, heads, 1e-6)
+    assert reason == "takes heads of at most 256 channels, got 258"
+    image, _, heads = arguments(torch.float32, (1, 3, None, 2, 8))
+    wide = [t.double() for t in image[3]]
+    reason = module.why_not(*image[:3], *wide, *none, heads, 1e-6)
+    assert reason == "takes float32, bfloat16, float16, got torch.float64"
+    huge = torch.empty(1, 2**30, 48, device="meta")
+    reason = module.why_not(huge, *image[1:3], *image[3], *none, heads, 1e-6)
+    assert reason == f"takes fewer than 2^31 heads an image, got {2**30} rows of 2"
+
+
+PIT = {"width": 1152, "heads": 16, "head_dim": 72, "text": 0}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grid", [(128, 128), (256, 256)], ids=["2048", "4096"])
+@pytest.mark.parametrize("site", [{}, PIT], ids=["mmdit", "pit"])
+def test_released_shapes(site, grid):
+    """Released widths on a GPU: the rule on rows drawn at random, v on all of them."""
+    launch, device = launcher(OP, "triton-gpu")
+    geometry = replace(SYSTEMS["pid"].geometry, grid=grid, **site)
+    args = examples.arguments(OP, device, torch.bfloat16, geometry)
+    out = launch(*args)
+    qkv, *rest, heads, _ = args
+    text = 0 if rest[4] is None else rest[4].shape[1]
+    v = qkv[..., 2 * qkv.shape[-1] // 3 :].unflatten(-1, (heads, -1))
+    assert_bitwise(out[2, :, text:], v)
+    rows = torch.randint(qkv.shape[1], (500,), generator=torch.Generator().manual_seed(0))
+    rows[:2] = torch.tensor([0, qkv.shape[1] - 1])
+    image = (qkv[:, rows], *rest[:2], tuple(t[rows] for t in rest[2:4]))
+    assert_matches(out[:, :, text + rows.to(device)].cpu(), _on_cpu(image, None, heads))
+    if text:
+        first = out[:, :, :text].contiguous().cpu()
+        assert_matches(first, _on_cpu((*rest[4:7], tuple(rest[7:])), None, heads))
+
+
+def _on_cpu(image, text, heads):
+    return (*(t.cpu() for t in image[:3]), tuple(t.cpu() for t in image[3])), text, heads
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_triton_compiles_ahead_of_time(target):
+    module = pytest.importorskip("pixeldiff.triton_kernels.qk_norm_rope")
+    wide = {"width": 3072, "heads": 24, "head_dim": 128, "text": 0}
+    for dtype, site in ((torch.bfloat16, {}), (torch.bfloat16, PIT), (torch.bfloat16, wide),
+                        (torch.float32, {})):  # fmt: skip
+        args = aot.released(OP, dtype, **site)
+        for kernel in aot.compile_launch(lambda args=args: module.launch(*args), target):
+            aot.assert_lean(kernel)
+            assert kernel.registers <= 128
+            # Of q, k, v, cos and sin; of q, k and v.
+            assert kernel.ptx.count("ld.global.v4.b32") >= 5
+            assert kernel.ptx.count("st.global.v4.b32") >= 3
+            assert "st.global.b16" not in kernel.ptx
+            if dtype == torch.bfloat16 and not site:
+                assert kernel.shared == 0  # pairs are split and joined within a thread
+
+
+def test_triton_compiles_once_for_all_sizes():
+    module = pytest.importorskip("pixeldiff.triton_kernels.qk_norm_rope")
+    keys = []
+    for grid, text in (((128, 128), 300), ((256, 256), 300), ((37, 41), 17), ((1, 1), 1)):
+        args = aot.released(OP, grid=grid, text=text)
+        keys += aot.keys(lambda args=args: module.launch(*args))
+    assert len(keys) == 8
+    assert len(set(keys)) == 1
+
+
+def test_triton_in_interpreter():
+    harness.run_in_interpreter(__file__)
 
 
 @pytest.mark.parametrize("rows", [3, None], ids=["text", "no-text"])

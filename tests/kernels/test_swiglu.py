@@ -1,5 +1,7 @@
 """swiglu against fp64: y = a sigmoid(a) b."""
 
+import aot
+import harness
 import numpy as np
 import pytest
 import torch
@@ -45,11 +47,13 @@ def test_matches_oracle(dtype, std, shape, backend):
     assert_one_rounding(y, f64(a) * sigmoid(f64(a)) * f64(b))
 
 
-def test_rounds_once():
+@every_backend("swiglu")
+def test_rounds_once(backend):
     """Half a unit in the last place: rounding silu(a) to bf16 first would double it."""
     a, b = Draw(torch.bfloat16)(2, 50, 64)
     oracle = f64(a) * sigmoid(f64(a)) * f64(b)
-    error = abs(f64(swiglu(a, b)) - oracle)
+    with forced("swiglu", backend):
+        error = abs(f64(swiglu(a, b)) - oracle)
     assert (error <= 0.501 * torch.finfo(torch.bfloat16).eps * abs(oracle)).all()
 
 
@@ -237,6 +241,124 @@ def test_forced_cpu_refuses(a, reason):
     ):
         swiglu(a, a)
     assert swiglu(a, a).shape == a.shape
+
+
+# --- the Triton kernel ----------------------------------------------------------------------------
+
+each_triton = pytest.mark.parametrize(
+    "backend", ["triton", pytest.param("triton-gpu", marks=pytest.mark.gpu)]
+)
+TRITON = "pixeldiff.triton_kernels.swiglu"
+
+
+@each_triton
+@each_dtype
+@pytest.mark.parametrize("width", [1, 3, 17, 341, 1536, 2500])
+def test_triton_one_rounding(dtype, width, backend):
+    """Halves of a fused projection, as views."""
+    launch, device = launcher("swiglu", backend)
+    for std in (1.0, 1e-3, 30.0):
+        a, b = Draw(dtype)(2, 5, 2 * width, std=std).to(device).chunk(2, -1)
+        y = launch(a, b)
+        assert y.is_contiguous()
+        assert one_rounding(y, oracle(a, b)) <= 1
+
+
+@each_triton
+@pytest.mark.parametrize("leading", [(), (7,), (3, 5), (2, 3, 4), (2, 1, 3, 2)], ids=str)
+def test_triton_leading_axes(leading, backend):
+    launch, device = launcher("swiglu", backend)
+    a, b = Draw(torch.bfloat16)(2, *leading, 24).to(device)
+    want = launch(a.reshape(-1, 24), b.reshape(-1, 24)).view(a.shape)
+    assert one_rounding(want, oracle(a, b)) <= 1
+    assert_bitwise(launch(a, b), want)
+    assert_bitwise(launch(at_odd_stride(a), at_odd_stride(b)), want)
+    if len(leading) > 1:
+        crossed = a.transpose(0, 1).contiguous().transpose(0, 1)
+        assert_bitwise(launch(crossed, b), want)
+
+
+@each_triton
+@each_dtype
+def test_triton_not_finite(dtype, backend):
+    launch, device = launcher("swiglu", backend)
+    special = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, -1.0, 3e4, -3e4, 1e-7, -1e-7]
+    special = torch.tensor(special, dtype=dtype)
+    a, b = (t.flatten().contiguous() for t in torch.meshgrid(special, special, indexing="ij"))
+    y = launch(a.to(device), b.to(device)).cpu()
+    with pixeldiff.backend("reference"):
+        want = swiglu(a, b)
+    harness.check_not_finite_like(y, want)
+
+
+@each_triton
+@pytest.mark.parametrize(("of_a", "of_b"), [(1e-30, 1e-5), (80.0, 1e36), (1e-20, 1e30)])
+def test_triton_magnitudes(of_a, of_b, backend):
+    launch, device = launcher("swiglu", backend)
+    a, b = Draw()(3, 64).clamp(-1, 1) * of_a, Draw(seed=1)(3, 64) * of_b
+    assert one_rounding(launch(a.to(device), b.to(device)).cpu(), oracle(a, b)) <= 1
+
+
+@each_triton
+@pytest.mark.parametrize("tile", [(1, 8, 1), (4, 16, 2), (1, 64, 8)], ids=str)
+def test_triton_every_tile_gives_the_same(tile, backend):
+    launch, device = launcher("swiglu", backend)
+    config = pytest.importorskip(TRITON).Config(*tile)
+    a, b = Draw(torch.bfloat16)(2, 2, 7, 45).to(device)
+    assert_bitwise(launch(a, b, config=config), launch(a, b))
+
+
+@each_triton
+@pytest.mark.parametrize("shape", [(3, 1, 24), (1, 3, 24)], ids=["images", "rows"])
+def test_triton_offsets_past_two_to_the_31(shape, backend):
+    """The third image, or row, 2^31 elements away from the first, at a stride of 32 bits."""
+    launch, device = launcher("swiglu", backend)
+    a, b = Draw(torch.bfloat16)(2, *shape).to(device)
+    base = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
+    far = base.as_strided(shape, (2**30, 2**30, 1))
+    far.copy_(a)
+    assert_bitwise(launch(far, b), launch(a, b))
+    far.copy_(b)
+    assert_bitwise(launch(a, far), launch(a, b))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [16384, 65536])
+def test_released_shapes(rows):
+    launch, device = launcher("swiglu", "triton-gpu")
+    a, b = torch.randn(1, rows, 8192, device=device, dtype=torch.bfloat16).chunk(2, -1)
+    y = launch(a, b)
+    for first in range(0, rows, 8192):
+        part = slice(first, first + 8192)
+        assert one_rounding(y[:, part], oracle(a[:, part], b[:, part])) <= 1
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_triton_compiles_ahead_of_time(target):
+    module = pytest.importorskip(TRITON)
+    for dtype in (torch.bfloat16, torch.float32):
+        args = aot.released("swiglu", dtype)
+        (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
+        aot.assert_lean(kernel)
+        assert kernel.registers <= 64
+        assert kernel.shared == 0
+        assert kernel.ptx.count("ld.global.v4.b32") == 4  # two vectors each of a and b
+        assert kernel.ptx.count("st.global.v4.b32") == 2
+        assert "ld.global.b" not in kernel.ptx
+
+
+def test_triton_compiles_once_for_all_sizes():
+    module = pytest.importorskip(TRITON)
+    keys = []
+    for grid in ((128, 128), (256, 256), (37, 41), (1, 1)):
+        args = aot.released("swiglu", grid=grid)
+        keys += aot.keys(lambda args=args: module.launch(*args))
+    assert len(keys) == 4
+    assert len(set(keys)) == 1
+
+
+def test_triton_in_interpreter():
+    harness.run_in_interpreter(__file__)
 
 
 def _module():

@@ -404,7 +404,7 @@ class PiDDecoder:
                 f"latent must be finite, got {bad} NaN or infinite values of {latent.numel()}; the "
                 f"generator overflowed (fp16?) or its VAE scaling is wrong"
             )
-        return aligned(latent.detach().to(self.device))
+        return aligned(latent.detach().to(self.device).contiguous())
 
     def _sigma(self, sigma: float | Sequence[float] | Tensor, batch: int) -> Tensor:
         try:

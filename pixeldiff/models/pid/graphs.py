@@ -205,7 +205,9 @@ class Captured:
         with torch.inference_mode(False):  # to be written in any mode
             self._inputs = [torch.empty_like(t) for t in student.inputs]
             self._x, self._noise, self._x0 = (
-                torch.zeros(size if needed else 0, device=student.latent.device)
+                torch.zeros(
+                    size if needed else 0, dtype=torch.float32, device=student.latent.device
+                )
                 for needed in (True, any(map(student.draws, student.times[1:])), student.want_x0)
             )
         self._load(student)

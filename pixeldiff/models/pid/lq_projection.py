@@ -41,10 +41,13 @@ class SigmaGate(nn.Module):
         """The part of the logit that does not depend on x: (B, N, K)."""
         weight = self.content_proj.weight[:, feature.shape[-1] :]
         content = linear(feature, weight, self.content_proj.bias)
-        strength = upcast(self.log_alpha).exp()
-        logit = upcast(content) - strength * sigma[:, None, None]
-        # One logit a token stays in fp32; one a channel is as large as the feature itself.
-        return logit if logit.shape[-1] == 1 else logit.to(feature.dtype)
+        noise = upcast(self.log_alpha).exp() * sigma[:, None, None]
+        # One logit a token stays in fp32.
+        if content.shape[-1] == 1:
+            return upcast(content) - noise
+        # One a channel is as large as the feature: the difference, taken in the wider type, is
+        # rounded where content was, with no copy of it in fp32.
+        return content.sub_(noise)
 
     def forward(self, x: Tensor, feature: Tensor, lq_logit: Tensor) -> Tensor:
         return ops.sigma_gate(x, feature, self._x_weight(), lq_logit)

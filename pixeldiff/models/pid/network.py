@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ... import ops
-from ...ops.registry import upcast
 from ..fp8 import Fp8Linear, quantize_
 from .config import PiDConfig
 from .layers import CaptionEmbedder, FinalLayer, Projection, SwiGLU, TimeEmbedder
@@ -381,7 +380,7 @@ class PiDNet(nn.Module):
         if trace:
             trace("t_emb", mod.time)
         s = self._patch_stream(x, mod, condition, trace)
-        u = silu(upcast(mod.time)[:, None] + upcast(s)).to(s.dtype)
+        u = ops.add_silu(s, mod.time)
         del s
         if condition.has_latent and self.config.pit_lq_inject:
             u = self.pit_lq_gate(u, *condition.injection(self.config.num_injections))

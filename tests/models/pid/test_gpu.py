@@ -15,6 +15,7 @@ from tiny_pid import tiny_caption, tiny_latent, tiny_net
 from bench import models
 from pixeldiff.models.pid import PiDConfig, PiDNet
 from pixeldiff.models.pid.decoder import Interrupted, PiDDecoder
+from pixeldiff.models.pid.samplers import network_time, student_times
 from pixeldiff.verify import _runner
 from pixeldiff.verify.golden import compare, read_golden
 
@@ -152,13 +153,14 @@ def test_compiled_step(config):
 def test_a_step_neither_waits_for_the_device_nor_makes_it_wait():
     net = network(V15).to(DEVICE).requires_grad_(False)
     kw = {name: value.to(DEVICE) for name, value in inputs().items()}
-    tables = net.tables((16, 32), kw["y"].shape[1], [634.0])
-    given = (kw["lq_latent"], kw["y"], kw["degrade_sigma"])
+    t, t_next = student_times()[1:3]
+    tables = net.tables((16, 32), kw["y"].shape[1], [network_time(t)])
+    given, noise = (kw["lq_latent"], kw["y"], kw["degrade_sigma"]), torch.randn_like(kw["x"])
 
     def work():
         condition = net.prepare(*given, size=(16, 32), tables=tables)
-        net.student_step(condition, kw["x"], 0.634, 0.342, torch.randn_like(kw["x"]).new_empty)
-        net.step(kw["x"], 634.0, condition)
+        net.student_step(condition, kw["x"], t, t_next, lambda shape: noise)
+        net.step(kw["x"], network_time(t), condition)
 
     work()  # compilation
     torch.cuda.synchronize()

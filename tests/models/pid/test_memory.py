@@ -6,8 +6,11 @@ inside itself for a moment, what a matrix library takes as its workspace, and ga
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.live_memory import LiveMemory
 from pixeldiff.models.pid import PiDNet, variant
@@ -62,11 +65,55 @@ def test_activations_with_features_made_anew(name, side, record_property):
     assert prepared <= memory.peak <= NOT_KEPT[name] * (side / 2048) ** 2
 
 
+class Copies(TorchDispatchMode):
+    """Counts the operations that move or convert a tensor and compute nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_to_copy", "clone", "copy_", "cat", "stack", "lift_fresh_copy"):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NOW)
+def test_a_step_copies_the_image_once_and_nothing_else(name):
+    """Into patches, in the network's dtype. Its own weights are packed, its tables given."""
+    config, times = variant(name).inference_config, student_times()
+    net = PiDNet(config, device="meta", dtype=torch.bfloat16).requires_grad_(False).pack_()
+    cells = 512 // config.pixels_per_latent_cell
+
+    def draw(shape) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    latent = draw((1, config.lq_latent_channels, cells, cells))
+    tables = net.tables((512, 512), 300, [network_time(t) for t in times[:-1]])
+    with torch.no_grad():
+        y = draw((1, 300, config.txt_embed_dim))
+        condition = net.prepare(latent, y, draw((1,)), size=(512, 512), tables=tables)
+        with Copies() as copies:
+            net.student_step(condition, draw((1, 3, 512, 512)), *times[:2], draw, want_x0=False)
+    assert copies.counts == {"_to_copy": 1}
+
+
 def test_a_step_leaves_nothing():
     memory, _ = decode("flux-v1.5", 1024)
     held = memory.now
     del memory.at_peak
     assert held == memory.now == 0
+
+
+def test_packing_copies_one_layer_at_a_time():
+    with LiveMemory() as memory:
+        config = variant("flux-2k").inference_config
+        net = PiDNet(config, device="meta", dtype=torch.bfloat16).requires_grad_(False)
+        weights = memory.peak = memory.now
+        net.pack_()
+    assert memory.now == weights == 2 * sum(p.numel() for p in net.parameters())
+    assert memory.peak - weights == 2 * 2 * config.hidden_size * config.ffn_size
 
 
 # ---- The counter -----------------------------------------------------------------------------

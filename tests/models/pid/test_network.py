@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_networks import CONFIGS, PLAIN, TINY, V1, V15, inputs, network
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixeldiff.models.pid import PiDConfig, PiDNet, layers
 from pixeldiff.models.pid.lq_projection import LQProjection, SigmaGate
@@ -231,6 +233,42 @@ def test_gates_fall_with_sigma(kind):
     logits = values.logit()
     step = torch.tensor([0.1, 0.3, 0.6])[:, None, None] * torch.tensor(0.5).exp()
     torch.testing.assert_close(-logits.diff(dim=0), step.expand(3, 5, 8), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["sigma_aware_per_token", "sigma_aware_per_token_per_dim"])
+def test_gate_logit_takes_sigma_off_in_the_wider_type(kind, dtype):
+    """Each image its own noise, taken off what the linear gave; one logit a token stays wide."""
+    gate = SigmaGate(24, kind, dtype=dtype)
+    torch.nn.init.normal_(gate.content_proj.weight)
+    torch.nn.init.normal_(gate.content_proj.bias)
+    feature, sigma = torch.randn(3, 5, 24, dtype=dtype), torch.tensor([0.0, 0.37, 1e4])
+    content = linear(feature, gate.content_proj.weight[:, 24:], gate.content_proj.bias)
+    want = content.to(torch.promote_types(dtype, torch.float32)) - sigma[:, None, None]
+    got = gate.lq_logit(feature, sigma)
+    assert torch.equal(got, want if kind == "sigma_aware_per_token" else want.to(dtype))
+
+
+def test_gate_logit_makes_no_wide_copy():
+    """In bf16 the logits of a gate are as large as its feature: one such tensor, never in fp32.
+
+    A CPU casts in temporaries of its own; what PyTorch is asked for is what a GPU allocates.
+    """
+
+    class Seen(TorchDispatchMode):
+        wide = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if result.dtype == torch.float32:
+                self.wide = max(self.wide, result.numel())
+            return result
+
+    gate = SigmaGate(24, "sigma_aware_per_token_per_dim", dtype=torch.bfloat16)
+    feature, sigma = torch.randn(3, 5, 24).bfloat16(), torch.tensor([0.0, 0.5, 1.0])
+    with Seen() as seen:
+        gate.lq_logit(feature, sigma)
+    assert 0 < seen.wide <= 3
 
 
 @each_config
