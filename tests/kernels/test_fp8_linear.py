@@ -5,6 +5,7 @@ Eager is PyTorch's linear on the values multiplied out.
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 
 import pytest
@@ -25,7 +26,7 @@ each_call = pytest.mark.parametrize("call", CALLS)
 
 def arguments(rows, k, channels, *, bias=True, std=1.0, out=BF16, seed=0, device="cpu"):
     g = torch.Generator().manual_seed(seed)
-    x, x_scale = quantize_rows(torch.randn(1, *rows, k, generator=g).flatten(0, -3) * std)
+    x, x_scale = quantize_rows(torch.randn(math.prod(rows), k, generator=g) * std)
     weight, weight_scale = quantize_rows(torch.randn(1, channels, k, generator=g) * k**-0.5)
     bias = torch.randn(channels, generator=g).to(out) if bias else None
     x, x_scale = x.view(*rows, k), x_scale.view(rows)
@@ -105,6 +106,16 @@ def test_free_choice_takes_the_vendor_library():
     assert torch.equal(free, vendor.launch(*args))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("k", "channels"), [(1536, 4608), (4096, 1536), (1536, 8192)], ids=str)
+def test_released_shapes(k, channels):
+    """All tokens of a 2048 x 2048 picture, 32 of them held against fp64."""
+    args = arguments((16384,), k, channels, device=device_of("vendor-gpu"))
+    y, some = run("vendor-gpu", *args), slice(None, None, 512)
+    x, x_scale, *rest = args
+    check(y[some].contiguous(), (x[some], x_scale[some], *rest))
+
+
 @each_call
 @pytest.mark.parametrize(("rows", "k", "channels"), [((0,), 16, 16), ((2, 0), 16, 16)], ids=str)
 def test_empty(rows, k, channels, call):
@@ -139,6 +150,22 @@ def test_views_are_taken(call):
     device = device_of(call)
     x, x_scale, weight, weight_scale, bias, out = arguments((2, 9), 32, 48, device=device)
     args = (x[:, 2:5], x_scale[:, 2:5], weight[16:], weight_scale[16:], bias[16:], out)
+    check(run(call, *args), args)
+
+
+@each_call
+def test_a_single_row_without_other_axes(call):
+    *args, out = arguments((), 32, 48, device=device_of(call))
+    check(run(call, *args, out), (*args, out))
+
+
+@each_call
+def test_rows_that_start_anywhere_in_memory(call):
+    x, x_scale, *rest = arguments((9,), 32, 48, device=device_of(call))
+    weight, weight_scale, bias, out = rest
+    args = (x[3:], x_scale[3:], weight[5:], weight_scale[5:], bias[5:], out)
+    if call == "vendor-gpu":  # N must be a multiple of 16
+        args = (x[3:], x_scale[3:], weight, weight_scale, bias, out)
     check(run(call, *args), args)
 
 

@@ -155,9 +155,9 @@ class PiDNet(nn.Module):
     def quantize_(self) -> PiDNet:
         """Hold and multiply the linear layers of all attention and feed-forward in e4m3.
 
-        One layer is quantised at a time, and what it was made of is freed. In the rest (AdaLN and
-        its products with the pixel stream, embedders, the latent's branch, gates, head), which is
-        a sixth of the FLOPs, the dtype stays: there errors go into the image unaveraged.
+        One layer is quantised at a time, and what it was made of is freed. The rest keeps its dtype
+        (AdaLN and its products with the pixel stream, embedders, the latent's branch, gates, head):
+        a fifth of the FLOPs of all linear layers, whose errors go into the image unaveraged.
         """
         for block in self.patch_blocks:
             quantize_(block, *_MMDIT_FP8)

@@ -80,23 +80,30 @@ def launch(
     if x.numel() == 0 or weight.numel() == 0:
         empty = torch.zeros(shape, dtype=out_dtype, device=x.device)
         return empty if bias is None else empty + bias
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = x.reshape(-1, x.shape[-1])
     return _multiply(rows, x_scale.reshape(-1), weight, weight_scale, bias).view(shape)
 
 
 def _multiply(
-    x: Tensor,  # (M, K), contiguous
+    x: Tensor,  # (M, K)
     x_scale: Tensor,  # (M,)
     weight: Tensor,  # (N, K)
     weight_scale: Tensor,  # (N,)
     bias: Tensor | None,
 ) -> Tensor:
     return torch._scaled_mm(
-        x,
-        weight.contiguous().t(),  # the second operand must be column-major
-        scale_a=x_scale.contiguous()[:, None],
-        scale_b=weight_scale.contiguous()[None],
+        _aligned(x),
+        _aligned(weight).t(),  # the second operand must be column-major
+        scale_a=_aligned(x_scale)[:, None],
+        scale_b=_aligned(weight_scale)[None],
         bias=bias,
         out_dtype=torch.bfloat16,
         use_fast_accum=FAST_ACCUMULATION,
     )
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Contiguous, and where cuBLASLt reads it: a view into a row of scales need not be."""
+    if t.data_ptr() % ALIGNMENT == 0:
+        return t.contiguous()
+    return t.clone(memory_format=torch.contiguous_format)
