@@ -29,6 +29,7 @@ STYLES = {
     "triton": ("#009E73", "v"),
     "pixeldiff": ("#D55E00", "^"),
     "pixeldiff+compile": ("#E69F00", "D"),
+    "pixeldiff-no-graphs": ("#F0E442", "^"),
     "upstream": ("#CC79A7", "P"),
     "upstream+compile": ("#56B4E9", "X"),
 }

@@ -22,10 +22,12 @@ from pixeldiff.ops.registry import OPS
 from . import models, upstream
 
 # Name -> (what runs, whether under torch.compile). "compile" is the plain network compiled,
-# "reference-fp32" the plain network in fp32 whatever precision is asked for.
+# "reference-fp32" the plain network in fp32 whatever precision is asked for, "pixeldiff-no-graphs"
+# what pixeldiff does for the first image of a size.
 VARIANTS = {
     "pixeldiff": ("pixeldiff", False),
     "pixeldiff+compile": ("pixeldiff", True),
+    "pixeldiff-no-graphs": ("pixeldiff", False),
     "reference": ("reference", False),
     "reference-fp32": ("reference", False),
     "compile": ("reference", True),
@@ -148,6 +150,8 @@ class Loaded:
     def _load(self, compiled: bool) -> None:
         spec = self.spec
         self.decoder = models.decoder(spec.config, self.device, spec.precision)
+        if spec.variant == "pixeldiff-no-graphs":
+            self.decoder.graphs.limit = 0
         self.net = net = self.decoder.net
         self.config = net.config
         self.steps = spec.steps or self.decoder.sampling.steps

@@ -27,6 +27,8 @@ from .recent import Recent
 from .samplers import Advance, Draw
 
 REMEMBERED = 64  # keys of decodes that came once, or that cannot be captured
+_KINDS = {"_parameters": nn.Parameter, "_buffers": Tensor}
+_METHODS = ("forward", "prepare", "student_step")
 _one_capture = threading.Lock()  # CUDA allows no more at a time in a process
 
 
@@ -279,6 +281,7 @@ class Graphs:
         self._captured: Recent[Captured] = Recent(limit)
         self._seen: Recent[bool] = Recent(REMEMBERED)
         self._hopeless: Recent[bool] = Recent(REMEMBERED)
+        self._addresses: tuple[int, ...] = ()  # of the weights at the last decode
         self._in_use = threading.Lock()
 
     @contextlib.contextmanager
@@ -294,10 +297,14 @@ class Graphs:
     def release(self) -> None:
         """Free all memory that captured decodes hold. Waits for one that is running."""
         with self._in_use:
-            for seen in (self._captured, self._seen, self._hopeless):
-                seen.clear()
-            for recorder in filter(None, self._recorders.values()):
-                recorder.release()
+            self._forget()
+
+    def _forget(self) -> None:
+        held = len(self._captured)
+        for decodes in (self._captured, self._seen, self._hopeless):
+            decodes.clear()
+        for recorder in filter(None, self._recorders.values() if held else ()):
+            recorder.release()
 
     @contextlib.contextmanager
     def _turn(self, net: PiDNet, student: Student) -> Iterator[Captured | None]:
@@ -310,13 +317,16 @@ class Graphs:
             self._in_use.release()
 
     def _find(self, net: PiDNet, student: Student) -> Captured | None:
-        device = student.latent.device
+        weights, device = Weights.of(net), student.latent.device
+        if weights.addresses != self._addresses:  # weights that were moved do not come back
+            self._forget()
+            self._addresses = weights.addresses
         if device not in self._recorders:
             self._recorders[device] = self.recorder_for(device)
         recorder = self._recorders[device]
-        if recorder is None or recorder.why_not() or why_not(net):
+        if recorder is None or recorder.why_not() or weights.why_not or why_not():
             return None
-        key = (student.like, net.config, addresses(net), settings())
+        key = (student.like, net.config, settings())
         if (found := self._captured.get(key)) is not None:
             return found
         if key in self._hopeless:
@@ -341,33 +351,50 @@ class Graphs:
             return None
 
 
-def why_not(net: PiDNet) -> str | None:
-    """Why a decode of `net` cannot be replayed, or None.
-
-    A replay calls none of the network's Python code: what watches or changes its calls must see
-    them made.
-    """
+def why_not() -> str | None:
+    """Why a decode cannot be replayed here and now, or None."""
     if torch.compiler.is_compiling():
         return "torch.compile traces the call"
     if "reference" in forced():
         return "the reference backend is forced"
     if _get_current_dispatch_mode() is not None:
         return "a dispatch mode watches the operations"
-    for m in net.modules():
-        if m._forward_hooks or m._forward_pre_hooks:
-            return "a module has hooks"
-        if not vars(m).keys().isdisjoint(("forward", "prepare", "student_step")):
-            return "a module's method is replaced"
-    if any(type(p) is not nn.Parameter for p in net.parameters()):
-        return "a parameter is not a plain tensor"
-    if any(p.requires_grad for p in net.parameters()):
-        return "the network is trained: its parameters require gradients"
     return None
 
 
-def addresses(net: PiDNet) -> tuple[int, ...]:
-    """Where the weights lie. What they are is read by every replay."""
-    return tuple(t.data_ptr() for t in itertools.chain(net.parameters(), net.buffers()))
+@dataclass(frozen=True)
+class Weights:
+    """What a look at a network's weights shows, in one walk: a decode does it each time.
+
+    `addresses` is where they lie; what they are is read by every replay. `why_not` is the reason
+    that a decode cannot be replayed, which calls none of the network's Python code: what watches
+    or changes its calls must see them made.
+    """
+
+    addresses: tuple[int, ...]
+    why_not: str | None
+
+    @classmethod
+    def of(cls, net: PiDNet) -> Weights:
+        addresses, reason, left = [], None, [net]
+        while left:
+            module = vars(left.pop())
+            left.extend(m for m in module["_modules"].values() if m is not None)
+            for kind in ("_parameters", "_buffers"):
+                for t in module[kind].values():
+                    if t is None:
+                        continue
+                    if type(t) is not _KINDS[kind]:
+                        reason = "a parameter is not a plain tensor"
+                    elif t.requires_grad:
+                        reason = "the network is trained: its parameters require gradients"
+                    else:
+                        addresses.append(t.data_ptr())
+            if module["_forward_hooks"] or module["_forward_pre_hooks"]:
+                reason = "a module has hooks"
+            if not module.keys().isdisjoint(_METHODS):
+                reason = "a module's method is replaced"
+        return cls(tuple(addresses), reason)
 
 
 def forced() -> tuple[str | None, ...]:

@@ -260,9 +260,18 @@ def test_weights_elsewhere_are_captured_anew(pair, change):
     else:
         bias = pair.net.final_layer.linear.bias
         bias.data = bias.data + 0.5
+    assert pair.tape.releases == 1
     for decodes in (1, 2, 2):
         pair.check()
         assert len(pair.tape.decodes) == decodes
+        assert all(tape.released for tape in pair.tape.decodes[0]), "memory for nothing"
+
+
+def test_parts_that_are_not_there(pair):
+    pair.net.register_module("absent", None)
+    pair.net.register_buffer("none", None)
+    three_times(pair.check)
+    assert len(pair.tape.decodes) == 1
 
 
 def test_another_network_in_the_same_decoder(pair):
