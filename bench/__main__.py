@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ import click
 import torch
 
 from pixeldiff.cli import clean_errors
-from pixeldiff.models.pid.decoder import check_device
+from pixeldiff.models.pid.decoder import PRECISIONS, check_device
+from pixeldiff.out_files import check_out_path
 
 from . import show
 from .machine import DTYPES
@@ -115,7 +117,7 @@ def kernels(
 )
 @click.option("--size", "side", default=512, show_default=True, help="pixels of a side")
 @click.option("--device", help="cpu or cuda; default: cuda where there is one")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="default: bf16 on CUDA")
+@click.option("--precision", type=click.Choice(tuple(PRECISIONS)), help="default: bf16 on CUDA")
 @click.option(
     "--backend",
     "backends",
@@ -226,6 +228,50 @@ def resources(
     if output is not None:
         with written_whole([output]) as (partial,):
             partial.write_text(document(usages, size, dtype))
+
+
+@main.command()
+@click.option("--device", help="cpu or cuda; default: cuda where there is one")
+@click.option("--pictures", default=12, show_default=True, help="held-out drawn pictures")
+@click.option("--photographs", default=15, show_default=True, help="of those scikit-image carries")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="such as docs/precision.md")
+@click.option("--from", "source", type=click.Path(path_type=Path), help="only write its page")
+@threads_option
+@json_option
+@clean_errors
+def precision(
+    device: str | None,
+    pictures: int,
+    photographs: int,
+    output: Path | None,
+    source: Path | None,
+    threads: int | None,
+    path: Path | None,
+) -> None:
+    """The errors of bf16 and fp8 beside fp32: of every layer, and of the demo's pictures.
+
+    Wants the extra [train], whose scikit-image carries the photographs.
+    """
+    from .precision import load, measure, save
+    from .precision_page import page
+
+    checked = [check_out_path(p, s) for p, s in ((path, ".json"), (output, ".md")) if p]
+    if threads:
+        torch.set_num_threads(threads)
+    if source is not None:
+        found = load(source)
+    else:
+        command = "python -m bench " + shlex.join(sys.argv[1:])
+        found = measure(check_device(device), pictures, photographs, command)
+    if path is not None:
+        save(found, path)
+    text = page(found, source or path)
+    if output is not None:
+        output.write_text(text)
+    for written in checked:
+        show.console.print(str(written), markup=False)
+    if not checked:
+        show.console.print(text, markup=False)
 
 
 @main.command()

@@ -12,7 +12,7 @@ from torch import Tensor
 from pixeldiff.ops.registry import OPS
 
 from .schema import Accuracy
-from .work import ONE_ROUNDING, Work
+from .work import HALF_SPACING, TWICE_EAGER, Work
 
 EPS32 = torch.finfo(torch.float32).eps
 ROWS = 128  # rows of a selective oracle, spread over all of them, the first and the last included
@@ -55,22 +55,42 @@ class Judge:
             error=max(e.relative for e in errors),
             eager_error=max(e.relative for e in self._eager),
             of_budget=max(
-                of_budget(self.work.rule, e, base)
-                for e, base in zip(errors, self._eager, strict=True)
+                of_budget(rule, e, base)
+                for rule, e, base in zip(self._rules(errors), errors, self._eager, strict=True)
             ),
         )
+
+    def _rules(self, errors: list[Error]) -> list[str]:
+        if self.work.rule != HALF_SPACING:
+            return [self.work.rule] * len(errors)
+        return [self.work.rest] * (len(errors) - 1) + [HALF_SPACING]
 
     def _errors(self, results: tuple[Tensor, ...]) -> list[Error]:
         oracle = self._oracle
         if oracle is None:
             oracle = _tuple(self.work.oracle(self._args, tuple(r.double() for r in results)))
-        return [Error(r, o) for r, o in zip(results, oracle, strict=True)]
+        if self.work.rule != HALF_SPACING:
+            return [Error(r, o) for r, o in zip(results, oracle, strict=True)]
+        *plain, values, scale = results
+        *wanted, rows = oracle
+        return [
+            *(Error(r, o) for r, o in zip(plain, wanted, strict=True)),
+            Error(values.double() * scale[..., None], rows, rounding=half_spacing(rows, scale)),
+        ]
+
+
+def half_spacing(oracle: Tensor, scale: Tensor) -> Tensor:
+    """Half the distance of neighbouring e4m3 values at `oracle`, in rows of these scales."""
+    scale = scale.double()[..., None]
+    exponent = torch.frexp(oracle / scale).exponent - 1
+    return torch.ldexp(torch.ones_like(oracle), exponent.clamp(min=-6) - 4) * scale
 
 
 class Error:
-    """Largest errors of one tensor."""
+    """Largest errors of one tensor. `rounding` is what one rounding of it may be wrong by; default:
+    of its dtype."""
 
-    def __init__(self, y: Tensor, oracle: Tensor) -> None:
+    def __init__(self, y: Tensor, oracle: Tensor, rounding: Tensor | None = None) -> None:
         if y.shape != oracle.shape:
             raise ValueError(f"the result is {tuple(y.shape)}, expected {tuple(oracle.shape)}")
         difference = (y.double() - oracle).abs()
@@ -79,8 +99,9 @@ class Error:
         if not math.isfinite(self.absolute):
             raise ArithmeticError("the result holds NaN or infinity where the oracle does not")
         self.slack = 4 * EPS32 * self.largest
-        budget = torch.finfo(y.dtype).eps * oracle.abs() + self.slack
-        self.roundings = (difference / budget).max().item()
+        if rounding is None:
+            rounding = torch.finfo(y.dtype).eps * oracle.abs()
+        self.roundings = (difference / (rounding + self.slack)).max().item()
 
     @property
     def relative(self) -> float:
@@ -90,9 +111,9 @@ class Error:
 
 def of_budget(rule: str, error: Error, eager: Error) -> float:
     """The error over what the rule allows; at most 1 passes."""
-    if rule == ONE_ROUNDING:
-        return error.roundings
-    return error.absolute / (2 * eager.absolute + error.slack)
+    if rule == TWICE_EAGER:
+        return error.absolute / (2 * eager.absolute + error.slack)
+    return error.roundings
 
 
 def _double(value: Any) -> Any:

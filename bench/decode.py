@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from pixeldiff.models.pid.config import PiDConfig
+from pixeldiff.models.pid.decoder import PRECISIONS
 
 from . import models, upstream
-from .machine import DTYPES, machine
+from .machine import machine
 from .schema import Decode, Memory, Row
 from .timing import summarise
 from .variants import VARIANTS, Spec, precision
@@ -287,7 +288,7 @@ def _check_host_memory(plan: Plan, config: PiDConfig) -> None:
     count = sum(p.numel() for p in PiDNet(config, device="meta").parameters())
     need = sum(
         count
-        * (4 if VARIANTS[v][0] == "upstream" else DTYPES[precision(v, plan.precision)].itemsize)
+        * (4 if VARIANTS[v][0] == "upstream" else PRECISIONS[precision(v, plan.precision)].itemsize)
         for v in {FIRST, *plan.variants}
         if VARIANTS[v][0] != "upstream" or upstream.why_not() is None
     )

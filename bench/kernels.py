@@ -125,7 +125,9 @@ def measure(plan: Plan, case: Case, dtype: str, top: ceilings.Ceilings) -> list[
     for candidate, row, first in ready:
         timing = row.timing = timings[candidate.name]
         timing.first_ms = first
-        row.rates = top.rates(work.bytes(args), work.flops(args), timing.median_ms)
+        row.rates = top.rates(
+            work.bytes(args), work.flops(args), timing.median_ms, speed=work.speed
+        )
         row.speedup_eager = _speedup(timings.get(EAGER), timing)
         row.speedup_compiled = _speedup(timings.get(COMPILED), timing)
     return rows

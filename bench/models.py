@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pixeldiff.models.pid import PiDConfig, PiDNet
-from pixeldiff.models.pid.decoder import PRECISIONS, PiDDecoder
+from pixeldiff.models.pid.decoder import PRECISIONS, PiDDecoder, check_precision, ready
 from pixeldiff.models.pid.variants import Variant, variant, variants
 
 DEMO = "demo"
@@ -35,14 +35,21 @@ def resolve(name: str) -> Variant | None:
 
 
 def decoder(name: str, device: torch.device, precision: str) -> PiDDecoder:
-    """A decoder in its compute dtype, which is the only dtype its weights ever have."""
+    """A decoder in its compute dtype, which is the only one its weights ever have; what "fp8"
+    quantises had bf16 before, one layer at a time.
+
+    Raises:
+        ValueError: a precision this device does not have.
+    """
+    check_precision(precision, device)
     found = resolve(name)
     if found is None:
         return PiDDecoder.from_pretrained(DEMO, device=device, precision=precision)
     dtype = PRECISIONS[precision]
     net = PiDNet(found.inference_config, device="meta", dtype=dtype).to_empty(device=device)
     fill(net, dtype)
-    return PiDDecoder(net.requires_grad_(False), variant=found, name=f"{found.name}, random")
+    ready(net.requires_grad_(False), precision)
+    return PiDDecoder(net, variant=found, name=f"{found.name}, random")
 
 
 @torch.no_grad()

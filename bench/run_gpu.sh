@@ -130,6 +130,8 @@ else
   kernels full 60 --device cuda --dtype bf16 --sizes 1024,4096 --seconds 0.6 --limit 50 --no-compile
   decode v1.5 60 --device cuda --config flux-v1.5 --size 2048 --new-size 0 --images 4 \
     --compare reference --timeout 40
+  decode fp8 60 --device cuda --config flux-2k --size 2048 --new-size 0 --images 4 --precision fp8 \
+    --compare reference --timeout 40
   decode 4096 60 --device cuda --config flux-v1.5 --size 4096 --new-size 0 --images 2 \
     --compare reference --timeout 40
 fi

@@ -21,9 +21,9 @@ VERSION = 1
 KINDS = ("ceiling", "kernel", "decode", "tile")
 # refused: the implementation says it cannot take the call; failed: it raised; skipped: not tried.
 STATUSES = ("measured", "refused", "failed", "skipped")
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = ("fp32", "bf16", "fp16", "fp8")
 BOUNDS = ("memory", "compute")
-RULES = ("one rounding", "twice eager")
+RULES = ("one rounding", "twice eager", "half an e4m3 spacing")
 
 
 class SchemaError(ValueError):

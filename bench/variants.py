@@ -15,6 +15,7 @@ from torch import Tensor
 
 import pixeldiff
 from pixeldiff.errors import UntrainedSizeWarning
+from pixeldiff.models.pid.decoder import PRECISIONS
 from pixeldiff.models.pid.samplers import NoiseSource, network_time, sample_student, student_times
 from pixeldiff.ops.registry import OPS
 
@@ -53,7 +54,9 @@ class Spec:
 
 
 def precision(variant: str, asked: str) -> str:
-    """What a variant runs in where the benchmark was asked for `asked`."""
+    """What a variant runs in where the benchmark was asked for `asked`. The original has no fp8."""
+    if VARIANTS[variant][0] == "upstream" and asked == "fp8":
+        return "bf16"
     return "fp32" if variant == "reference-fp32" else asked
 
 
@@ -178,7 +181,7 @@ class Loaded:
             if missing:
                 raise ValueError(f"the checkout's network has other parameters: {missing[:3]}")
         else:
-            models.fill(self.net, {"fp32": torch.float32, "bf16": torch.bfloat16}[spec.precision])
+            models.fill(self.net, PRECISIONS[spec.precision])
         if spec.variant == "upstream+accelerate":
             pixeldiff.accelerate(self.net)
         self.steps = spec.steps or 4

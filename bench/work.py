@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pixeldiff.ops.registry import OPS
 
-ONE_ROUNDING, TWICE_EAGER = "one rounding", "twice eager"
+ONE_ROUNDING, TWICE_EAGER, HALF_SPACING = "one rounding", "twice eager", "half an e4m3 spacing"
 Args = tuple[Any, ...]
 
 
@@ -25,11 +25,14 @@ class Work:
 
     Args:
         bytes, flops: of a call, from its arguments in schema order.
-        rule: which of the error rules of tests/kernels/rules.py holds for it.
+        rule: which of the error rules of tests/kernels/rules.py holds for it. By HALF_SPACING the
+            last two results are e4m3 values and the scales of their rows (e4m3_rules.py), judged
+            multiplied out; by which rule the others are, `rest` says.
         token_axes: argument -> its axis of independent rows, `out_axis` the result's. Where given,
             the fp64 oracle is evaluated for a selection of rows: all of them would not fit.
         oracle: (fp64 arguments, fp64 result) -> what the result should be; default: the op's
             reference in fp64.
+        speed: how many times the products of the dtype of the call its products may be as fast.
     """
 
     bytes: Callable[[Args], int]
@@ -38,6 +41,8 @@ class Work:
     token_axes: Mapping[int, int] = field(default_factory=dict)
     out_axis: int = 0
     oracle: Callable[[Args, Any], Any] | None = None
+    speed: float = 1.0
+    rest: str = ONE_ROUNDING
 
 
 def size(*values: Any) -> int:
@@ -104,6 +109,20 @@ def _residual_oracle(args: Args, result: Any) -> Any:
     return x + gate[:, None] * y, norm
 
 
+def _row_bytes(x: Tensor) -> int:
+    """e4m3 values of the shape of x, and a fp32 scale for each row."""
+    return x.numel() + 4 * (x.numel() // x.shape[-1])
+
+
+def _plain(op: str) -> Callable[[Args, Any], Any]:
+    return lambda args, _: OPS[op].reference(*args)
+
+
+def _linear_bytes(args: Args) -> int:
+    x, weight, out_dtype = args[0], args[2], args[5]
+    return size(*args) + x.numel() // x.shape[-1] * weight.shape[0] * out_dtype.itemsize
+
+
 def _gate_norm_oracle(args: Args, result: Any) -> Any:
     # As above, but of the gate.
     *gate, norm_weight, scale, shift, eps = args
@@ -127,6 +146,38 @@ WORK: dict[str, Work] = {
         flops=lambda a: 7 * a[0].numel(),
         rule=ONE_ROUNDING,
         oracle=_residual_oracle,
+    ),
+    "quantize_rows": Work(
+        bytes=lambda a: size(a[0]) + _row_bytes(a[0]),
+        flops=lambda a: 2 * a[0].numel(),
+        rule=HALF_SPACING,
+        oracle=lambda args, _: args[0],
+    ),
+    "rms_norm_modulate_fp8": Work(
+        bytes=lambda a: size(*a) + _row_bytes(a[0]),
+        flops=lambda a: 7 * a[0].numel(),
+        rule=HALF_SPACING,
+        oracle=_plain("rms_norm_modulate"),
+    ),
+    "gated_residual_norm_fp8": Work(
+        bytes=lambda a: size(*a) + size(a[0]) + _row_bytes(a[0]),
+        flops=lambda a: 9 * a[0].numel(),
+        rule=HALF_SPACING,
+        oracle=_residual_oracle,
+    ),
+    "swiglu_fp8": Work(
+        bytes=lambda a: size(*a) + _row_bytes(a[0]),
+        flops=lambda a: 7 * a[0].numel(),
+        rule=HALF_SPACING,
+        oracle=_plain("swiglu"),
+    ),
+    "fp8_linear": Work(
+        bytes=_linear_bytes,
+        flops=lambda a: 2 * a[0].numel() * a[2].shape[0],
+        rule=TWICE_EAGER,
+        token_axes={0: 1, 1: 1},
+        out_axis=1,
+        speed=2.0,
     ),
     "qk_norm_rope": Work(
         bytes=lambda a: size(a[0], a[5]) + size(*a),
@@ -161,6 +212,13 @@ WORK: dict[str, Work] = {
         bytes=lambda a: size(*a) + 2 * size(a[0]),
         flops=lambda a: _gate_flops(a) + 5 * a[0].numel(),
         rule=TWICE_EAGER,
+        oracle=_gate_norm_oracle,
+    ),
+    "sigma_gate_norm_fp8": Work(
+        bytes=lambda a: size(*a) + size(a[0]) + _row_bytes(a[0]),
+        flops=lambda a: _gate_flops(a) + 7 * a[0].numel(),
+        rule=HALF_SPACING,
+        rest=TWICE_EAGER,
         oracle=_gate_norm_oracle,
     ),
     "pixel_embed": Work(

@@ -113,7 +113,11 @@ def _size(_ctx, _param, value: str | None) -> tuple[int, int] | None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--size", callback=_size, help="HEIGHTxWIDTH; default: the latent's size, scaled")
 @click.option("--device", help="cuda, cpu, ...; default: cuda where there is one")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="default: bf16 on CUDA")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp8"]),
+    help="default: bf16 on CUDA; fp8: e4m3 products, capability 8.9 (docs/precision.md)",
+)
 @click.option("--low-memory", is_flag=True, help="half the activations, about 1% slower")
 @click.option("--quiet", is_flag=True, help="no progress bar")
 @clean_errors

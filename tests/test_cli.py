@@ -110,8 +110,9 @@ def test_decode_writes_what_the_decoder_gives(files, out):
     }
 
 
-def test_metadata_decodes_to_the_same_picture(files, out):
-    decode(files, out, "--seed", 3, "--precision", "bf16")
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_metadata_decodes_to_the_same_picture(files, out, precision):
+    decode(files, out, "--seed", 3, "--precision", precision)
     metadata = read_png_metadata(out / "a.png")
     options = [metadata[k] for k in ("seed", "steps", "sigma", "precision")]
     flags = ("--seed", "--steps", "--sigma", "--precision")

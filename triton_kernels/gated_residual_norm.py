@@ -2,6 +2,7 @@
 
 Bytes: 4*B*N*D*sizeof(x) + 3*B*D*sizeof(scale). FLOPs: 7*B*N*D. Bandwidth-bound: x_new stays in
 registers between the two. fp32 inside; x_new is rounded once and the norm uses the rounded value.
+h is rounded to the dtype of x, or to e4m3 with a scale a row (gated_residual_norm_fp8.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, norm_rows
+from . import configs, e4m3, norm_rows
 from .norm_rows import Config
 
 OP = "gated_residual_norm"
@@ -26,7 +27,8 @@ def gated_residual_norm_kernel(
     scale_ptr,  # (B, D)
     shift_ptr,  # (B, D); any valid pointer when HAS_SHIFT is False
     x_new_ptr,  # (B, N, D) contiguous
-    h_ptr,  # (B, N, D) contiguous
+    h_ptr,  # (B, N, D) contiguous; e4m3 when QUANTIZE
+    row_scale_ptr,  # (B, N) fp32, contiguous; any valid pointer when QUANTIZE is False
     count,  # B * N
     N,
     D,
@@ -39,6 +41,7 @@ def gated_residual_norm_kernel(
     shift_stride_b,
     eps,
     HAS_SHIFT: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -69,6 +72,10 @@ def gated_residual_norm_kernel(
     if HAS_SHIFT:
         shift_offset = (b * shift_stride_b)[:, None] + column[None, :]
         h += tl.load(shift_ptr + shift_offset, mask=inside, other=0.0).to(tl.float32)
+    if QUANTIZE:
+        row_scale = e4m3.row_scale(e4m3.largest_magnitude(h))
+        tl.store(row_scale_ptr + row, row_scale, mask=row < count)
+        h = e4m3.quantized(h, row_scale)
     tl.store(h_ptr + out_offset, h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
@@ -106,14 +113,31 @@ def launch(
     eps: float,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    B, N, D = x.shape
     x_new = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if h.numel() == 0:
-        return x_new, h
-    chosen = config or configs.choose(OP, Config, heuristic, key, (x,))
+    if h.numel():
+        chosen = config or configs.choose(OP, Config, heuristic, key, (x,))
+        run(x, y, gate, weight, scale, shift, eps, x_new, h, None, chosen)
+    return x_new, h
+
+
+def run(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    x_new: Tensor,  # (B, N, D) contiguous, dtype of x
+    h: Tensor,  # (B, N, D) contiguous, dtype of x, or e4m3 with row_scale
+    row_scale: Tensor | None,  # (B, N) fp32, contiguous
+    config: Config,
+) -> None:
+    """Launch the kernel into x_new and h, h quantised where there is a row_scale to fill."""
+    B, N, D = x.shape
     with torch.cuda.device_of(x):
-        gated_residual_norm_kernel[(triton.cdiv(B * N, chosen.rows),)](
+        gated_residual_norm_kernel[(triton.cdiv(B * N, config.rows),)](
             x,
             y,
             gate,
@@ -122,6 +146,7 @@ def launch(
             scale if shift is None else shift,
             x_new,
             h,
+            h if row_scale is None else row_scale,
             B * N,
             N,
             D,
@@ -134,8 +159,8 @@ def launch(
             0 if shift is None else shift.stride(0),
             eps,
             HAS_SHIFT=shift is not None,
-            ROWS=chosen.rows,
+            QUANTIZE=row_scale is not None,
+            ROWS=config.rows,
             BLOCK_D=norm_rows.columns(D),
-            num_warps=chosen.num_warps,
+            num_warps=config.num_warps,
         )
-    return x_new, h

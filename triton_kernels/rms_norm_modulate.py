@@ -1,7 +1,8 @@
 """y = x * rsqrt(mean(x^2) + eps) * weight * (1 + scale) + shift, in Triton.
 
 Bytes: 2*B*N*D*sizeof(x) + 2*B*D*sizeof(scale). FLOPs: 5*B*N*D. Bandwidth-bound: one read and
-one write. fp32 inside, one rounding at the end.
+one write. fp32 inside, one rounding at the end: to the dtype of y, or to e4m3 with a scale a row
+(rms_norm_modulate_fp8.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, norm_rows
+from . import configs, e4m3, norm_rows
 from .norm_rows import Config
 
 OP = "rms_norm_modulate"
@@ -23,7 +24,8 @@ def rms_norm_modulate_kernel(
     weight_ptr,  # (D,)
     scale_ptr,  # (B, D)
     shift_ptr,  # (B, D); any valid pointer when HAS_SHIFT is False
-    y_ptr,  # (B, N, D) contiguous
+    y_ptr,  # (B, N, D) contiguous; e4m3 when QUANTIZE
+    row_scale_ptr,  # (B, N) fp32, contiguous; any valid pointer when QUANTIZE is False
     count,  # B * N
     N,
     D,
@@ -33,6 +35,7 @@ def rms_norm_modulate_kernel(
     shift_stride_b,
     eps,
     HAS_SHIFT: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -55,9 +58,12 @@ def rms_norm_modulate_kernel(
     if HAS_SHIFT:
         shift_offset = (b * shift_stride_b)[:, None] + column[None, :]
         y += tl.load(shift_ptr + shift_offset, mask=inside, other=0.0).to(tl.float32)
-    tl.store(
-        y_ptr + (row * D)[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside
-    )
+    if QUANTIZE:
+        row_scale = e4m3.row_scale(e4m3.largest_magnitude(y))
+        tl.store(row_scale_ptr + row, row_scale, mask=row < count)
+        y = e4m3.quantized(y, row_scale)
+    y_offset = (row * D)[:, None] + column[None, :]
+    tl.store(y_ptr + y_offset, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def why_not(
@@ -86,18 +92,33 @@ def launch(
     eps: float,
     config: Config | None = None,
 ) -> Tensor:
-    B, N, D = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    chosen = config or configs.choose(OP, Config, heuristic, key, (x,))
+    if y.numel():
+        chosen = config or configs.choose(OP, Config, heuristic, key, (x,))
+        run(x, weight, scale, shift, eps, y, None, chosen)
+    return y
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    y: Tensor,  # (B, N, D) contiguous, dtype of x, or e4m3 with row_scale
+    row_scale: Tensor | None,  # (B, N) fp32, contiguous
+    config: Config,
+) -> None:
+    """Launch the kernel into y, quantised where there is a row_scale to fill."""
+    B, N, D = x.shape
     with torch.cuda.device_of(x):
-        rms_norm_modulate_kernel[(triton.cdiv(B * N, chosen.rows),)](
+        rms_norm_modulate_kernel[(triton.cdiv(B * N, config.rows),)](
             x,
             weight,
             scale,
             scale if shift is None else shift,
             y,
+            y if row_scale is None else row_scale,
             B * N,
             N,
             D,
@@ -107,8 +128,8 @@ def launch(
             0 if shift is None else shift.stride(0),
             eps,
             HAS_SHIFT=shift is not None,
-            ROWS=chosen.rows,
+            QUANTIZE=row_scale is not None,
+            ROWS=config.rows,
             BLOCK_D=norm_rows.columns(D),
-            num_warps=chosen.num_warps,
+            num_warps=config.num_warps,
         )
-    return y

@@ -1,4 +1,5 @@
-"""y = sigma_gate(x, ...), then h = rms_norm_modulate(y), in Triton.
+"""y = sigma_gate(x, ...), then h = rms_norm_modulate(y), in Triton; h in the dtype of x, or in e4m3
+with a scale a row (sigma_gate_norm_fp8.py).
 
 PiD at 2048, bf16: B*N = 16384, D = 1536, 7 times in a step of 77 ms. h starts from y as stored.
 
@@ -27,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, launching, norm_rows, sigma_gate
+from . import configs, e4m3, launching, norm_rows, sigma_gate
 from .norm_rows import Config
 from .sigma_gate import gated_rows
 
@@ -67,7 +68,8 @@ def sigma_gate_norm_token_kernel(
     scale_ptr,  # (B, D)
     shift_ptr,  # (B, D); any valid pointer when HAS_SHIFT is False
     y_ptr,  # (B, N, D) contiguous
-    h_ptr,  # (B, N, D) contiguous
+    h_ptr,  # (B, N, D) contiguous; e4m3 when QUANTIZE
+    row_scale_ptr,  # (B, N) fp32, contiguous; any valid pointer when QUANTIZE is False
     N,
     D,
     x_stride_b,
@@ -80,6 +82,7 @@ def sigma_gate_norm_token_kernel(
     shift_stride_b,
     eps,
     HAS_SHIFT: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -104,6 +107,10 @@ def sigma_gate_norm_token_kernel(
     scale_ptr += b * scale_stride_b
     shift_ptr += b * shift_stride_b
     h = modulated_norm(y, norm_weight_ptr, scale_ptr, shift_ptr, column, D, eps, HAS_SHIFT)
+    if QUANTIZE:
+        row_scale = e4m3.row_scale(e4m3.largest_magnitude(h))
+        tl.store(row_scale_ptr + b * N + row, row_scale, mask=row < N)
+        h = e4m3.quantized(h, row_scale)
     tl.store(h_ptr + out_offset, h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
@@ -113,13 +120,15 @@ def norm_backwards_kernel(
     norm_weight_ptr,  # (D,)
     scale_ptr,  # (B, D)
     shift_ptr,  # (B, D); any valid pointer when HAS_SHIFT is False
-    h_ptr,  # (B, N, D) contiguous
+    h_ptr,  # (B, N, D) contiguous; e4m3 when QUANTIZE
+    row_scale_ptr,  # (B, N) fp32, contiguous; any valid pointer when QUANTIZE is False
     N,
     D,
     scale_stride_b,
     shift_stride_b,
     eps,
     HAS_SHIFT: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -135,6 +144,10 @@ def norm_backwards_kernel(
     scale_ptr += b * scale_stride_b
     shift_ptr += b * shift_stride_b
     h = modulated_norm(y, norm_weight_ptr, scale_ptr, shift_ptr, column, D, eps, HAS_SHIFT)
+    if QUANTIZE:
+        row_scale = e4m3.row_scale(e4m3.largest_magnitude(h))
+        tl.store(row_scale_ptr + b * N + row, row_scale, mask=row < N)
+        h = e4m3.quantized(h, row_scale)
     tl.store(h_ptr + offset, h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
@@ -177,18 +190,37 @@ def launch(
     eps: float,
     config: Config | None = None,  # of the kernel that writes h; the product has its own
 ) -> tuple[Tensor, Tensor]:
-    B, N, D = x.shape
     h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if h.numel() == 0:
         return torch.empty_like(h), h
     chosen = config or configs.choose(OP, Config, heuristic, key, (x, feature, weight))
-    grid = (B * triton.cdiv(N, chosen.rows),)
+    args = (x, feature, weight, lq_logit, norm_weight, scale, shift, eps)
+    return run(*args, h, None, chosen), h
+
+
+def run(
+    x: Tensor,
+    feature: Tensor,
+    weight: Tensor,
+    lq_logit: Tensor,
+    norm_weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    h: Tensor,  # (B, N, D) contiguous, dtype of x, or e4m3 with row_scale
+    row_scale: Tensor | None,  # (B, N) fp32, contiguous
+    config: Config,
+) -> Tensor:
+    """Launch the kernels into h, quantised where there is a row_scale to fill, and return y."""
+    B, N, D = x.shape
+    grid = (B * triton.cdiv(N, config.rows),)
     shift_stride = 0 if shift is None else shift.stride(0)
     constants = {
         "HAS_SHIFT": shift is not None,
-        "ROWS": chosen.rows,
+        "QUANTIZE": row_scale is not None,
+        "ROWS": config.rows,
         "BLOCK_D": norm_rows.columns(D),
-        "num_warps": chosen.num_warps,
+        "num_warps": config.num_warps,
     }
     if weight.shape[0] != 1:
         y = sigma_gate.launch(x, feature, weight, lq_logit)
@@ -199,6 +231,7 @@ def launch(
                 scale,
                 scale if shift is None else shift,
                 h,
+                h if row_scale is None else row_scale,
                 N,
                 D,
                 scale.stride(0),
@@ -206,8 +239,8 @@ def launch(
                 eps,
                 **constants,
             )
-        return y, h
-    y = torch.empty_like(h)
+        return y
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         sigma_gate_norm_token_kernel[grid](
             x,
@@ -219,6 +252,7 @@ def launch(
             scale if shift is None else shift,
             y,
             h,
+            h if row_scale is None else row_scale,
             N,
             D,
             x.stride(0),
@@ -232,4 +266,4 @@ def launch(
             eps,
             **constants,
         )
-    return y, h
+    return y

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .registry import needs_grad
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -28,6 +30,12 @@ def check_rank(op: str, name: str, t: Tensor, names: str) -> None:
         raise ValueError(f"{op}: {name} must be {names}, {rank} axes, got {tuple(t.shape)}")
 
 
+def check_rows(op: str, name: str, t: Tensor) -> None:
+    """Raise ValueError unless `t` holds rows: an axis of them, and the axis within one."""
+    if t.dim() < 2:
+        raise ValueError(f"{op}: {name} must be (..., D), 2 axes or more, got {tuple(t.shape)}")
+
+
 def check_last_contiguous(op: str, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
@@ -41,3 +49,12 @@ def check_device(op: str, first: Tensor, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and t.device != first.device:
             raise ValueError(f"{op}: {name} must be on {first.device}, got {t.device}")
+
+
+def check_no_grad(op: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError if autograd would record the call: rounding to e4m3 has no gradient."""
+    if needs_grad(*tensors):
+        raise RuntimeError(
+            f"{op}: an argument requires a gradient, and quantisation has none; call it under "
+            f"torch.no_grad(), or train in bf16"
+        )

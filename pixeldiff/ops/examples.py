@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .quantize_rows import quantized
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -149,26 +151,47 @@ def _rows(t: Draw, g: Geometry) -> Tensor:
     return t(1, g.tokens, g.width)
 
 
+def _sigma_gate_norm(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    return *_sigma_gate(t, g), t(g.width), t(1, g.width), t(1, g.width), 1e-6
+
+
+def _norm(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    return _rows(t, g), t(g.width), t(1, g.width), t(1, g.width), 1e-6
+
+
+def _residual_norm(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    x, *norm = _norm(t, g)
+    return x, _rows(t, g), t(1, g.width), *norm
+
+
+def _halves(t: Draw, g: Geometry) -> tuple[Tensor, Tensor]:
+    return t(1, g.tokens, g.hidden), t(1, g.tokens, g.hidden)
+
+
+def _fp8_linear(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    # The block's first linear: queries, keys and values at once.
+    x, out = _rows(t, g), 3 * g.heads * g.head_dim
+    weight = _matrix(t, out, g.width)
+    return *quantized(x.float()), *quantized(weight.float()), t(out), x.dtype
+
+
 _ARGUMENTS: dict[str, Callable[[Draw, Geometry], tuple[Any, ...]]] = {
     "rms_norm": lambda t, g: (_rows(t, g), t(g.width), 1e-6),
-    "rms_norm_modulate": lambda t, g: (
-        *(_rows(t, g), t(g.width)),
-        *(t(1, g.width), t(1, g.width), 1e-6),
-    ),
-    "gated_residual_norm": lambda t, g: (
-        *(_rows(t, g), _rows(t, g), t(1, g.width)),
-        *(t(g.width), t(1, g.width), t(1, g.width), 1e-6),
-    ),
+    "rms_norm_modulate": _norm,
+    "rms_norm_modulate_fp8": _norm,
+    "gated_residual_norm": _residual_norm,
+    "gated_residual_norm_fp8": _residual_norm,
     "qk_norm_rope": _qk_norm_rope,
     "joint_attention": _joint_attention,
     "joint_attention_fp8": lambda t, g: _joint_attention(t, g)[:4],
-    "swiglu": lambda t, g: (t(1, g.tokens, g.hidden), t(1, g.tokens, g.hidden)),
+    "swiglu": _halves,
+    "swiglu_fp8": _halves,
+    "quantize_rows": lambda t, g: (_rows(t, g),),
+    "fp8_linear": _fp8_linear,
     "add_silu": lambda t, g: (_rows(t, g), t(1, g.width)),
     "sigma_gate": _sigma_gate,
-    "sigma_gate_norm": lambda t, g: (
-        *(*_sigma_gate(t, g), t(g.width)),
-        *(t(1, g.width), t(1, g.width), 1e-6),
-    ),
+    "sigma_gate_norm": _sigma_gate_norm,
+    "sigma_gate_norm_fp8": _sigma_gate_norm,
     "pixel_embed": _pixel_embed,
     "pixel_adaln_compress": _pixel_compress,
     "pixel_adaln_mlp": _pixel_mlp,

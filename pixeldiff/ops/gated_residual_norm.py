@@ -17,6 +17,10 @@ BACKENDS = (
 )
 
 
+def residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return (upcast(x) + upcast(gate)[:, None] * upcast(y)).to(x.dtype)
+
+
 def reference(
     x: Tensor,
     y: Tensor,
@@ -26,7 +30,7 @@ def reference(
     shift: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    out = (upcast(x) + upcast(gate)[:, None] * upcast(y)).to(x.dtype)
+    out = residual(x, y, gate)
     return out, norm_reference(out, weight, scale, shift, eps)
 
 
@@ -82,7 +86,19 @@ def gated_residual_norm(
     Cost: 4*B*N*D*sizeof(x) bytes; bandwidth-bound.
     Source: PiD (arXiv 2605.23902), residual updates of the MMDiT blocks.
     """
-    op = "gated_residual_norm"
+    check_gated_residual("gated_residual_norm", x, y, gate, weight, scale, shift)
+    return _op(x, y, gate, weight, scale, shift, eps)
+
+
+def check_gated_residual(
+    op: str,
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+) -> None:
     check_modulation(op, x, weight, scale, shift)
     check_float(op, y=y, gate=gate)
     if y.dtype != x.dtype:
@@ -91,4 +107,3 @@ def gated_residual_norm(
     check_shape(op, "gate", gate, "(B, D)", (x.shape[0], x.shape[2]))
     check_last_contiguous(op, y=y, gate=gate)
     check_device(op, x, y=y, gate=gate)
-    return _op(x, y, gate, weight, scale, shift, eps)

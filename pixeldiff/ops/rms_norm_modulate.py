@@ -15,13 +15,18 @@ BACKENDS = (
 )
 
 
-def reference(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:
+def modulated(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:
+    """The result before its rounding to the dtype of x."""
     h = upcast(x)
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     h = h * upcast(weight) * (1 + upcast(scale)[:, None])
     if shift is not None:
         h = h + upcast(shift)[:, None]
-    return h.to(x.dtype)
+    return h
+
+
+def reference(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:
+    return modulated(x, weight, scale, shift, eps).to(x.dtype)
 
 
 def _fake(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:

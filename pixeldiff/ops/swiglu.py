@@ -15,8 +15,13 @@ BACKENDS = (
 )
 
 
+def gated(a: Tensor, b: Tensor) -> Tensor:
+    """The result before its rounding to the dtype of a."""
+    return silu(upcast(a)) * upcast(b)
+
+
 def reference(a: Tensor, b: Tensor) -> Tensor:
-    return (silu(upcast(a)) * upcast(b)).to(a.dtype)
+    return gated(a, b).to(a.dtype)
 
 
 def _fake(a: Tensor, b: Tensor) -> Tensor:
@@ -52,8 +57,12 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
     Cost: 3*numel*sizeof(a) bytes; bandwidth-bound.
     Source: PiD (arXiv 2605.23902), feed-forward of the MMDiT blocks.
     """
-    check_float("swiglu", a=a, b=b)
-    check_shape("swiglu", "b", b, "shape of a", tuple(a.shape))
-    if b.dtype != a.dtype:
-        raise TypeError(f"swiglu: b must have the dtype of a, {a.dtype}, got {b.dtype}")
+    check_halves("swiglu", a, b)
     return _op(a, b)
+
+
+def check_halves(op: str, a: Tensor, b: Tensor) -> None:
+    check_float(op, a=a, b=b)
+    check_shape(op, "b", b, "shape of a", tuple(a.shape))
+    if b.dtype != a.dtype:
+        raise TypeError(f"{op}: b must have the dtype of a, {a.dtype}, got {b.dtype}")

@@ -17,7 +17,7 @@ from pixeldiff.ops.examples import arguments
 # Bytes of shared memory one block may take (CUDA C++ Programming Guide, table of capabilities).
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
-__all__ = ["TARGETS", "Compiled", "assert_lean", "compile_launch", "keys", "released"]
+__all__ = ["TARGETS", "Compiled", "assert_lean", "compile_launch", "keys", "refusal", "released"]
 
 
 def compile_launch(call: Callable[[], Any], target: int) -> list[Compiled]:
@@ -58,3 +58,12 @@ def released(op: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> tu
     """
     geometry = replace(SYSTEMS["pid"].geometry, **{"grid": (128, 128), **changes})
     return arguments(op, "meta", dtype, geometry)
+
+
+def refusal(ask: Callable[[], str | None], target: int) -> str | None:
+    """What `ask`, a kernel's `why_not`, says on a device of capability `target`."""
+    _skip_without_compiler()
+    from pixeldiff.triton_kernels.launching import compiling_for
+
+    with compiling_for(divmod(target, 10)):
+        return ask()

@@ -22,6 +22,7 @@ from ... import __version__, images
 from ...alignment import aligned
 from ...ops.registry import OPS, forced_backend
 from ...text import CaptionFile, load_caption
+from .. import fp8
 from .captions import CaptionSource
 from .checkpoint import LoadedCheckpoint, net_from, read_checkpoint
 from .config import PiDConfig
@@ -43,7 +44,8 @@ from .samplers import (
 from .sizes import check_size
 from .variants import LICENCE_NOTE, SamplingSettings, Variant
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What weights are held in; in "fp8" the network's linear layers are then quantised.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 GRAPHS = 2  # kinds of decode kept as CUDA graphs
 KEPT_TABLES = 4  # 9 MB each at 2048 x 2048
 STATE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -143,8 +145,11 @@ class PiDDecoder:
             backbone: the generator ("flux", "sd3", "qwenimage", ...). Needed where a file's shapes
                 fit several; the error then lists the choices.
             device: default "cuda" where there is one, else "cpu".
-            precision: "fp32" or "bf16", the dtype the weights are held and multiplied in. Default
-                bf16 on CUDA, fp32 elsewhere.
+            precision: "fp32" or "bf16", the dtype the weights are held and multiplied in; or "fp8":
+                bf16, but e4m3 with scales in the linear layers of attention and feed-forward (see
+                `PiDNet.quantize_`). Its errors are in docs/precision.md. It needs a GPU of compute
+                capability 8.9 or later; a CPU takes it too, slower than bf16, to measure those
+                errors. Default bf16 on CUDA, fp32 elsewhere.
             null_caption: embedding (1, T, E) of the empty caption, a `CaptionFile`, or the path of
                 a file of `pixeldiff bake-caption`; used when `decode` is given no caption.
             text_encoder: folder or hub id of a Gemma-2, or an object with `encode(list of str)`.
@@ -167,6 +172,7 @@ class PiDDecoder:
         _graph_limit(cuda_graphs)
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        check_precision(precision, device)
         loaded = read_checkpoint(
             path,
             backbone=backbone,
@@ -183,8 +189,7 @@ class PiDDecoder:
         )
         net = net_from(loaded)
         loaded.state_dict.clear()  # the network owns its weights
-        if device.type == "cuda":
-            net.pack_()
+        ready(net, precision)
         return cls(
             net,
             captions=captions,
@@ -202,7 +207,9 @@ class PiDDecoder:
 
     @property
     def precision(self) -> str:
-        """ "fp32" or "bf16"."""
+        """ "fp32", "bf16" or "fp8"."""
+        if self.net.fp8:
+            return "fp8"
         return next((k for k, v in PRECISIONS.items() if v == self.net.dtype), str(self.net.dtype))
 
     @property
@@ -505,6 +512,23 @@ def check_device(device: torch.device | str | None = None) -> torch.device:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ValueError(f"device = {str(device)!r} cannot be used here: {reason}") from e
     return device
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ValueError if `device` has no arithmetic of this precision."""
+    reason = fp8.why_not(device) if precision == "fp8" else None
+    if reason is not None:
+        raise ValueError(
+            f'precision = "fp8" cannot be used on {device}: {reason}; use precision="bf16"'
+        )
+
+
+def ready(net: PiDNet, precision: str) -> PiDNet:
+    """Quantise and lay out the weights, in place, as a decoder of `precision` has them on their
+    device."""
+    if precision == "fp8":
+        net.quantize_()
+    return net.pack_() if net.device.type == "cuda" else net
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ... import ops
+from ..fp8 import Fp8Linear, Rows
 from .layers import RMSNorm, SwiGLU
 from .residual import Stream
 
@@ -27,7 +28,7 @@ class JointAttention(nn.Module):
         self.proj_x = nn.Linear(dim, dim, **factory)
         self.proj_y = nn.Linear(dim, dim, **factory)
 
-    def joint_qkv(self, x: Tensor, y: Tensor, rope: Rope, txt_rope: Rope) -> Tensor:
+    def joint_qkv(self, x: Tensor | Rows, y: Tensor | Rows, rope: Rope, txt_rope: Rope) -> Tensor:
         """(3, B, T+N, G, d): normalised, rotated, text rows first."""
         qkv, text_qkv = self.qkv_x(x), self.qkv_y(y)
         del x, y  # if the caller keeps none of its own, their memory is free for the result
@@ -85,10 +86,13 @@ class MMDiTBlock(nn.Module):
     def _attend(self, x, y, mod_x, mod_y, rotary, *, image_only, trace):
         attn = self.attn
 
-        def normed(name: str, stream: Stream, norm: RMSNorm, mod: Tensor) -> Tensor:
-            h = stream.norm(norm.weight, scale=mod[:, 1], shift=mod[:, 0])
+        def normed(
+            name: str, stream: Stream, norm: RMSNorm, mod: Tensor, reader: nn.Module
+        ) -> Tensor | Rows:
+            fp8 = isinstance(reader, Fp8Linear)
+            h = stream.norm(norm.weight, scale=mod[:, 1], shift=mod[:, 0], fp8=fp8)
             if trace:
-                trace(name, h)
+                trace(name, h.multiplied() if isinstance(h, Rows) else h)
             return h
 
         def add(name: str, stream: Stream, mod: Tensor, o: Tensor) -> None:
@@ -97,8 +101,8 @@ class MMDiTBlock(nn.Module):
                 trace(name, o)
 
         q, k, v = attn.joint_qkv(
-            normed("x_mod", x, self.norm_x1, mod_x),
-            normed("y_mod", y, self.norm_y1, mod_y),
+            normed("x_mod", x, self.norm_x1, mod_x, attn.qkv_x),
+            normed("y_mod", y, self.norm_y1, mod_y, attn.qkv_y),
             *rotary,
         ).unbind(0)
         rows = y.rows
@@ -113,5 +117,5 @@ class MMDiTBlock(nn.Module):
 
     @staticmethod
     def _feed_forward(stream, mod, norm, mlp):
-        h = stream.norm(norm.weight, scale=mod[:, 4], shift=mod[:, 3])
+        h = stream.norm(norm.weight, scale=mod[:, 4], shift=mod[:, 3], fp8=mlp.fp8)
         mlp.add_to(stream, mod[:, 5], h)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ... import ops
 from ...ops.registry import needs_grad
+from ..fp8 import Rows
 
 
 class Stream:
@@ -32,9 +33,16 @@ class Stream:
         self._settle()
         self._gate = (feature, weight, lq_logit)
 
-    def norm(self, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """rms_norm(x) * weight * (1 + scale) + shift of the updated x; (B, N, D)."""
+    def norm(
+        self, weight: Tensor, scale: Tensor, shift: Tensor, *, fp8: bool = False
+    ) -> Tensor | Rows:
+        """rms_norm(x) * weight * (1 + scale) + shift of the updated x; (B, N, D).
+
+        `fp8` quantises it on its way to an `Fp8Linear`.
+        """
         modulation = (weight, scale, shift)
+        if fp8:
+            return self._norm_fp8(*modulation)
         if self._branch is not None:
             self.x, h = ops.gated_residual_norm(self._x, *self._branch, *modulation)
         elif self._gate is not None:
@@ -42,6 +50,15 @@ class Stream:
         else:
             h = ops.rms_norm_modulate(self._x, *modulation)
         return h
+
+    def _norm_fp8(self, *modulation: Tensor) -> Rows:
+        if self._branch is not None:
+            self.x, *rows = ops.gated_residual_norm_fp8(self._x, *self._branch, *modulation)
+        elif self._gate is not None:
+            self.x, *rows = ops.sigma_gate_norm_fp8(self._x, *self._gate, *modulation)
+        else:
+            rows = ops.rms_norm_modulate_fp8(self._x, *modulation)
+        return Rows(*rows, self._x.dtype)
 
     @property
     def rows(self) -> int:

@@ -1,1 +1,1 @@
-"""CUDA backends of the ops: they hand pointers to the compiled kernels of csrc/cuda."""
+"""CUDA backends of the ops: the kernels of csrc/cuda by pointer, and what PyTorch itself calls."""

@@ -592,7 +592,7 @@ def test_sampling_of_an_unreleased_teacher(checkpoint):
     [
         ({"device": "gpu0"}, r'device must be one like "cpu"'),
         ({"device": "meta"}, "cannot be used here"),
-        ({"precision": "fp16"}, "precision must be one of fp32, bf16, got 'fp16'"),
+        ({"precision": "fp16"}, "precision must be one of fp32, bf16, fp8, got 'fp16'"),
         ({"null_caption": torch.zeros(1, 6, 8)}, r"null_caption must be embeddings \(B, T, 16\)"),
         ({"backbone": "flux"}, "flux"),
     ],
