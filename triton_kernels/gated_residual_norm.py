@@ -1,7 +1,10 @@
 """x_new = x + gate * y, then h = rms_norm_modulate(x_new), in Triton.
 
 Bytes: 4*B*N*D*sizeof(x) + 3*B*D*sizeof(scale). FLOPs: 7*B*N*D. Bandwidth-bound: x_new stays in
-registers between the two. fp32 inside; x_new is rounded once and the norm uses the rounded value.
+registers between the two. PiD at 2048 in bf16: 0.20 GB, 0.067 ms at 3.0 TB/s, at most twice in
+each of 14 blocks, 2.4 % of a step of 77 ms.
+
+fp32 inside; x_new is rounded once and the norm uses the rounded value.
 h is rounded to the dtype of x, or to e4m3 with a scale a row (gated_residual_norm_fp8.py).
 """
 

@@ -1,7 +1,9 @@
 """y = x * rsqrt(mean(x^2) + eps) * weight * (1 + scale) + shift, in Triton.
 
 Bytes: 2*B*N*D*sizeof(x) + 2*B*D*sizeof(scale). FLOPs: 5*B*N*D. Bandwidth-bound: one read and
-one write. fp32 inside, one rounding at the end: to the dtype of y, or to e4m3 with a scale a row
+one write. PiD at 2048 in bf16: 0.10 GB, 0.034 ms at 3.0 TB/s, 0.04 % of a step of 77 ms.
+
+fp32 inside, one rounding at the end: to the dtype of y, or to e4m3 with a scale a row
 (rms_norm_modulate_fp8.py).
 """
 
