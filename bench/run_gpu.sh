@@ -118,8 +118,9 @@ elif [ "$TUNE" -eq 1 ]; then
 else
   stage build 120 bash -c build
   # Most of the time is compilation: on as many processes as the memory of the largest tests allows.
-  stage tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests \
+  stage tests-kernels 130 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/kernels \
     $("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadfile")
+  stage tests 100 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests --ignore tests/kernels
   # Short first: if the machine goes away, the most telling rows are there.
   kernels short 115 --device cuda --dtype bf16 --sizes 2048 --seconds 0.5 --limit 100
   decode short 70 --device cuda --config flux-2k --size 2048 --new-size 1024 --images 7 \
