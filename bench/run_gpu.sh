@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a bare CUDA machine, in under nine minutes, with no network.
 #
-#   bash bench/run_gpu.sh             results in $OUT, default bench/results
+#   bash bench/run_gpu.sh             the tests, the ops and a decode at 2048; results in $OUT, default
+#                                     bench/results
+#   bash bench/run_gpu.sh --more      instead: torch.compile, the ops at 1024 and 4096, decodes of other
+#                                     networks, precisions and sizes
 #   bash bench/run_gpu.sh --tune      instead: measures the tiles of the Triton kernels and puts the
 #                                     rewritten tables, triton_kernels/*.json, into $OUT/tables too
-#   bash bench/run_gpu.sh --dry-run   the first on a CPU at tiny sizes, to rehearse it
+#   bash bench/run_gpu.sh --dry-run   the stages of the first two on a CPU at tiny sizes, to rehearse them
 #
 # Every stage has a time limit of its own and a log; a stage that fails or hangs costs its own
 # results only, and those it had measured so far are kept. PYTHON chooses the interpreter, BACKEND
@@ -12,12 +15,13 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-DRY=0 TUNE=0
+DRY=0 TUNE=0 MORE=0
 case "${1:-}" in
   "") ;;
   --dry-run) DRY=1 ;;
   --tune) TUNE=1 ;;
-  *) echo "usage: bash bench/run_gpu.sh [--dry-run | --tune]" >&2; exit 2 ;;
+  --more) MORE=1 ;;
+  *) echo "usage: bash bench/run_gpu.sh [--more | --tune | --dry-run]" >&2; exit 2 ;;
 esac
 # Not installed, only on the path: the package then finds its Triton kernels through a link.
 if [ "$DRY" -eq 0 ] && [ ! -e pixeldiff/triton_kernels ]; then
@@ -115,26 +119,28 @@ elif [ "$TUNE" -eq 1 ]; then
   stage build 120 bash -c build
   stage tune 380 "$PYTHON" -m bench tune --seconds 0.4 --sizes 2048,4096 --limit 360 --json "$OUT/tune.json"
   mkdir -p "$OUT/tables" && cp triton_kernels/*.json "$OUT/tables/"
-else
+elif [ "$MORE" -eq 1 ]; then
   stage build 120 bash -c build
-  # Most of the time is compilation: on as many processes as the memory of the largest tests allows.
-  stage tests-kernels 130 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/kernels \
-    $("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadfile")
-  stage tests 100 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests --ignore tests/kernels
-  # Short first: if the machine goes away, the most telling rows are there.
-  kernels short 115 --device cuda --dtype bf16 --sizes 2048 --seconds 0.5 --limit 100
-  decode short 70 --device cuda --config flux-2k --size 2048 --new-size 1024 --images 7 \
-    --compare reference,upstream --timeout 45
   # Compiling the whole network takes a minute or more: alone, so that it can only lose itself.
-  decode compile 110 --device cuda --config flux-2k --size 2048 --new-size 0 --images 5 \
-    --compare reference,compile --timeout 95
-  kernels full 60 --device cuda --dtype bf16 --sizes 1024,4096 --seconds 0.6 --limit 50 --no-compile
+  decode compile 140 --device cuda --config flux-2k --size 2048 --new-size 0 --images 7 \
+    --compare reference,compile --timeout 120
+  kernels full 80 --device cuda --dtype bf16 --sizes 1024,4096 --seconds 1 --limit 65 --no-compile
   decode v1.5 60 --device cuda --config flux-v1.5 --size 2048 --new-size 0 --images 4 \
     --compare reference --timeout 40
   decode fp8 60 --device cuda --config flux-2k --size 2048 --new-size 0 --images 4 --precision fp8 \
     --compare reference --timeout 40
   decode 4096 60 --device cuda --config flux-v1.5 --size 4096 --new-size 0 --images 2 \
     --compare reference --timeout 40
+else
+  stage build 120 bash -c build
+  # Most of the time is compilation: on as many processes as the memory of the largest tests allows.
+  stage tests-kernels 130 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/kernels \
+    $("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadfile")
+  stage tests 90 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests --ignore tests/kernels
+  # Short first: if the machine goes away, the most telling rows are there.
+  kernels short 115 --device cuda --dtype bf16 --sizes 2048 --seconds 0.5 --limit 100
+  decode short 70 --device cuda --config flux-2k --size 2048 --new-size 1024 --images 7 \
+    --compare reference,upstream --timeout 45
 fi
 
 shopt -s nullglob
