@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 from pixeldiff.ops.registry import OPS
 
@@ -18,13 +20,14 @@ Compiled ahead of time with Triton {version} at the real shapes of {size} x {siz
 `python -m bench resources -o docs/kernels/triton.md`. Each cell: registers per thread, warps, KB of
 shared memory, and the tensor-core instructions among the machine code. A stack or spills would
 stand there in bold; the tests of the ops allow neither, nor more shared memory than the device has.
+A dash: the kernel refuses that device (e4m3 before sm_89).
 
 """
 
 
 @dataclass(frozen=True)
 class Usage:
-    """The kernels one launch of an op runs, per target, in order."""
+    """The kernels one launch of an op runs, per target, in order; none where it is refused."""
 
     case: Case
     kernels: dict[int, list[Compiled]]
@@ -45,11 +48,19 @@ def measure(
         if op not in having:
             raise ValueError(f"{op!r} has no Triton kernel; ops are {', '.join(sorted(having))}")
     for op in ops or sorted(having):
-        launch = having[op].load().launch
+        module = having[op].load()
         for case in cases(op, (size,)):
             args = arguments(op, "meta", DTYPES[dtype], case.geometry)
-            call = lambda launch=launch, args=args: launch(*args)  # noqa: E731
-            yield Usage(case, {t: compile_launch(call, t) for t in targets})
+            yield Usage(case, {t: _kernels(module, args, t) for t in targets})
+
+
+def _kernels(module: ModuleType, args: tuple[Any, ...], target: int) -> list[Compiled]:
+    from pixeldiff.triton_kernels.launching import compiling_for
+
+    with compiling_for(divmod(target, 10)):
+        if module.why_not(*args) is not None:
+            return []
+    return compile_launch(lambda: module.launch(*args), target)
 
 
 def document(usages: Sequence[Usage], size: int, dtype: str) -> str:
@@ -59,8 +70,8 @@ def document(usages: Sequence[Usage], size: int, dtype: str) -> str:
     lines = ["| op | at | kernel | " + " | ".join(names) + " |", "|" + "---|" * (3 + len(names))]
     places: dict[tuple[str, ...], list[str]] = {}  # (op, kernel, cells) -> where it is so
     for usage in usages:
-        for i, first in enumerate(usage.kernels[targets[0]]):
-            cells = [cell(usage.kernels[t][i]) for t in targets]
+        for i, first in enumerate(max(usage.kernels.values(), key=len)):
+            cells = [cell(usage.kernels[t][i]) if usage.kernels[t] else "-" for t in targets]
             sites = places.setdefault((usage.case.op, first.name, *cells), [])
             if usage.case.site not in sites:  # a launch may run one kernel several times
                 sites.append(usage.case.site)
