@@ -45,7 +45,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         _attend(a, s * scale, k8, k_scale, v8)
         for a, s in zip(q8.split(rows, 2), q_scale.split(rows, 2), strict=True)
     ]
-    return (torch.cat(parts, 2) * v_scale).transpose(1, 2).to(dtype)
+    return (torch.cat(parts, 2) * v_scale).transpose(1, 2).to(dtype).contiguous()
 
 
 def _attend(q8: Tensor, scale: Tensor, k8: Tensor, k_scale: Tensor, v8: Tensor) -> Tensor:
