@@ -79,20 +79,20 @@ def pixel_sincos(
     return torch.cat((angle.sin(), angle.cos()), -1).float().to(device)
 
 
-def time_frequencies() -> Tensor:
+def time_frequencies(device: torch.device | str = "cpu") -> Tensor:
     """(128,) fp32: exp(-ln(10) * i / 128) of an fp32 argument.
 
     The exponential itself is rounded from fp64: network times reach 1000, so that one ulp here is
     visible, and the fp32 exponential of different machines differs by as much.
     """
     half = TIME_CHANNELS // 2
-    argument = (
-        -math.log(TIME_MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device="cpu") / half
-    )
-    return argument.double().exp().float()
+    # On a GPU itself, which has fp64: a copy from here would wait for it, and no graph records one.
+    where = device if torch.device(device).type == "cuda" else "cpu"
+    argument = -math.log(TIME_MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=where)
+    return (argument / half).double().exp().float().to(device)
 
 
 def time_embedding(t: Tensor) -> Tensor:
     """(B,) network times (1000 * diffusion time) -> (B, 256) fp32, cosines first."""
-    angle = t.float()[:, None] * time_frequencies().to(t.device)
+    angle = t.float()[:, None] * time_frequencies(t.device)
     return torch.cat((angle.cos(), angle.sin()), -1)

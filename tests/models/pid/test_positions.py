@@ -99,3 +99,10 @@ def test_tables_do_not_follow_a_default_device():
 def test_unknown_rope_mode():
     with pytest.raises(ValueError, match="mode must be ntk_aware or original, got 'yarn'"):
         rope_2d((2, 2), 8, mode="yarn")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_time_frequencies_are_those_of_the_cpu_on_a_gpu():
+    """Made there, from fp64: a copy could not be part of a captured graph."""
+    assert torch.equal(time_frequencies("cuda").cpu(), time_frequencies())
