@@ -120,6 +120,18 @@ def joint_attention(
     Source: PiD (arXiv 2605.23902), MMDiT joint attention and the PiT blocks' attention.
     """
     op = "joint_attention"
+    check_qkv(op, q, k, v)
+    if key_mask is not None:
+        if key_mask.dtype != torch.bool:
+            raise TypeError(f"{op}: key_mask must be torch.bool, got {key_mask.dtype}")
+        check_shape(op, "key_mask", key_mask, "(B, S)", tuple(k.shape[:2]))
+    check_last_contiguous(op, key_mask=key_mask)
+    check_device(op, q, key_mask=key_mask)
+    o, lse = _op(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, key_mask, return_lse)
+    return (o, lse) if return_lse else o
+
+
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     check_float(op, q=q, k=k, v=v)
     check_rank(op, "q", q, "(B, L, G, d)")
     check_rank(op, "k", k, "(B, S, G, d)")
@@ -134,11 +146,5 @@ def joint_attention(
         raise TypeError(
             f"{op}: k and v must have the dtype of q, {q.dtype}, got {k.dtype}, {v.dtype}"
         )
-    if key_mask is not None:
-        if key_mask.dtype != torch.bool:
-            raise TypeError(f"{op}: key_mask must be torch.bool, got {key_mask.dtype}")
-        check_shape(op, "key_mask", key_mask, "(B, S)", tuple(k.shape[:2]))
-    check_last_contiguous(op, q=q, k=k, v=v, key_mask=key_mask)
-    check_device(op, q, k=k, v=v, key_mask=key_mask)
-    o, lse = _op(q, k, v, d**-0.5 if scale is None else scale, key_mask, return_lse)
-    return (o, lse) if return_lse else o
+    check_last_contiguous(op, q=q, k=k, v=v)
+    check_device(op, q, k=k, v=v)

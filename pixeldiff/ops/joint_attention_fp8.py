@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_device, check_float, check_last_contiguous, check_rank, check_shape
+from .joint_attention import check_qkv
 from .registry import Backend, define, needs_grad, upcast
 
 BACKENDS = (Backend("triton", "pixeldiff.triton_kernels.joint_attention_fp8", automatic=False),)
@@ -112,27 +112,12 @@ def joint_attention_fp8(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None 
     (arXiv 2410.02367), section 4.2.
     """
     op = "joint_attention_fp8"
-    check_float(op, q=q, k=k, v=v)
-    check_rank(op, "q", q, "(B, L, G, d)")
-    check_rank(op, "k", k, "(B, S, G, d)")
-    b, _, g, d = q.shape
-    check_shape(op, "k", k, "(B, S, G, d)", (b, k.shape[1], g, d))
-    check_shape(op, "v", v, "(B, S, G, d)", tuple(k.shape))
-    if k.shape[1] == 0:
-        raise ValueError(f"{op}: k must have at least one row, got {tuple(k.shape)}")
-    if d == 0:
-        raise ValueError(f"{op}: q must have at least one channel, got {tuple(q.shape)}")
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        raise TypeError(
-            f"{op}: k and v must have the dtype of q, {q.dtype}, got {k.dtype}, {v.dtype}"
-        )
+    check_qkv(op, q, k, v)
     if scale is not None and not scale > 0:
         raise ValueError(f"{op}: scale must be positive, got {scale}")
-    check_last_contiguous(op, q=q, k=k, v=v)
-    check_device(op, q, k=k, v=v)
     if needs_grad(q, k, v):
         raise RuntimeError(
             f"{op}: an argument requires a gradient, and quantisation has none; call it under "
             f"torch.no_grad(), or use joint_attention"
         )
-    return _op(q, k, v, d**-0.5 if scale is None else scale)
+    return _op(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
