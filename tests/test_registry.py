@@ -118,6 +118,20 @@ def test_explain_gives_the_reason_of_each():
     ]
 
 
+def test_what_cannot_be_imported_is_tried_once(monkeypatch):
+    tried, really = [], registry.importlib.import_module
+
+    def counted(name: str):
+        tried.append(name)
+        return really(name)
+
+    monkeypatch.setattr(registry.importlib, "import_module", counted)
+    registry._import.cache_clear()
+    for _ in range(3):
+        assert ran() == "cpu"
+    assert tried == ["pixeldiff_test_absent", "pixeldiff_test_cpu"]
+
+
 def test_forcing_one_op_and_all():
     with pixeldiff.backend(test_probe="cuda"):
         assert ran() == "cuda"

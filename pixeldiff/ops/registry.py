@@ -50,7 +50,15 @@ class Backend:
         return self.automatic(*args) if callable(self.automatic) else self.automatic
 
     def load(self) -> ModuleType:
-        return _import(self.module)
+        """Its module.
+
+        Raises:
+            ImportError: it cannot be imported here, for want of Triton or the extension.
+        """
+        found = _import(self.module)
+        if isinstance(found, str):
+            raise ImportError(found)
+        return found
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,12 @@ _forced: ContextVar[dict[str, str] | None] = ContextVar("pixeldiff_backend", def
 
 
 @functools.cache
-def _import(module: str) -> ModuleType:
-    return importlib.import_module(module)
+def _import(module: str) -> ModuleType | str:
+    """The module, or why there is none: asked by every call, and found out once."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        return f"{module} cannot be imported: {e}"
 
 
 @functools.cache
@@ -151,7 +163,7 @@ def _reason(b: Backend, args: tuple[Any, ...]) -> str | None:
     try:
         module = b.load()
     except ImportError as e:
-        return f"{b.module} cannot be imported: {e}"
+        return str(e)
     return module.why_not(*args)
 
 
