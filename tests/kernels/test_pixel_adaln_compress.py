@@ -8,10 +8,12 @@ import pytest
 import torch
 from harness import (
     NAMES,
+    TRITON,
     check_not_finite_like,
     check_threads,
     each_isa,
     launcher,
+    on,
     run_in_interpreter,
     usable_isas,
 )
@@ -23,6 +25,7 @@ from rules import (
     assert_within_twice_eager,
     assert_within_twice_eager_or_spacing,
     at_odd_stride,
+    check_captures,
     check_compiles,
     check_gradients,
     check_meta,
@@ -246,9 +249,7 @@ def test_errors():
 
 # --- Triton: in the interpreter and on a GPU ------------------------------------------------------
 
-each_triton = pytest.mark.parametrize(
-    "backend", ["triton", pytest.param("triton-gpu", marks=pytest.mark.gpu)]
-)
+each_triton = pytest.mark.parametrize("backend", TRITON)
 # Fewer patches and pixels than a tile, one more than a tile, D of one block and with a rest.
 TRITON_SHAPES = {
     "p8": (7, 9, 8, 13, 11),
@@ -261,10 +262,6 @@ TRITON_SHAPES = {
 }
 
 
-def to(device, args):
-    return tuple(a.to(device) for a in args)
-
-
 @each_triton
 @pytest.mark.parametrize("shape", TRITON_SHAPES.values(), ids=TRITON_SHAPES)
 @pytest.mark.parametrize("std", [1.0, 1e-3])
@@ -272,7 +269,7 @@ def to(device, args):
 def test_on_triton(dtype, std, shape, backend):
     launch, device = launcher(OP, backend)
     args = arguments(dtype, shape, std)
-    y = launch(*to(device, args), 1e-6)
+    y = launch(*on(device, args), 1e-6)
     assert y.dtype == dtype
     assert y.is_contiguous()
     assert_within_twice_eager_or_spacing(y.cpu(), eager(*args), oracle(*args))
@@ -283,7 +280,7 @@ def test_no_pixels_on_triton(backend):
     launch, device = launcher(OP, backend)
     zeros, bias = torch.zeros, torch.arange(4.0)
     args = (zeros(3, 0, 16), zeros(3, 8), zeros(0, 8), zeros(0), zeros(16), zeros(4, 0), bias)
-    assert_bitwise(launch(*to(device, args), 1e-6).cpu(), bias.expand(3, 4))
+    assert_bitwise(launch(*on(device, args), 1e-6).cpu(), bias.expand(3, 4))
 
 
 @each_triton
@@ -292,12 +289,12 @@ def test_pieces_and_groups_on_triton(backend, monkeypatch):
     kernel = import_module("pixeldiff.triton_kernels.pixel_adaln_compress")
     config = kernel.Config(16, 32, 16, 4, 2)  # 5 tiles of patches by 4 of pixels
     args = arguments(torch.float32, (70, 7, 16, 24, 24))
-    whole = launch(*to(device, args), 1e-6, config=config)
+    whole = launch(*on(device, args), 1e-6, config=config)
     assert_within_twice_eager_or_spacing(whole.cpu(), eager(*args), oracle(*args))
     for piece, group in ((8192, 32), (33, 16), (70, 48)):
         monkeypatch.setattr(kernel, "PIECE", piece)
         monkeypatch.setattr(kernel.pixel_adaln, "GROUP_PATCHES", group)
-        y = launch(*to(device, args), 1e-6, config=config)
+        y = launch(*on(device, args), 1e-6, config=config)
         torch.testing.assert_close(y, whole, rtol=1e-5, atol=1e-5)
 
 
@@ -306,7 +303,7 @@ def test_strided_on_triton(backend):
     """Every argument of more than one axis, rows and pixels apart and rows at odd addresses."""
     launch, device = launcher(OP, backend)
     args = arguments(torch.bfloat16, (7, 9, 8, 13, 11))
-    q, u, *rest = to(device, args)
+    q, u, *rest = on(device, args)
     rest = [at_odd_stride(t) if t.dim() == 2 else t for t in rest]
     pixels = at_odd_stride(q.transpose(0, 1)).transpose(0, 1)
     y = launch(pixels, at_odd_stride(u), *rest, 1e-6)
@@ -319,7 +316,7 @@ def test_not_finite_on_triton(backend):
     launch, device = launcher(OP, backend)
     q, u, *rest = arguments(torch.float32, (6, 16, 8, 24, 40))
     q[1, 5, 3], q[2, 15, 7], u[4, 0] = torch.nan, torch.inf, torch.inf
-    a = launch(*to(device, (q, u, *rest)), 1e-6).cpu()
+    a = launch(*on(device, (q, u, *rest)), 1e-6).cpu()
     check_not_finite_like(a, reference(q, u, *rest, 1e-6))
     assert a.isfinite().all(1).tolist() == [True, False, False, True, False, True]
 
@@ -330,14 +327,14 @@ def test_magnitudes_on_triton(std, backend):
     launch, device = launcher(OP, backend)
     q, u, *rest = arguments(torch.float32, (6, 16, 8, 24, 40))
     args = (q * std, u, *rest)
-    y = launch(*to(device, args), 1e-6).cpu()
+    y = launch(*on(device, args), 1e-6).cpu()
     assert_within_twice_eager_or_spacing(y, eager(*args), oracle(*args))
 
 
 @each_triton
 def test_repeats_on_triton(backend):
     launch, device = launcher(OP, backend)
-    check_repeatable(launch, *to(device, arguments(torch.bfloat16, (5, 7, 16, 40, 24))), 1e-6)
+    check_repeatable(launch, *on(device, arguments(torch.bfloat16, (5, 7, 16, 40, 24))), 1e-6)
 
 
 @each_triton
@@ -364,12 +361,12 @@ def test_released_shape_on_triton_gpu(patches, dtype):
     """Every tile that fits the device, held against fp64 at some patches of each piece."""
     launch, device = launcher(OP, "triton-gpu")
     kernel = import_module("pixeldiff.triton_kernels.pixel_adaln_compress")
-    args = to(device, arguments(dtype, (patches, 256, 16, 1536, 1152)))
+    args = on(device, arguments(dtype, (patches, 256, 16, 1536, 1152)))
     assert explain(OP, *args, 1e-6)[0] == ("triton", None)
     some = torch.tensor([0, 1, 127, 128, 299, patches // 2, patches - 2, patches - 1])
     q, u, *rest = args
     picked = (q[some], u[some], *rest)
-    want, baseline = oracle(*to("cpu", picked)), eager(*picked).cpu()
+    want, baseline = oracle(*on("cpu", picked)), eager(*picked).cpu()
     assert_within_twice_eager(launch(*args, 1e-6)[some].cpu(), baseline, want)
     for config in kernel.candidates(*args):
         try:
@@ -382,13 +379,8 @@ def test_released_shape_on_triton_gpu(patches, dtype):
 @pytest.mark.gpu
 def test_captured_on_triton_gpu():
     launch, device = launcher(OP, "triton-gpu")
-    args = to(device, arguments(torch.bfloat16, (300, 64, 16, 64, 48)))
-    want = launch(*args, 1e-6)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = launch(*args, 1e-6)
-    graph.replay()
-    assert_bitwise(y, want)
+    args = on(device, arguments(torch.bfloat16, (300, 64, 16, 64, 48)))
+    check_captures(launch, *args, 1e-6)
 
 
 # --- Triton without a GPU -------------------------------------------------------------------------
@@ -413,11 +405,5 @@ def test_triton_compiles_ahead_of_time(target):
 
 def test_triton_compiles_once_for_all_sizes():
     module = pytest.importorskip("pixeldiff.triton_kernels.pixel_adaln_compress")
-    grids = ((128, 128), (256, 256), (37, 41), (1, 1))
-    keys = [
-        key
-        for grid in grids
-        for key in aot.keys(lambda grid=grid: module.launch(*aot.released(OP, grid=grid)))
-    ]
-    assert len(keys) == 2 + 8 + 1 + 1  # pieces
-    assert len(set(keys)) == 1
+    pieces = (2, 8, 1, 1)
+    aot.check_compiles_once(module.launch, aot.released_sizes(OP), launches=pieces)

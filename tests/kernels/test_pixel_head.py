@@ -291,19 +291,12 @@ def test_triton_compiles_ahead_of_time(target):
 
 def test_every_tile_compiles_ahead_of_time():
     module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head")
-    args = aot.released("pixel_head")
-    for config in module.candidates(*args):
-        (kernel,) = aot.compile_launch(lambda c=config: module.launch(*args, config=c), 90)
-        aot.assert_lean(kernel)
+    aot.check_candidates(module, *aot.released("pixel_head"))
 
 
 def test_triton_compiles_once_for_all_sizes():
     module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head")
-    keys = set()
-    for grid in ((128, 128), (256, 256), (37, 41), (1, 1)):
-        args = aot.released("pixel_head", grid=grid)
-        keys.update(aot.keys(lambda args=args: module.launch(*args)))
-    assert len(keys) == 1
+    aot.check_compiles_once(module.launch, aot.released_sizes("pixel_head"))
 
 
 @pytest.mark.parametrize(
