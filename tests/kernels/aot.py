@@ -50,6 +50,10 @@ def keys(call: Callable[[], Any], target: int = 90) -> list[str]:
     return aot.keys(call, target)
 
 
+def _kernel(op: str) -> ModuleType:
+    return pytest.importorskip(f"pixeldiff.triton_kernels.{op}")
+
+
 def _skip_without_compiler() -> None:
     pytest.importorskip("triton")
     from pixeldiff.triton_kernels.launching import INTERPRETED
@@ -83,15 +87,18 @@ def released_sizes(op: str, **changes: Any) -> list[tuple[Any, ...]]:
     return [released(op, grid=grid, **changes) for grid in GRIDS]
 
 
-def widths(widest: int) -> list[dict[str, Any]]:
-    """Changes to `released` for a kernel of whole rows: the released width, and the widest row."""
+def widths(widest: int | None = None) -> list[dict[str, Any]]:
+    """Changes to `released` for a kernel of whole rows: the released width, and the widest row,
+    unless given that of the norms."""
+    if widest is None:
+        widest = pytest.importorskip("pixeldiff.triton_kernels.norm_rows").MAX_D
     bf16, fp32 = torch.bfloat16, torch.float32
     return [{"dtype": d, "width": w} for d, w in ((bf16, 1536), (fp32, 1536), (bf16, widest))]
 
 
 def check_streams(op: str, target: int, sites: Iterable[dict[str, Any]]) -> None:
     """At every site (changes to `released`) one lean kernel, which loads and stores 16 bytes."""
-    launch = pytest.importorskip(f"pixeldiff.triton_kernels.{op}").launch
+    launch = _kernel(op).launch
     for site in sites:
         args = released(op, **site)
         (kernel,) = compile_launch(lambda args=args: launch(*args), target)
@@ -101,7 +108,7 @@ def check_streams(op: str, target: int, sites: Iterable[dict[str, Any]]) -> None
 
 
 def check_compiles_once(
-    launch: Callable[..., Any],
+    op: str,
     calls: Sequence[tuple[Any, ...]],
     *,
     launches: int | Sequence[int] = 1,
@@ -111,6 +118,7 @@ def check_compiles_once(
 
     `launches`: how many kernels a call runs, one number for all calls or one for each.
     """
+    launch = _kernel(op).launch
     found = [keys(lambda args=args: launch(*args)) for args in calls]
     expected = [launches] * len(calls) if isinstance(launches, int) else list(launches)
     assert [len(of_call) for of_call in found] == expected
@@ -119,8 +127,9 @@ def check_compiles_once(
     assert len(distinct.pop()) == compilations
 
 
-def check_candidates(module: ModuleType, *args: Any, target: int = 90) -> None:
+def check_candidates(op: str, *args: Any, target: int = 90) -> None:
     """Whatever configuration tuning may choose makes one lean kernel."""
+    module = _kernel(op)
     for config in module.candidates(*args):
         call = partial(module.launch, *args, config=config)
         (kernel,) = compile_launch(call, target)

@@ -269,13 +269,11 @@ def test_triton_in_interpreter():
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_triton_compiles_ahead_of_time(target):
-    module = pytest.importorskip("pixeldiff.triton_kernels.gated_residual_norm")
-    aot.check_streams(OP, target, aot.widths(module.norm_rows.MAX_D))
+    aot.check_streams(OP, target, aot.widths())
 
 
 def test_triton_compiles_once_for_all_sizes():
-    module = pytest.importorskip("pixeldiff.triton_kernels.gated_residual_norm")
-    aot.check_compiles_once(module.launch, aot.released_sizes(OP))
+    aot.check_compiles_once(OP, aot.released_sizes(OP))
 
 
 def test_cuda_compiles_without_spills(tmp_path):
