@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +19,23 @@ from pixeldiff.ops.examples import arguments
 # Bytes of shared memory one block may take (CUDA C++ Programming Guide, table of capabilities).
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
-__all__ = ["TARGETS", "Compiled", "assert_lean", "compile_launch", "keys", "refusal", "released"]
+# Patches of 2048 and of 4096 pixels square, an odd number of them, and a single one.
+GRIDS = ((128, 128), (256, 256), (37, 41), (1, 1))
+
+__all__ = [
+    "TARGETS",
+    "Compiled",
+    "assert_lean",
+    "check_candidates",
+    "check_compiles_once",
+    "check_streams",
+    "compile_launch",
+    "keys",
+    "refusal",
+    "released",
+    "released_sizes",
+    "widths",
+]
 
 
 def compile_launch(call: Callable[[], Any], target: int) -> list[Compiled]:
@@ -30,6 +48,10 @@ def keys(call: Callable[[], Any], target: int = 90) -> list[str]:
     """One string for each kernel `call` launches; equal strings are one compilation."""
     _skip_without_compiler()
     return aot.keys(call, target)
+
+
+def _kernel(op: str) -> ModuleType:
+    return pytest.importorskip(f"pixeldiff.triton_kernels.{op}")
 
 
 def _skip_without_compiler() -> None:
@@ -58,6 +80,60 @@ def released(op: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> tu
     """
     geometry = replace(SYSTEMS["pid"].geometry, **{"grid": (128, 128), **changes})
     return arguments(op, "meta", dtype, geometry)
+
+
+def released_sizes(op: str, **changes: Any) -> list[tuple[Any, ...]]:
+    """As `released`, once for each of GRIDS."""
+    return [released(op, grid=grid, **changes) for grid in GRIDS]
+
+
+def widths(widest: int | None = None) -> list[dict[str, Any]]:
+    """Changes to `released` for a kernel of whole rows: the released width, and the widest row,
+    unless given that of the norms."""
+    if widest is None:
+        widest = pytest.importorskip("pixeldiff.triton_kernels.norm_rows").MAX_D
+    bf16, fp32 = torch.bfloat16, torch.float32
+    return [{"dtype": d, "width": w} for d, w in ((bf16, 1536), (fp32, 1536), (bf16, widest))]
+
+
+def check_streams(op: str, target: int, sites: Iterable[dict[str, Any]]) -> None:
+    """At every site (changes to `released`) one lean kernel, which loads and stores 16 bytes."""
+    launch = _kernel(op).launch
+    for site in sites:
+        args = released(op, **site)
+        (kernel,) = compile_launch(lambda args=args: launch(*args), target)
+        assert_lean(kernel)
+        for access in ("ld.global.v4.b32", "st.global.v4.b32"):
+            assert access in kernel.ptx, f"{kernel.name} on sm_{target}, {site}: no {access}"
+
+
+def check_compiles_once(
+    op: str,
+    calls: Sequence[tuple[Any, ...]],
+    *,
+    launches: int | Sequence[int] = 1,
+    compilations: int = 1,
+) -> None:
+    """Every call runs the same compiled kernels: `compilations` of them, all calls together.
+
+    `launches`: how many kernels a call runs, one number for all calls or one for each.
+    """
+    launch = _kernel(op).launch
+    found = [keys(lambda args=args: launch(*args)) for args in calls]
+    expected = [launches] * len(calls) if isinstance(launches, int) else list(launches)
+    assert [len(of_call) for of_call in found] == expected
+    distinct = {tuple(dict.fromkeys(of_call)) for of_call in found}
+    assert len(distinct) == 1, f"{len(distinct)} sets of kernels for {len(calls)} sizes: {distinct}"
+    assert len(distinct.pop()) == compilations
+
+
+def check_candidates(op: str, *args: Any, target: int = 90) -> None:
+    """Whatever configuration tuning may choose makes one lean kernel."""
+    module = _kernel(op)
+    for config in module.candidates(*args):
+        call = partial(module.launch, *args, config=config)
+        (kernel,) = compile_launch(call, target)
+        assert_lean(kernel)
 
 
 def refusal(ask: Callable[[], str | None], target: int) -> str | None:

@@ -9,9 +9,11 @@ starts from the same fp32 numbers as `nearest`, the bits must be equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
+from typing import Any
 
+import aot
 import pytest
 import torch
 from harness import launcher, one_rounding
@@ -69,3 +71,35 @@ def check_rows(q: Tensor, scale: Tensor, oracle: Tensor) -> None:
 def codes(q: Tensor) -> Tensor:
     """The bits of e4m3 values."""
     return q.cpu().view(torch.uint8)
+
+
+# Of aot.TARGETS those that convert to e4m3 in hardware.
+TARGETS = [target for target in aot.TARGETS if target >= 89]
+
+
+def check_quantising_kernel(
+    op: str, target: int, sites: Iterable[dict[str, Any]], *, launches: int = 1
+) -> None:
+    """At every site (changes to `aot.released`) the last of `launches` kernels is lean and loads
+    16 bytes, converts in hardware, and stores 8 or 16 bytes."""
+    module = pytest.importorskip(f"pixeldiff.triton_kernels.{op}")
+    for site in sites:
+        args = aot.released(op, **site)
+        assert aot.refusal(lambda args=args: module.why_not(*args), target) is None
+        compiled = aot.compile_launch(lambda args=args: module.launch(*args), target)
+        assert len(compiled) == launches
+        kernel = compiled[-1]
+        aot.assert_lean(kernel)
+        where = f"{kernel.name} on sm_{target}, {site}"
+        for needed in ("ld.global.v4.b32", "cvt.rn.satfinite.e4m3x2.f32"):
+            assert needed in kernel.ptx, f"{where}: no {needed}"
+        wide = ("st.global.v2.b32", "st.global.v4.b32")
+        assert any(store in kernel.ptx for store in wide), f"{where}: no wide store"
+
+
+def check_refuses_before_e4m3(op: str) -> None:
+    """Compute capability 8.0 is refused, with the reason."""
+    module = pytest.importorskip(f"pixeldiff.triton_kernels.{op}")
+    args = aot.released(op)
+    reason = aot.refusal(lambda: module.why_not(*args), 80)
+    assert reason == "e4m3 needs compute capability 8.9, this device is 8.0"

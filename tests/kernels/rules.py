@@ -84,7 +84,14 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 def assert_bitwise(y: Tensor, want: Tensor) -> None:
     assert y.shape == want.shape
     assert y.dtype == want.dtype
+    if y.dtype == torch.float8_e4m3fn:  # which PyTorch does not compare
+        y, want = y.view(torch.uint8), want.view(torch.uint8)
     assert torch.equal(y, want)
+
+
+def results(returned: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a call returned, as a tuple."""
+    return returned if isinstance(returned, tuple) else (returned,)
 
 
 def assert_one_rounding(y: Tensor, oracle: np.ndarray, dtype: torch.dtype | None = None) -> None:
@@ -162,6 +169,20 @@ def check_compiles(op: str, fn: Callable[..., Tensor], *calls: tuple[Any, ...]) 
     assert f"pixeldiff.{op}.default" in targets, f"{op} is not in the compiled graph: {targets}"
 
 
+def check_compiled_like_eager(
+    fn: Callable[..., Any], *calls: tuple[Any, ...], **keywords: Any
+) -> None:
+    """The public function, traced whole with its fake results, returns eager's bits at every size.
+
+    The keywords are those of every call.
+    """
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    for args in calls:
+        got, want = compiled(*args, **keywords), fn(*args, **keywords)
+        for y, expected in zip(results(got), results(want), strict=True):
+            assert_bitwise(y, expected)
+
+
 def check_meta(fn: Callable[..., Tensor], *args: Any) -> None:
     """On the meta device: shape and dtype of the real result, contiguous."""
     real = fn(*args)
@@ -180,11 +201,12 @@ def _to_meta(value: Any) -> Any:
     return value
 
 
-def check_repeatable(fn: Callable[..., Tensor], *args: Any) -> None:
+def check_repeatable(fn: Callable[..., Any], *args: Any) -> None:
     """Two runs bitwise equal, and no argument changed in place."""
     before = [a.clone() for a in args if isinstance(a, Tensor)]
-    first, second = fn(*args), fn(*args)
-    assert_bitwise(second, first)
+    first, second = results(fn(*args)), results(fn(*args))
+    for y, want in zip(second, first, strict=True):
+        assert_bitwise(y, want)
     for was, now in zip(before, [a for a in args if isinstance(a, Tensor)], strict=True):
         assert_bitwise(now, was)
 
@@ -195,7 +217,7 @@ def check_captures(launch: Callable[..., Any], *args: Any) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = launch(*args)
-    pairs = list(zip(got, want, strict=True)) if isinstance(got, tuple) else [(got, want)]
+    pairs = list(zip(results(got), results(want), strict=True))
     for y, _ in pairs:
         y.zero_()
     graph.replay()

@@ -15,6 +15,7 @@ import torch
 from harness import BACKENDS, NAMES, launcher, one_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rules import check_compiled_like_eager
 
 import pixeldiff
 from pixeldiff import native
@@ -226,11 +227,8 @@ def test_opcheck(dtype, shift):
 
 
 def test_compile_fullgraph_at_two_sizes():
-    compiled = torch.compile(gated_residual_norm, fullgraph=True, backend="aot_eager")
-    for n in (5, 11):
-        *args, eps = Case(torch.bfloat16, 2, n, 72, strided=True).arguments()
-        got, want = compiled(*args, eps=eps), gated_residual_norm(*args, eps=eps)
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    calls = (Case(torch.bfloat16, 2, n, 72, strided=True).arguments()[:-1] for n in (5, 11))
+    check_compiled_like_eager(gated_residual_norm, *calls, eps=EPS)
 
 
 def test_meta():
@@ -271,26 +269,11 @@ def test_triton_in_interpreter():
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_triton_compiles_ahead_of_time(target):
-    module = pytest.importorskip("pixeldiff.triton_kernels.gated_residual_norm")
-    widest = module.norm_rows.MAX_D
-    for dtype, width in ((torch.bfloat16, 1536), (torch.float32, 1536), (torch.bfloat16, widest)):
-        args = aot.released(OP, dtype, width=width)
-        (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
-        aot.assert_lean(kernel)
-        assert "ld.global.v4.b32" in kernel.ptx
-        assert "st.global.v4.b32" in kernel.ptx
+    aot.check_streams(OP, target, aot.widths())
 
 
 def test_triton_compiles_once_for_all_sizes():
-    module = pytest.importorskip("pixeldiff.triton_kernels.gated_residual_norm")
-    grids = ((128, 128), (256, 256), (37, 41), (1, 1))
-    keys = [
-        key
-        for grid in grids
-        for key in aot.keys(lambda grid=grid: module.launch(*aot.released(OP, grid=grid)))
-    ]
-    assert len(keys) == len(grids)
-    assert len(set(keys)) == 1
+    aot.check_compiles_once(OP, aot.released_sizes(OP))
 
 
 def test_cuda_compiles_without_spills(tmp_path):

@@ -18,6 +18,7 @@ from rules import (
     assert_bitwise,
     assert_within_twice_eager,
     at_odd_stride,
+    check_captures,
     check_compiles,
     check_gradients,
     check_meta,
@@ -811,14 +812,7 @@ def test_triton_gpu_at_released_shapes(shape, masked):
 def test_triton_gpu_under_graph_capture():
     launch, device = launcher(OP, "triton-gpu")
     args = [t.to(device) for t in arguments(torch.bfloat16, (1, 200, 300, 2, 72))]
-    mask = masks(1, 300)["scattered"].to(device)
-    want = launch(*args, 0.1, mask, True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = launch(*args, 0.1, mask, True)
-    graph.replay()
-    for a, b in zip(got, want, strict=True):
-        assert_bitwise(a, b)
+    check_captures(launch, *args, 0.1, masks(1, 300)["scattered"].to(device), True)
 
 
 # --- without a GPU --------------------------------------------------------------------------------
@@ -862,17 +856,9 @@ def test_triton_compiles_ahead_of_time_in_fp32(target):
 
 @pytest.mark.parametrize(("d", "masked"), [(64, False), (64, True), (72, False)])
 def test_triton_compiles_once_for_all_sizes(d, masked):
-    module = pytest.importorskip("pixeldiff.triton_kernels.joint_attention")
     sizes = [(1, 16384, 16684), (1, 65536, 65836), (2, 1517, 1594), (1, 1, 1)]
-    keys = [
-        key
-        for b, rows, s in sizes
-        for key in aot.keys(
-            lambda shape=(b, rows, s, 16, d): module.launch(*on_meta(shape, masked=masked))
-        )
-    ]
-    assert len(keys) == len(sizes)
-    assert len(set(keys)) == 1
+    calls = [on_meta((*size, 16, d), masked=masked) for size in sizes]
+    aot.check_compiles_once(OP, calls)
 
 
 # --- who takes which call -------------------------------------------------------------------------

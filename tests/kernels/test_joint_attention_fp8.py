@@ -13,6 +13,7 @@ from rules import (
     assert_bitwise,
     assert_within_twice_eager,
     at_odd_stride,
+    check_captures,
     check_compiles,
     check_meta,
     check_registered,
@@ -243,12 +244,7 @@ def test_triton_gpu_at_released_shapes(shape, record_property):
 def test_triton_gpu_under_graph_capture():
     launch, device = launcher(OP, "triton-gpu")
     args = [t.to(device) for t in arguments(torch.bfloat16, (1, 200, 300, 2, 72))]
-    want = launch(*args, 0.1)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = launch(*args, 0.1)
-    graph.replay()
-    assert_bitwise(got, want)
+    check_captures(launch, *args, 0.1)
 
 
 # --- without a GPU --------------------------------------------------------------------------------
@@ -294,14 +290,9 @@ def test_e4m3_needs_its_hardware():
 
 @pytest.mark.parametrize("d", [64, 72])
 def test_triton_compiles_once_for_all_sizes(d):
-    module = pytest.importorskip("pixeldiff.triton_kernels.joint_attention_fp8")
     sizes = [(1, 16384, 16684), (1, 65536, 65836), (2, 1517, 1594), (1, 1, 1)]
-    keys = [
-        tuple(aot.keys(lambda shape=(b, rows, s, 16, d): module.launch(*on_meta(shape))))
-        for b, rows, s in sizes
-    ]
-    assert all(len(k) == 3 for k in keys)
-    assert len(set(keys)) == 1
+    calls = [on_meta((*size, 16, d)) for size in sizes]
+    aot.check_compiles_once(OP, calls, launches=3, compilations=3)
 
 
 # --- the registered op and the public function ----------------------------------------------------

@@ -4,25 +4,29 @@ from importlib import import_module
 
 import aot
 import numpy as np
+import pixel_adaln_rules
 import pytest
 import torch
 from harness import (
     NAMES,
+    TRITON,
     check_not_finite_like,
     check_threads,
     each_isa,
     launcher,
+    on,
     run_in_interpreter,
-    usable_isas,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pixel_adaln_rules import SHAPES
 from rules import (
     Draw,
     assert_bitwise,
     assert_within_twice_eager,
     assert_within_twice_eager_or_spacing,
     at_odd_stride,
+    check_captures,
     check_compiles,
     check_gradients,
     check_meta,
@@ -37,23 +41,9 @@ from rules import (
 from torch.nn.functional import linear, rms_norm
 
 from pixeldiff.ops import pixel_adaln_compress
-from pixeldiff.ops.cpu import pixel_adaln
-from pixeldiff.ops.registry import explain
 
 OP = "pixel_adaln_compress"
 reference = import_module("pixeldiff.ops.pixel_adaln_compress").reference
-
-# (R, P*P, p, D, A)
-SHAPES = {
-    "production": (6, 256, 16, 96, 288),
-    "primes": (7, 9, 4, 13, 11),
-    "one": (1, 1, 1, 1, 1),
-    "patch8": (5, 64, 8, 32, 48),
-    "p12": (3, 4, 12, 16, 20),
-    "p20": (4, 25, 20, 9, 16),
-    "one-patch": (1, 64, 8, 24, 40),
-    "empty": (0, 4, 4, 8, 8),
-}
 
 
 def arguments(dtype, shape, std=1.0):
@@ -90,6 +80,9 @@ def eager(q, u, ada_weight, ada_bias, norm_weight, weight, bias):
     return linear(z.flatten(1), weight, bias)
 
 
+DEFINITION = pixel_adaln_rules.Definition(OP, arguments, eager, oracle)
+
+
 @every_backend("pixel_adaln_compress")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @precisions
@@ -107,41 +100,17 @@ def test_matches_oracle(dtype, std, shape, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_every_instruction_set(dtype, shape, isa):
-    launch, _ = launcher("pixel_adaln_compress", f"cpu-{isa}")
-    if shape[2] % 4:
-        pytest.skip("the kernels take multiples of 4 channels")
-    args = arguments(dtype, shape)
-    assert_within_twice_eager_or_spacing(launch(*args, 1e-6), eager(*args), oracle(*args))
+    pixel_adaln_rules.check_instruction_set(DEFINITION, dtype, shape, isa)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_random_shapes(data):
-    """Chunks of any number of patches, groups of pixels with and without a rest."""
-    draw = data.draw
-    p, patch = 4 * draw(st.integers(1, 5)), draw(st.integers(1, 9))
-    # Enough results that the largest is not itself a sum that cancels.
-    rows, d, a = draw(st.integers(4, 12)), draw(st.integers(1, 20)), draw(st.integers(8, 24))
-    shape = (rows, patch**2, p, d, a)
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    args = arguments(dtype, shape, draw(st.sampled_from([1.0, 1e-3, 30.0])))
-    launch, _ = launcher("pixel_adaln_compress", f"cpu-{draw(st.sampled_from(usable_isas()))}")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(pixel_adaln, "CHUNK_BYTES", draw(st.sampled_from([1, 3000, 10000])))
-        patched.setattr(pixel_adaln, "GROUP", draw(st.sampled_from([1, 5, 16, 40])))
-        y = launch(*args, 1e-6)
-    assert_within_twice_eager_or_spacing(y, eager(*args), oracle(*args))
+    pixel_adaln_rules.check_random_shape(DEFINITION, data)
 
 
 def test_chunks_do_not_change_the_result(monkeypatch):
-    """Beyond the rounding of the GEMMs, whose order of summation may depend on their size."""
-    launch, _ = launcher("pixel_adaln_compress", f"cpu-{usable_isas()[-1]}")
-    args = arguments(torch.float32, (37, 64, 8, 24, 40))
-    whole = launch(*args, 1e-6)
-    for chunk, group in ((1, 16), (20_000, 7), (50_000, 64)):
-        monkeypatch.setattr(pixel_adaln, "CHUNK_BYTES", chunk)
-        monkeypatch.setattr(pixel_adaln, "GROUP", group)
-        torch.testing.assert_close(launch(*args, 1e-6), whole, rtol=1e-5, atol=1e-5)
+    pixel_adaln_rules.check_chunks(DEFINITION, monkeypatch)
 
 
 @each_isa
@@ -153,11 +122,7 @@ def test_threads_do_not_change_the_result(isa):
 
 @each_isa
 def test_inference_mode(isa):
-    launch, _ = launcher("pixel_adaln_compress", f"cpu-{isa}")
-    args = arguments(torch.float32, (3, 9, 8, 13, 11))
-    want = launch(*args, 1e-6)
-    with torch.inference_mode():
-        assert_bitwise(launch(*args, 1e-6), want)
+    pixel_adaln_rules.check_inference_mode(DEFINITION, isa)
 
 
 @each_isa
@@ -174,10 +139,7 @@ def test_not_finite(isa):
 @each_isa
 @pytest.mark.parametrize("std", [1e15, 1e-15])
 def test_magnitudes(isa, std):
-    launch, _ = launcher("pixel_adaln_compress", f"cpu-{isa}")
-    q, u, *rest = arguments(torch.float32, (6, 16, 8, 24, 40))
-    args = (q * std, u, *rest)
-    assert_within_twice_eager_or_spacing(launch(*args, 1e-6), eager(*args), oracle(*args))
+    pixel_adaln_rules.check_magnitude(DEFINITION, std, f"cpu-{isa}")
 
 
 def test_strided():
@@ -246,23 +208,11 @@ def test_errors():
 
 # --- Triton: in the interpreter and on a GPU ------------------------------------------------------
 
-each_triton = pytest.mark.parametrize(
-    "backend", ["triton", pytest.param("triton-gpu", marks=pytest.mark.gpu)]
-)
-# Fewer patches and pixels than a tile, one more than a tile, D of one block and with a rest.
+each_triton = pytest.mark.parametrize("backend", TRITON)
 TRITON_SHAPES = {
-    "p8": (7, 9, 8, 13, 11),
-    "p16": (5, 7, 16, 40, 24),
-    "p32": (3, 3, 32, 19, 8),
-    "next-row": (129, 2, 16, 16, 8),
-    "next-pixel": (2, 5, 16, 64, 32),
-    "one": (1, 1, 8, 1, 1),
-    "no-patch": (0, 4, 16, 8, 8),
+    **pixel_adaln_rules.TRITON_SHAPES,
+    "next-pixel": (2, 5, 16, 64, 32),  # one more than a tile of pixels
 }
-
-
-def to(device, args):
-    return tuple(a.to(device) for a in args)
 
 
 @each_triton
@@ -270,12 +220,7 @@ def to(device, args):
 @pytest.mark.parametrize("std", [1.0, 1e-3])
 @pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
 def test_on_triton(dtype, std, shape, backend):
-    launch, device = launcher(OP, backend)
-    args = arguments(dtype, shape, std)
-    y = launch(*to(device, args), 1e-6)
-    assert y.dtype == dtype
-    assert y.is_contiguous()
-    assert_within_twice_eager_or_spacing(y.cpu(), eager(*args), oracle(*args))
+    pixel_adaln_rules.check_on_triton(DEFINITION, dtype, std, shape, backend)
 
 
 @each_triton
@@ -283,22 +228,15 @@ def test_no_pixels_on_triton(backend):
     launch, device = launcher(OP, backend)
     zeros, bias = torch.zeros, torch.arange(4.0)
     args = (zeros(3, 0, 16), zeros(3, 8), zeros(0, 8), zeros(0), zeros(16), zeros(4, 0), bias)
-    assert_bitwise(launch(*to(device, args), 1e-6).cpu(), bias.expand(3, 4))
+    assert_bitwise(launch(*on(device, args), 1e-6).cpu(), bias.expand(3, 4))
 
 
 @each_triton
 def test_pieces_and_groups_on_triton(backend, monkeypatch):
-    launch, device = launcher(OP, backend)
-    kernel = import_module("pixeldiff.triton_kernels.pixel_adaln_compress")
-    config = kernel.Config(16, 32, 16, 4, 2)  # 5 tiles of patches by 4 of pixels
-    args = arguments(torch.float32, (70, 7, 16, 24, 24))
-    whole = launch(*to(device, args), 1e-6, config=config)
-    assert_within_twice_eager_or_spacing(whole.cpu(), eager(*args), oracle(*args))
-    for piece, group in ((8192, 32), (33, 16), (70, 48)):
-        monkeypatch.setattr(kernel, "PIECE", piece)
-        monkeypatch.setattr(kernel.pixel_adaln, "GROUP_PATCHES", group)
-        y = launch(*to(device, args), 1e-6, config=config)
-        torch.testing.assert_close(y, whole, rtol=1e-5, atol=1e-5)
+    config = (16, 32, 16, 4, 2)  # 5 tiles of patches by 4 of pixels
+    pixel_adaln_rules.check_pieces_and_groups(
+        DEFINITION, backend, monkeypatch, config=config, whole_piece=8192
+    )
 
 
 @each_triton
@@ -306,7 +244,7 @@ def test_strided_on_triton(backend):
     """Every argument of more than one axis, rows and pixels apart and rows at odd addresses."""
     launch, device = launcher(OP, backend)
     args = arguments(torch.bfloat16, (7, 9, 8, 13, 11))
-    q, u, *rest = to(device, args)
+    q, u, *rest = on(device, args)
     rest = [at_odd_stride(t) if t.dim() == 2 else t for t in rest]
     pixels = at_odd_stride(q.transpose(0, 1)).transpose(0, 1)
     y = launch(pixels, at_odd_stride(u), *rest, 1e-6)
@@ -319,7 +257,7 @@ def test_not_finite_on_triton(backend):
     launch, device = launcher(OP, backend)
     q, u, *rest = arguments(torch.float32, (6, 16, 8, 24, 40))
     q[1, 5, 3], q[2, 15, 7], u[4, 0] = torch.nan, torch.inf, torch.inf
-    a = launch(*to(device, (q, u, *rest)), 1e-6).cpu()
+    a = launch(*on(device, (q, u, *rest)), 1e-6).cpu()
     check_not_finite_like(a, reference(q, u, *rest, 1e-6))
     assert a.isfinite().all(1).tolist() == [True, False, False, True, False, True]
 
@@ -327,17 +265,13 @@ def test_not_finite_on_triton(backend):
 @each_triton
 @pytest.mark.parametrize("std", [1e15, 1e-15])
 def test_magnitudes_on_triton(std, backend):
-    launch, device = launcher(OP, backend)
-    q, u, *rest = arguments(torch.float32, (6, 16, 8, 24, 40))
-    args = (q * std, u, *rest)
-    y = launch(*to(device, args), 1e-6).cpu()
-    assert_within_twice_eager_or_spacing(y, eager(*args), oracle(*args))
+    pixel_adaln_rules.check_magnitude(DEFINITION, std, backend)
 
 
 @each_triton
 def test_repeats_on_triton(backend):
     launch, device = launcher(OP, backend)
-    check_repeatable(launch, *to(device, arguments(torch.bfloat16, (5, 7, 16, 40, 24))), 1e-6)
+    check_repeatable(launch, *on(device, arguments(torch.bfloat16, (5, 7, 16, 40, 24))), 1e-6)
 
 
 @each_triton
@@ -361,34 +295,14 @@ def test_refusals_of_triton(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=NAMES.get)
 @pytest.mark.parametrize("patches", [16384, 8192 + 77, 300])
 def test_released_shape_on_triton_gpu(patches, dtype):
-    """Every tile that fits the device, held against fp64 at some patches of each piece."""
-    launch, device = launcher(OP, "triton-gpu")
-    kernel = import_module("pixeldiff.triton_kernels.pixel_adaln_compress")
-    args = to(device, arguments(dtype, (patches, 256, 16, 1536, 1152)))
-    assert explain(OP, *args, 1e-6)[0] == ("triton", None)
-    some = torch.tensor([0, 1, 127, 128, 299, patches // 2, patches - 2, patches - 1])
-    q, u, *rest = args
-    picked = (q[some], u[some], *rest)
-    want, baseline = oracle(*to("cpu", picked)), eager(*picked).cpu()
-    assert_within_twice_eager(launch(*args, 1e-6)[some].cpu(), baseline, want)
-    for config in kernel.candidates(*args):
-        try:
-            y = launch(*args, 1e-6, config=config)
-        except kernel.triton.runtime.errors.OutOfResources:
-            continue
-        assert_within_twice_eager(y[some].cpu(), baseline, want)
+    pixel_adaln_rules.check_released_shape_on_gpu(DEFINITION, dtype, patches, of_patches=2)
 
 
 @pytest.mark.gpu
 def test_captured_on_triton_gpu():
     launch, device = launcher(OP, "triton-gpu")
-    args = to(device, arguments(torch.bfloat16, (300, 64, 16, 64, 48)))
-    want = launch(*args, 1e-6)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = launch(*args, 1e-6)
-    graph.replay()
-    assert_bitwise(y, want)
+    args = on(device, arguments(torch.bfloat16, (300, 64, 16, 64, 48)))
+    check_captures(launch, *args, 1e-6)
 
 
 # --- Triton without a GPU -------------------------------------------------------------------------
@@ -412,12 +326,5 @@ def test_triton_compiles_ahead_of_time(target):
 
 
 def test_triton_compiles_once_for_all_sizes():
-    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_adaln_compress")
-    grids = ((128, 128), (256, 256), (37, 41), (1, 1))
-    keys = [
-        key
-        for grid in grids
-        for key in aot.keys(lambda grid=grid: module.launch(*aot.released(OP, grid=grid)))
-    ]
-    assert len(keys) == 2 + 8 + 1 + 1  # pieces
-    assert len(set(keys)) == 1
+    pieces = (2, 8, 1, 1)
+    aot.check_compiles_once(OP, aot.released_sizes(OP), launches=pieces)

@@ -312,23 +312,14 @@ def test_triton_compiles_ahead_of_time(target):
 
 
 def test_every_tile_compiles_ahead_of_time():
-    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_embed")
-    args = aot.released("pixel_embed")
-    for config in module.candidates(*args):
-        (kernel,) = aot.compile_launch(lambda c=config: module.launch(*args, config=c), 90)
-        aot.assert_lean(kernel)
+    aot.check_candidates("pixel_embed", *aot.released("pixel_embed"))
 
 
 def test_triton_compiles_once_for_all_sizes():
-    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_embed")
-    keys = set()
-    for grid in ((128, 128), (256, 256), (37, 41), (1, 1)):
-        args = aot.released("pixel_embed", grid=grid)
-        keys.update(aot.keys(lambda args=args: module.launch(*args)))
-    assert len(keys) == 1
+    aot.check_compiles_once("pixel_embed", aot.released_sizes("pixel_embed"))
 
 
-@pytest.mark.parametrize(
+each_refused_pixel = pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"dtype": torch.float64}, "takes float32, bfloat16, float16, got torch.float64"),
@@ -337,6 +328,9 @@ def test_triton_compiles_once_for_all_sizes():
         ({"c": 0}, "takes 1 to 16 colours a pixel, got 0"),
     ],
 )
+
+
+@each_refused_pixel
 def test_triton_refuses(change, reason):
     module = pytest.importorskip("pixeldiff.triton_kernels.pixel_embed")
     dtype, p, c = ({"dtype": torch.float32, "p": 4, "c": 3} | change).values()

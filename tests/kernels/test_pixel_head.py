@@ -37,6 +37,7 @@ from rules import (
     precisions,
     rms,
 )
+from test_pixel_embed import each_refused_pixel
 
 import pixeldiff
 from pixeldiff import native
@@ -290,31 +291,14 @@ def test_triton_compiles_ahead_of_time(target):
 
 
 def test_every_tile_compiles_ahead_of_time():
-    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head")
-    args = aot.released("pixel_head")
-    for config in module.candidates(*args):
-        (kernel,) = aot.compile_launch(lambda c=config: module.launch(*args, config=c), 90)
-        aot.assert_lean(kernel)
+    aot.check_candidates("pixel_head", *aot.released("pixel_head"))
 
 
 def test_triton_compiles_once_for_all_sizes():
-    module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head")
-    keys = set()
-    for grid in ((128, 128), (256, 256), (37, 41), (1, 1)):
-        args = aot.released("pixel_head", grid=grid)
-        keys.update(aot.keys(lambda args=args: module.launch(*args)))
-    assert len(keys) == 1
+    aot.check_compiles_once("pixel_head", aot.released_sizes("pixel_head"))
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"dtype": torch.float64}, "takes float32, bfloat16, float16, got torch.float64"),
-        ({"p": 130}, "takes 1 to 128 channels a pixel, got 130"),
-        ({"c": 17}, "takes 1 to 16 colours a pixel, got 17"),
-        ({"c": 0}, "takes 1 to 16 colours a pixel, got 0"),
-    ],
-)
+@each_refused_pixel
 def test_triton_refuses(change, reason):
     module = pytest.importorskip("pixeldiff.triton_kernels.pixel_head")
     dtype, p, c = ({"dtype": torch.float32, "p": 4, "c": 3} | change).values()

@@ -8,8 +8,19 @@ import aot
 import harness
 import pytest
 import torch
-from e4m3_rules import BACKENDS, E4M3, check_rows, codes, implementation, nearest
+from e4m3_rules import (
+    BACKENDS,
+    E4M3,
+    TARGETS,
+    check_quantising_kernel,
+    check_refuses_before_e4m3,
+    check_rows,
+    codes,
+    implementation,
+    nearest,
+)
 from harness import NAMES
+from rules import check_compiled_like_eager, check_repeatable
 
 import pixeldiff
 from pixeldiff.ops import quantize_rows
@@ -163,12 +174,7 @@ def test_not_finite_takes_its_row(dtype, bad, backend):
 @each_backend
 def test_repeats_bitwise_and_leaves_its_input(backend):
     launch, device = implementation(OP, backend)
-    x = Case(torch.bfloat16, 2, 9, 515).rows(device)
-    before = x.clone()
-    (q, scale), (again, scale_again) = launch(x), launch(x)
-    assert torch.equal(codes(q), codes(again))
-    assert torch.equal(scale, scale_again)
-    assert torch.equal(x, before)
+    check_repeatable(launch, Case(torch.bfloat16, 2, 9, 515).rows(device))
 
 
 # --- the registered op and the public function ----------------------------------------------------
@@ -180,11 +186,8 @@ def test_opcheck():
 
 
 def test_compile_fullgraph_at_two_sizes():
-    compiled = torch.compile(quantize_rows, fullgraph=True, backend="aot_eager")
-    for n in (5, 11):
-        x = Case(torch.bfloat16, 2, n, 72, strided=True).rows()
-        for got, want in zip(compiled(x), quantize_rows(x), strict=True):
-            assert torch.equal(got.float(), want.float())
+    calls = ((Case(torch.bfloat16, 2, n, 72, strided=True).rows(),) for n in (5, 11))
+    check_compiled_like_eager(quantize_rows, *calls)
 
 
 def test_meta():
@@ -231,34 +234,14 @@ def test_triton_in_interpreter():
     harness.run_in_interpreter(__file__)
 
 
-@pytest.mark.parametrize("target", [90, 100, 120])
+@pytest.mark.parametrize("target", TARGETS)
 def test_triton_compiles_ahead_of_time(target):
-    module = pytest.importorskip("pixeldiff.triton_kernels.quantize_rows")
-    widest = module.norm_rows.MAX_D
-    for dtype, width in ((torch.bfloat16, 1536), (torch.float32, 1536), (torch.bfloat16, widest)):
-        args = aot.released(OP, dtype, width=width)
-        assert aot.refusal(lambda args=args: module.why_not(*args), target) is None
-        (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
-        aot.assert_lean(kernel)
-        assert "ld.global.v4.b32" in kernel.ptx
-        assert "cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx
-        assert "st.global.v2.b32" in kernel.ptx or "st.global.v4.b32" in kernel.ptx
+    check_quantising_kernel(OP, target, aot.widths())
 
 
 def test_triton_refuses_a_device_without_e4m3():
-    module = pytest.importorskip("pixeldiff.triton_kernels.quantize_rows")
-    args = aot.released(OP)
-    want = "e4m3 needs compute capability 8.9, this device is 8.0"
-    assert aot.refusal(lambda: module.why_not(*args), 80) == want
+    check_refuses_before_e4m3(OP)
 
 
 def test_triton_compiles_once_for_all_sizes():
-    module = pytest.importorskip("pixeldiff.triton_kernels.quantize_rows")
-    grids = ((128, 128), (256, 256), (37, 41), (1, 1))
-    keys = [
-        key
-        for grid in grids
-        for key in aot.keys(lambda grid=grid: module.launch(*aot.released(OP, grid=grid)))
-    ]
-    assert len(keys) == len(grids)
-    assert len(set(keys)) == 1
+    aot.check_compiles_once(OP, aot.released_sizes(OP))

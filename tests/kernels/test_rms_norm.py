@@ -182,23 +182,13 @@ def test_triton_refuses():
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_triton_compiles_ahead_of_time(target):
-    module = pytest.importorskip(TRITON)
-    for dtype, width in ((torch.bfloat16, 1536), (torch.float32, 1536), (torch.bfloat16, 16384)):
-        args = aot.released("rms_norm", dtype, grid=(1, 300), width=width)
-        (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
-        aot.assert_lean(kernel)
-        assert "ld.global.v4.b32" in kernel.ptx
-        assert "st.global.v4.b32" in kernel.ptx
+    sites = [{**site, "grid": (1, 300)} for site in aot.widths(16384)]
+    aot.check_streams("rms_norm", target, sites)
 
 
 def test_triton_compiles_once_for_all_sizes():
-    module = pytest.importorskip(TRITON)
-    keys = []
-    for rows in (300, 64, 17, 1):
-        args = aot.released("rms_norm", grid=(1, rows))
-        keys += aot.keys(lambda args=args: module.launch(*args))
-    assert len(keys) == 4
-    assert len(set(keys)) == 1
+    calls = [aot.released("rms_norm", grid=(1, rows)) for rows in (300, 64, 17, 1)]
+    aot.check_compiles_once("rms_norm", calls)
 
 
 def test_triton_in_interpreter():

@@ -16,6 +16,7 @@ from rules import (
     assert_one_rounding,
     assert_within_twice_eager,
     at_odd_stride,
+    check_captures,
     check_compiles,
     check_gradients,
     check_meta,
@@ -491,12 +492,7 @@ def test_triton_gpu_production(tokens, dtype, per_channel):
 def test_triton_gpu_in_a_captured_graph(per_channel):
     launch, device = launcher("sigma_gate", "triton-gpu")
     args = on(device, arguments(torch.bfloat16, (1, 300, 1536), 1536 if per_channel else 1))
-    want = launch(*args)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = launch(*args)
-    graph.replay()
-    assert_bitwise(y, want)
+    check_captures(launch, *args)
 
 
 def test_triton_refuses():
@@ -549,29 +545,10 @@ def test_triton_product_compiles_ahead_of_time(target):
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_triton_dot_compiles_ahead_of_time(target):
     module = pytest.importorskip("pixeldiff.triton_kernels.sigma_gate")
-    for dtype, width in (
-        (torch.bfloat16, 1536),
-        (torch.float32, 1536),
-        (torch.bfloat16, module.MAX_D),
-        (torch.float32, module.MAX_D),
-    ):
-        args = aot.released("sigma_gate", dtype, gates=1, width=width)
-        (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
-        aot.assert_lean(kernel)
-        assert "ld.global.v4.b32" in kernel.ptx
-        assert "st.global.v4.b32" in kernel.ptx
+    sites = [*aot.widths(module.MAX_D), {"dtype": torch.float32, "width": module.MAX_D}]
+    aot.check_streams("sigma_gate", target, [{**site, "gates": 1} for site in sites])
 
 
 @pytest.mark.parametrize("gates", [None, 1])
 def test_triton_compiles_once_for_all_sizes(gates):
-    module = pytest.importorskip("pixeldiff.triton_kernels.sigma_gate")
-    grids = ((128, 128), (256, 256), (37, 41), (1, 1))
-    keys = [
-        key
-        for grid in grids
-        for key in aot.keys(
-            lambda grid=grid: module.launch(*aot.released("sigma_gate", grid=grid, gates=gates))
-        )
-    ]
-    assert len(keys) == len(grids)
-    assert len(set(keys)) == 1
+    aot.check_compiles_once("sigma_gate", aot.released_sizes("sigma_gate", gates=gates))

@@ -15,6 +15,8 @@ from rules import (
     assert_bitwise,
     assert_within_twice_eager,
     at_odd_stride,
+    check_captures,
+    check_compiled_like_eager,
     check_gradients,
     check_registered,
 )
@@ -221,12 +223,10 @@ def test_opcheck(per_channel, shift):
 
 @each_kind
 def test_compile_fullgraph_at_two_sizes(per_channel):
-    compiled = torch.compile(sigma_gate_norm, fullgraph=True, backend="aot_eager")
-    for n in (5, 11):
-        *args, eps = Case(torch.bfloat16, 2, n, 72, per_channel, strided=True).arguments()
-        got, want = compiled(*args, eps=eps), sigma_gate_norm(*args, eps=eps)
-        for a, b in zip(got, want, strict=True):
-            assert_bitwise(a, b)
+    calls = (
+        Case(torch.bfloat16, 2, n, 72, per_channel, strided=True).arguments()[:-1] for n in (5, 11)
+    )
+    check_compiled_like_eager(sigma_gate_norm, *calls, eps=EPS)
 
 
 @each_kind
@@ -343,14 +343,7 @@ def test_triton_gpu_results_past_two_to_the_31(per_channel):
 @each_kind
 def test_triton_gpu_in_a_captured_graph(per_channel):
     launch, device = launcher(OP, "triton-gpu")
-    args = Case(torch.bfloat16, 1, 300, 1536, per_channel).arguments(device)
-    want = launch(*args)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = launch(*args)
-    graph.replay()
-    for a, b in zip(got, want, strict=True):
-        assert_bitwise(a, b)
+    check_captures(launch, *Case(torch.bfloat16, 1, 300, 1536, per_channel).arguments(device))
 
 
 def test_triton_refuses():
@@ -392,11 +385,6 @@ def test_triton_compiles_ahead_of_time(target):
 
 @each_kind
 def test_triton_compiles_once_for_all_sizes(per_channel):
-    module = pytest.importorskip("pixeldiff.triton_kernels.sigma_gate_norm")
-    grids, gates = ((128, 128), (256, 256), (37, 41), (1, 1)), None if per_channel else 1
-    keys = [
-        tuple(aot.keys(lambda g=grid: module.launch(*aot.released(OP, grid=g, gates=gates))))
-        for grid in grids
-    ]
-    assert len(keys[0]) == 1 + per_channel
-    assert len(set(keys)) == 1
+    calls = aot.released_sizes(OP, gates=None if per_channel else 1)
+    kernels = 1 + per_channel
+    aot.check_compiles_once(OP, calls, launches=kernels, compilations=kernels)

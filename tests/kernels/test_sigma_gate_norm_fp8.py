@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import aot
 import harness
 import pytest
 import torch
-from e4m3_rules import BACKENDS, E4M3, check_rows, implementation
+from e4m3_rules import (
+    BACKENDS,
+    E4M3,
+    TARGETS,
+    check_quantising_kernel,
+    check_refuses_before_e4m3,
+    check_rows,
+    implementation,
+)
+from rules import check_compiled_like_eager, check_repeatable
 from test_sigma_gate_norm import EPS, Case, norm_reference
 
 from pixeldiff.ops import sigma_gate_norm_fp8
@@ -65,11 +73,7 @@ def test_not_finite_takes_its_row(per_channel, backend):
 @each_kind
 def test_repeats_bitwise_and_leaves_its_inputs(per_channel, backend):
     launch, device = implementation(OP, backend)
-    args = Case(torch.bfloat16, 2, 9, 67, per_channel).arguments(device)
-    before = [t.clone() for t in args[:-1]]
-    for a, b in zip(launch(*args), launch(*args), strict=True):
-        assert torch.equal(a.float(), b.float())
-    assert all(torch.equal(a, b) for a, b in zip(args[:-1], before, strict=True))
+    check_repeatable(launch, *Case(torch.bfloat16, 2, 9, 67, per_channel).arguments(device))
 
 
 # --- the registered op and the public function ----------------------------------------------------
@@ -82,11 +86,8 @@ def test_opcheck(per_channel):
 
 
 def test_compile_fullgraph_at_two_sizes():
-    compiled = torch.compile(sigma_gate_norm_fp8, fullgraph=True, backend="aot_eager")
-    for n in (5, 11):
-        *args, eps = Case(torch.bfloat16, 2, n, 72, False).arguments()
-        got, want = compiled(*args, eps=eps), sigma_gate_norm_fp8(*args, eps=eps)
-        assert all(torch.equal(a.float(), b.float()) for a, b in zip(got, want, strict=True))
+    calls = (Case(torch.bfloat16, 2, n, 72, False).arguments()[:-1] for n in (5, 11))
+    check_compiled_like_eager(sigma_gate_norm_fp8, *calls, eps=EPS)
 
 
 def test_meta():
@@ -111,20 +112,11 @@ def test_triton_in_interpreter():
     harness.run_in_interpreter(__file__)
 
 
-@pytest.mark.parametrize("target", [90, 100, 120])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("gates", [1536, 1])
 def test_triton_compiles_ahead_of_time(gates, target):
-    module = pytest.importorskip("pixeldiff.triton_kernels.sigma_gate_norm_fp8")
-    args = aot.released(OP, torch.bfloat16, gates=gates)
-    assert aot.refusal(lambda: module.why_not(*args), target) is None
-    *_, kernel = aot.compile_launch(lambda: module.launch(*args), target)
-    aot.assert_lean(kernel)
-    assert "ld.global.v4.b32" in kernel.ptx
-    assert "cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx
-    assert "st.global.v2.b32" in kernel.ptx or "st.global.v4.b32" in kernel.ptx
+    check_quantising_kernel(OP, target, [{"gates": gates}], launches=1 + (gates > 1))
 
 
 def test_triton_refuses_a_device_without_e4m3():
-    module = pytest.importorskip("pixeldiff.triton_kernels.sigma_gate_norm_fp8")
-    args = aot.released(OP)
-    assert "e4m3 needs compute capability 8.9" in aot.refusal(lambda: module.why_not(*args), 80)
+    check_refuses_before_e4m3(OP)

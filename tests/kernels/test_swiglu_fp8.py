@@ -8,8 +8,17 @@ import aot
 import harness
 import pytest
 import torch
-from e4m3_rules import BACKENDS, E4M3, check_rows, implementation
+from e4m3_rules import (
+    BACKENDS,
+    E4M3,
+    TARGETS,
+    check_quantising_kernel,
+    check_refuses_before_e4m3,
+    check_rows,
+    implementation,
+)
 from harness import NAMES
+from rules import check_compiled_like_eager, check_repeatable
 
 from pixeldiff.ops import swiglu_fp8
 
@@ -111,12 +120,7 @@ def test_not_finite_takes_its_row(bad, backend):
 @each_backend
 def test_repeats_bitwise_and_leaves_its_inputs(backend):
     launch, device = implementation(OP, backend)
-    a, b = Case(torch.bfloat16, 2, 9, 515, fused=True).halves(device)
-    before = a.clone(), b.clone()
-    for first, second in zip(launch(a, b), launch(a, b), strict=True):
-        assert torch.equal(first.float(), second.float())
-    assert torch.equal(a, before[0])
-    assert torch.equal(b, before[1])
+    check_repeatable(launch, *Case(torch.bfloat16, 2, 9, 515, fused=True).halves(device))
 
 
 # --- the registered op and the public function ----------------------------------------------------
@@ -128,11 +132,8 @@ def test_opcheck():
 
 
 def test_compile_fullgraph_at_two_sizes():
-    compiled = torch.compile(swiglu_fp8, fullgraph=True, backend="aot_eager")
-    for n in (5, 11):
-        args = Case(torch.bfloat16, 2, n, 72, fused=True).halves()
-        for got, want in zip(compiled(*args), swiglu_fp8(*args), strict=True):
-            assert torch.equal(got.float(), want.float())
+    calls = (Case(torch.bfloat16, 2, n, 72, fused=True).halves() for n in (5, 11))
+    check_compiled_like_eager(swiglu_fp8, *calls)
 
 
 def test_meta():
@@ -169,32 +170,14 @@ def test_triton_in_interpreter():
     harness.run_in_interpreter(__file__)
 
 
-@pytest.mark.parametrize("target", [90, 100, 120])
+@pytest.mark.parametrize("target", TARGETS)
 def test_triton_compiles_ahead_of_time(target):
-    module = pytest.importorskip("pixeldiff.triton_kernels.swiglu_fp8")
-    for dtype in (torch.bfloat16, torch.float32):
-        args = aot.released(OP, dtype)
-        assert aot.refusal(lambda args=args: module.why_not(*args), target) is None
-        (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
-        aot.assert_lean(kernel)
-        assert "ld.global.v4.b32" in kernel.ptx
-        assert "cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx
-        assert "st.global.v2.b32" in kernel.ptx or "st.global.v4.b32" in kernel.ptx
+    check_quantising_kernel(OP, target, [{"dtype": d} for d in (torch.bfloat16, torch.float32)])
 
 
 def test_triton_refuses_a_device_without_e4m3():
-    module = pytest.importorskip("pixeldiff.triton_kernels.swiglu_fp8")
-    args = aot.released(OP)
-    assert "e4m3 needs compute capability 8.9" in aot.refusal(lambda: module.why_not(*args), 80)
+    check_refuses_before_e4m3(OP)
 
 
 def test_triton_compiles_once_for_all_sizes():
-    module = pytest.importorskip("pixeldiff.triton_kernels.swiglu_fp8")
-    grids = ((128, 128), (256, 256), (37, 41), (1, 1))
-    keys = [
-        key
-        for grid in grids
-        for key in aot.keys(lambda grid=grid: module.launch(*aot.released(OP, grid=grid)))
-    ]
-    assert len(keys) == len(grids)
-    assert len(set(keys)) == 1
+    aot.check_compiles_once(OP, aot.released_sizes(OP))
