@@ -1,8 +1,11 @@
 """The ops: one file each, with the definition (`reference`) and the table of backends."""
 
 from .add_silu import add_silu
+from .gated_norm_residual import gated_norm_residual
 from .gated_residual_norm import gated_residual_norm
 from .joint_attention import joint_attention
+from .local_decoder_down import local_decoder_down
+from .local_decoder_up import local_decoder_up
 from .patchify import patchify, unpatchify
 from .pixel_adaln_compress import pixel_adaln_compress
 from .pixel_adaln_mlp import pixel_adaln_mlp
@@ -21,8 +24,11 @@ __all__ = [
     "add_silu",
     "backend",
     "explain",
+    "gated_norm_residual",
     "gated_residual_norm",
     "joint_attention",
+    "local_decoder_down",
+    "local_decoder_up",
     "patchify",
     "pixel_adaln_compress",
     "pixel_adaln_mlp",

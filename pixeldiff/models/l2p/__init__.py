@@ -1,0 +1,14 @@
+"""L2P: a latent diffusion transformer converted to pixels (arXiv 2605.12013)."""
+
+from .config import SOURCE, VARIANTS, L2PConfig, LocalDecoderConfig, Variant
+from .network import L2PCondition, L2PNet
+
+__all__ = [
+    "SOURCE",
+    "VARIANTS",
+    "L2PCondition",
+    "L2PConfig",
+    "L2PNet",
+    "LocalDecoderConfig",
+    "Variant",
+]
