@@ -146,9 +146,10 @@ def read_checkpoint(
         ignored["training-only RGB head"] = len(head)
         for key in head:
             del state[key], shapes[key]
-    check_shapes(shapes, net_config, file)
+    expected = network_shapes(net_config)
+    check_shapes(shapes, expected, file)
     stored = Counter(str(t.dtype).removeprefix("torch.") for t in state.values())
-    ready = converted(state, list(network_shapes(net_config)), file, dtype, torch.device(device))
+    ready = converted(state, list(expected), file, dtype, torch.device(device))
     info = CheckpointInfo(
         path=file,
         prefix=found.prefix,

@@ -75,14 +75,13 @@ def geometry(shapes: Shapes) -> dict[str, object]:
     return facts
 
 
-def check_shapes(shapes: Shapes, config: PiDConfig, path: Path) -> None:
+def check_shapes(shapes: Shapes, expected: Shapes, path: Path) -> None:
     """Every tensor of the network is there in its shape, and nothing else.
 
     Raises:
         IncompleteCheckpointError, CheckpointShapeError, ForeignCheckpointError: with the number of
         tensors concerned and the first of them.
     """
-    expected = network_shapes(config)
     missing = tuple(k for k in expected if k not in shapes)
     if missing:
         raise incomplete(missing, len(expected), path, "")
