@@ -60,7 +60,7 @@ def local_decoder_up(
     Shapes: B images, S skips, channels last.
 
     Args:
-        x: (B, H/2, W/2, Ci), fp32 | fp16 | bf16.
+        x: (B, H/2, W/2, Ci), fp32 | fp16 | bf16, any strides, as skip.
         skip: (S, H, W, Cs), S a divisor of B: image b reads skip b % S.
         up_weight: (Cu, Ci, 3, 3). up_bias: (Cu,).
         weight: (Co, Cu + Cs, 3, 3). bias: (Co,). All six have one dtype.
@@ -91,6 +91,8 @@ def local_decoder_up(
     if (b % s if s else b) != 0:
         raise ValueError(f"{op}: skip must have S images, S a divisor of B = {b}, got {s}")
     check_shape(op, "skip", skip, "(S, H, W, Cs)", (s, 2 * height, 2 * width, beside))
+    if 0 in (height, width):
+        raise ValueError(f"{op}: x must have rows and columns, got {tuple(x.shape)}")
     middle, out = up_weight.shape[0], weight.shape[0]
     check_shape(op, "up_weight", up_weight, "(Cu, Ci, 3, 3)", (middle, channels, 3, 3))
     check_shape(op, "up_bias", up_bias, "(Cu,)", (middle,))
