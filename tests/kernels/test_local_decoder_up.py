@@ -126,6 +126,32 @@ def test_not_finite(dtype, backend):
             assert torch.equal(y[0].isnan(), where[:, :, None].expand(-1, -1, 5))
 
 
+def phases(weight):
+    """(2, 2, Cu, Ci, 2, 2): taps for even and odd rows, then columns, summed where they meet the
+    same value of x: rows i-1 and i of x for row 2i of the result, i and i+1 for row 2i+1."""
+
+    def halves(taps, axis):
+        first, middle, last = taps.split(1, axis)
+        return torch.cat((first, middle + last), axis), torch.cat((first + middle, last), axis)
+
+    rows = [torch.stack(halves(row, 3)) for row in halves(weight, 2)]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_four_phases_are_the_first_convolution(shape):
+    """What a kernel may compute instead, in fp64: zero padding maps exactly at every border."""
+    x, _, weight, bias, *_ = (t.double() for t in arguments(torch.float32, shape))
+    b, h, w, _ = x.shape
+    padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2), (1, 1, 1, 1))
+    raised = torch.empty(b, weight.shape[0], 2 * h, 2 * w, dtype=torch.float64)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        window = padded[:, :, row : row + h + 1, column : column + w + 1]
+        raised[:, :, row::2, column::2] = conv2d(window, phases(weight)[row, column], bias)
+    want = convolved(f64(x).repeat(2, axis=1).repeat(2, axis=2), f64(weight)) + f64(bias)
+    assert np.abs(f64(raised.permute(0, 2, 3, 1)) - want).max() < 1e-12 * max(1, np.abs(want).max())
+
+
 def test_runs_everywhere():
     args = arguments(torch.bfloat16, (2, 1, 2, 3, 3, 4, 2, 5))
     check_registered(OP, local_decoder_up, *args)
