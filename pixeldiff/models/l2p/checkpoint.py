@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointFormatError
+from ..meta import owning
 from ..pid.checkpoint_format import read_tensors
 from ..pid.checkpoint_geometry import check_shapes
 from ..pid.checkpoint_location import resolve
@@ -152,22 +153,13 @@ def read_checkpoint(
 
 
 def load_net(path: str | Path, **options) -> L2PNet:
-    """A network with the weights of a checkpoint, ready for inference.
-
-    The weights exist once, in the dtype asked for: the network is made without memory and takes
-    the tensors that were read. Its parameters do not require gradients.
-
-    Args:
-        path, options: as for `read_checkpoint`, which raises what is wrong with them.
-    """
+    """`read_checkpoint(path, **options)` as a network for inference, its weights held once."""
     return net_from(read_checkpoint(path, **options))
 
 
 def net_from(checkpoint: LoadedCheckpoint) -> L2PNet:
-    """`L2PNet` that owns the tensors of a checkpoint, in evaluation mode, without gradients."""
-    net = L2PNet(checkpoint.config, device="meta")
-    net.load_state_dict(checkpoint.state_dict, strict=True, assign=True)
-    return net.requires_grad_(False).eval()
+    """The network that owns the tensors of a checkpoint; see `pixeldiff.models.meta.owning`."""
+    return owning(L2PNet(checkpoint.config, device="meta"), checkpoint.state_dict)
 
 
 def _stated_config(metadata: dict[str, str], file: Path) -> L2PConfig | None:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from ...errors import UnknownGeometryError
+from ..meta import tensor_shapes
 from ..pid.checkpoint_geometry import Shapes, incomplete
 from .config import VARIANTS, L2PConfig, Variant
 from .network import L2PNet
@@ -25,8 +26,7 @@ _TELLING = {
 @functools.lru_cache(maxsize=16)
 def network_shapes(config: L2PConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor name and shape of `L2PNet(config)`. Allocates nothing."""
-    state = L2PNet(config, device="meta").state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return tensor_shapes(L2PNet(config, device="meta"))
 
 
 def signature(shapes: Shapes) -> str:

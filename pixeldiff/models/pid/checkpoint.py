@@ -23,6 +23,7 @@ from ...errors import (
     UnknownGeometryError,
     UnknownNameError,
 )
+from ..meta import owning
 from .backbones import BACKBONES
 from .backbones import backbone as backbone_named
 from .checkpoint_format import read_tensors
@@ -177,9 +178,7 @@ def load_net(path: str | Path, **options) -> PiDNet:
 
 def net_from(checkpoint: LoadedCheckpoint) -> PiDNet:
     """`PiDNet` that owns the tensors of a checkpoint, in evaluation mode, without gradients."""
-    net = PiDNet(checkpoint.config, device="meta")
-    net.load_state_dict(checkpoint.state_dict, strict=True, assign=True)
-    return net.requires_grad_(False).eval()
+    return owning(PiDNet(checkpoint.config, device="meta"), checkpoint.state_dict)
 
 
 def _identify(
