@@ -115,6 +115,23 @@ def test_bf16_is_near_fp32():
     assert error.any()
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_released_networks_at_their_own_size(name):
+    """On the meta device, guided: shapes and types through every op, nothing allocated."""
+    variant = VARIANTS[name]
+    net = L2PNet(variant.config, device="meta", dtype=torch.bfloat16)
+    channels, side = variant.config.in_channels, variant.native_size
+    if variant.config.local_decoder is None:
+        side //= 8  # cells of its latent
+    given = [torch.empty(n, 2560, device="meta") for n in (60, 8)]
+    condition = net.prepare(given, (side, side), times=[0.0, 0.5])
+    assert condition.modulations[0.5].blocks.shape == (1, 32, 4, 3840)
+    x = torch.empty(1, channels, side, side, device="meta")
+    u = net.step(x, 0.5, condition)
+    assert (u.shape, u.dtype) == ((2, channels, side, side), torch.float32)
+    assert net.features(x, 0.5, condition).shape == (2, 4096, 3840)
+
+
 # ---- Batches and sharing -----------------------------------------------------------------------
 
 
