@@ -6,6 +6,7 @@ import torch
 from harness import NAMES
 from rules import (
     Draw,
+    assert_within_twice_eager,
     assert_within_twice_eager_or_spacing,
     check_compiles,
     check_gradients,
@@ -36,6 +37,7 @@ SHAPES = {
     "primes": (3, 3, 7, 11, 5, 7, 2, 3),
     "one": (1, 1, 1, 1, 1, 1, 1, 1),
 }
+ODD = (SHAPES["primes"], SHAPES["one"])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 
 
@@ -76,7 +78,8 @@ def test_matches_oracle(dtype, std, shape, backend):
         y = local_decoder_up(*args)
     assert y.dtype == dtype
     assert y.is_contiguous()
-    assert_within_twice_eager_or_spacing(y, eager(*args), oracle(*args))
+    rule = assert_within_twice_eager_or_spacing if shape in ODD else assert_within_twice_eager
+    rule(y, eager(*args), oracle(*args))
 
 
 @every_backend(OP)

@@ -80,7 +80,11 @@ def test_the_last_block_leaves_out_rows_nobody_reads():
     t = torch.tensor([0.3, 0.7])
     u = net(x, t, y, trace=lambda name, value: seen.__setitem__(name, value))
     torch.testing.assert_close(net(x, t, y), u, rtol=1e-10, atol=1e-10)
+    fed, inner = [], net.layers[1].feed_forward
+    hook = inner.register_forward_pre_hook(lambda _, given: fed.append(given[0].shape[1]))
     features = net.features(x, t, net.prepare(y, (80, 112)))
+    hook.remove()
+    assert fed == [35]  # of 64 rows of the image and as many of the longer caption
     assert features.shape == (2, 35, 48)
     want = seen["layers.1"][:, :35]
     torch.testing.assert_close(features, want, rtol=1e-10, atol=1e-10)
