@@ -2,10 +2,13 @@
 
 from .add_silu import add_silu
 from .fp8_linear import fp8_linear
+from .gated_norm_residual import gated_norm_residual
 from .gated_residual_norm import gated_residual_norm
 from .gated_residual_norm_fp8 import gated_residual_norm_fp8
 from .joint_attention import joint_attention
 from .joint_attention_fp8 import joint_attention_fp8
+from .local_decoder_down import local_decoder_down
+from .local_decoder_up import local_decoder_up
 from .patchify import patchify, unpatchify
 from .pixel_adaln_compress import pixel_adaln_compress
 from .pixel_adaln_mlp import pixel_adaln_mlp
@@ -29,10 +32,13 @@ __all__ = [
     "backend",
     "explain",
     "fp8_linear",
+    "gated_norm_residual",
     "gated_residual_norm",
     "gated_residual_norm_fp8",
     "joint_attention",
     "joint_attention_fp8",
+    "local_decoder_down",
+    "local_decoder_up",
     "patchify",
     "pixel_adaln_compress",
     "pixel_adaln_mlp",

@@ -147,6 +147,23 @@ def _pixel_head_step(t: Draw, g: Geometry) -> tuple[Any, ...]:
     return (*head, x, noise, 0.866, 0.634, False, False, True, True, patch, eps)
 
 
+def _convolution(t: Draw, before: int, after: int) -> tuple[Tensor, Tensor]:
+    return t(after, before, 3, 3).mul_((9 * before) ** -0.5), t(after)
+
+
+def _local_decoder_down(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    height, width = (side * g.patch for side in g.grid)
+    image = t(1, 3, height, width, dtype=torch.float32)
+    return (image.permute(0, 2, 3, 1), *_convolution(t, 3, g.pixel))
+
+
+def _local_decoder_up(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    height, width = (side * g.patch for side in g.grid)
+    x, skip = t(1, height // 2, width // 2, g.pixel), t(1, height, width, g.pixel)
+    up, dec = _convolution(t, g.pixel, g.pixel), _convolution(t, 2 * g.pixel, g.pixel)
+    return (x, skip, *up, *dec)
+
+
 def _rows(t: Draw, g: Geometry) -> Tensor:
     return t(1, g.tokens, g.width)
 
@@ -181,6 +198,10 @@ _ARGUMENTS: dict[str, Callable[[Draw, Geometry], tuple[Any, ...]]] = {
     "rms_norm_modulate_fp8": _norm,
     "gated_residual_norm": _residual_norm,
     "gated_residual_norm_fp8": _residual_norm,
+    "gated_norm_residual": lambda t, g: (
+        *(_rows(t, g), _rows(t, g)),
+        *(t(g.width), t(1, g.width), 1e-5),
+    ),
     "qk_norm_rope": _qk_norm_rope,
     "joint_attention": _joint_attention,
     "joint_attention_fp8": lambda t, g: _joint_attention(t, g)[:4],
@@ -192,6 +213,8 @@ _ARGUMENTS: dict[str, Callable[[Draw, Geometry], tuple[Any, ...]]] = {
     "sigma_gate": _sigma_gate,
     "sigma_gate_norm": _sigma_gate_norm,
     "sigma_gate_norm_fp8": _sigma_gate_norm,
+    "local_decoder_down": _local_decoder_down,
+    "local_decoder_up": _local_decoder_up,
     "pixel_embed": _pixel_embed,
     "pixel_adaln_compress": _pixel_compress,
     "pixel_adaln_mlp": _pixel_mlp,

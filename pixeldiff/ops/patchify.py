@@ -8,12 +8,16 @@ from torch import Tensor
 from .checks import check_rank
 
 
-def patchify(x: Tensor, patch: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    """(B, C, H, W) -> (B, N, C*P*P), channel outermost in a token, tokens in raster order.
+def patchify(
+    x: Tensor, patch: int, *, channels_last: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
+    """(B, C, H, W) -> (B, N, C*P*P), tokens in raster order.
 
         tok[n, c*P*P + py*P + px] = x[c, row*P + py, col*P + px]
+        tok[n, (py*P + px)*C + c] = the same, with channels_last
 
     Args:
+        channels_last: whether the channel is innermost in a token (L2P), not outermost (PiD).
         dtype: of the result, each value rounded to it; None keeps that of x.
 
     Cost: one read of x and one write of the result: the cast is made by the copy that reorders. At
@@ -28,7 +32,8 @@ def patchify(x: Tensor, patch: int, *, dtype: torch.dtype | None = None) -> Tens
     if height % patch or width % patch:
         raise ValueError(f"patchify: H and W must be multiples of {patch}, got {height}x{width}")
     h, w = height // patch, width // patch
-    x = x.reshape(b, c, h, patch, w, patch).permute(0, 2, 4, 1, 3, 5)
+    order = (0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5)
+    x = x.reshape(b, c, h, patch, w, patch).permute(order)
     x = x.to(dtype or x.dtype, memory_format=torch.contiguous_format)
     return x.reshape(b, h * w, c * patch * patch)
 

@@ -110,14 +110,14 @@ def check_size(
             raise SizeError(
                 f"check_size: a latent of {zh} x {zw} cells makes {own[0]} x {own[1]} pixels, no "
                 f"multiple of patch_size {patch}; its height and width must be multiples of {step}"
-                f": {_neighbours(zh, step)} x {_neighbours(zw, step)}"
+                f": {neighbours(zh, step)} x {neighbours(zw, step)}"
             )
     else:
         size = _pair("size", size)
         if size[0] % patch or size[1] % patch:
             raise SizeError(
                 f"check_size: size (H, W) must be multiples of patch_size {patch}, got {size}; "
-                f"nearest: H {_neighbours(size[0], patch)}, W {_neighbours(size[1], patch)}"
+                f"nearest: H {neighbours(size[0], patch)}, W {neighbours(size[1], patch)}"
             )
     if size != own:
         _warn(
@@ -144,7 +144,8 @@ def _pair(name: str, value: Size) -> Size:
     return pair
 
 
-def _neighbours(value: int, step: int) -> str:
+def neighbours(value: int, step: int) -> str:
+    """The multiples of `step` next to a length, as an error names them: "96 or 112"."""
     below = value // step * step
     if below == value:
         return str(value)

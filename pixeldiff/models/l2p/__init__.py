@@ -1,0 +1,17 @@
+"""L2P: a latent diffusion transformer converted to pixels (arXiv 2605.12013)."""
+
+from .checkpoint import load_net, read_checkpoint
+from .config import SOURCE, VARIANTS, L2PConfig, LocalDecoderConfig, Variant
+from .network import L2PCondition, L2PNet
+
+__all__ = [
+    "SOURCE",
+    "VARIANTS",
+    "L2PCondition",
+    "L2PConfig",
+    "L2PNet",
+    "LocalDecoderConfig",
+    "Variant",
+    "load_net",
+    "read_checkpoint",
+]
