@@ -20,11 +20,13 @@ class System:
     sizes: pixels along one side of the output.
     geometry: of the released network; the grid is set by the size.
     sites: op -> site -> what differs there from the image tokens of the main stream.
+    patches: size -> pixels along one side of a patch, where it is not PATCH.
     """
 
     sizes: tuple[int, ...]
     geometry: Geometry
     sites: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    patches: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Case:
 
 _IMAGE: Mapping[str, Mapping[str, Any]] = {"image": {}}
 _TEXT_ROWS = {"grid": (1, 300)}
+# The trunk sees the same tokens at every size of its own.
+_TRUNK: Mapping[str, Mapping[str, Any]] = {"trunk": {"patch": PATCH}}
 _PIT = {"width": 1152, "heads": 16, "head_dim": 72, "text": 0}
 
 SYSTEMS: dict[str, System] = {
@@ -67,6 +71,22 @@ SYSTEMS: dict[str, System] = {
             "sigma_gate_norm": {"v1": {}, "v1.5": {"gates": 1}},
         },
     ),
+    # 34 blocks of width 3840 over image and 128 caption tokens; the local decoder's levels at full
+    # resolution, 16 channels wide (arXiv 2605.12013).
+    "l2p": System(
+        sizes=(1024, 4096),
+        geometry=Geometry(text=128, width=3840, heads=30, head_dim=128, hidden=10240, pixel=16),
+        sites={
+            "rms_norm_modulate": _TRUNK,
+            "gated_norm_residual": _TRUNK,
+            "swiglu": _TRUNK,
+            "qk_norm_rope": _TRUNK,
+            "joint_attention": _TRUNK,
+            "local_decoder_down": {"full": {}},
+            "local_decoder_up": {"full": {}},
+        },
+        patches={1024: 16, 4096: 64, 8192: 128, 10240: 160},
+    ),
 }
 
 
@@ -77,16 +97,18 @@ def cases(op: str, sizes: tuple[int, ...] = (), scale: int = 1) -> list[Case]:
         ValueError: a size that `scale` does not divide into whole patches.
     """
     found = []
+    listed = any(op in system.sites for system in SYSTEMS.values())
     for name, system in SYSTEMS.items():
         first = name == next(iter(SYSTEMS))
-        sites = system.sites.get(op, _IMAGE if first else {})
+        sites = system.sites.get(op, _IMAGE if first and not listed else {})
         for size in sizes or system.sizes:
-            side, left = divmod(size, scale * PATCH)
+            patch = system.patches.get(size, PATCH)
+            side, left = divmod(size, scale * patch)
             if left or side == 0:
                 raise ValueError(
-                    f"size / scale must be a positive multiple of {PATCH}, got {size} / {scale}"
+                    f"size / scale must be a positive multiple of {patch}, got {size} / {scale}"
                 )
-            whole = replace(system.geometry, grid=(side, side))
+            whole = replace(system.geometry, grid=(side, side), patch=patch)
             found += [
                 Case(op, name, site, size, scale, replace(whole, **changes))
                 for site, changes in sites.items()

@@ -77,6 +77,30 @@ def _mlp_flops(args: Args) -> int:
     return 2 * q.numel() * (4 * u.shape[1] + attn.shape[1] + 2 * fc1.shape[0])
 
 
+def _down_outputs(args: Args) -> int:  # the skip, and the pooled quarter of it
+    x, weight, _ = args
+    values = weight.shape[0] * x.shape[0] * x.shape[1] * x.shape[2]
+    return (values + values // 4) * weight.element_size()
+
+
+def _up_bytes(args: Args) -> int:
+    x, skip, weight = args[0], args[1], args[4]
+    out = x.shape[0] * skip.shape[1] * skip.shape[2] * weight.shape[0]
+    return size(*args) + out * x.element_size()
+
+
+def _up_flops(args: Args) -> int:
+    # Of the nine taps that meet the doubled rows, those that meet the same value are one: four.
+    x, skip, up_weight, _, weight, _ = args
+    pixels, (up, channels), out = (
+        skip.shape[1] * skip.shape[2],
+        up_weight.shape[:2],
+        weight.shape[0],
+    )
+    first, second = 8 * channels * up, 18 * up * out
+    return pixels * (x.shape[0] * (first + second) + skip.shape[0] * 18 * skip.shape[3] * out)
+
+
 def _qk_channels(args: Args) -> int:
     return sum(t.numel() for t in (args[0], args[5]) if t is not None) * 2 // 3
 
@@ -128,6 +152,11 @@ WORK: dict[str, Work] = {
         rule=ONE_ROUNDING,
         oracle=_residual_oracle,
     ),
+    "gated_norm_residual": Work(
+        bytes=lambda a: 3 * size(a[0]) + size(*a[2:]),
+        flops=lambda a: 6 * a[0].numel(),
+        rule=ONE_ROUNDING,
+    ),
     "qk_norm_rope": Work(
         bytes=lambda a: size(a[0], a[5]) + size(*a),
         flops=lambda a: 7 * _qk_channels(a),
@@ -155,6 +184,12 @@ WORK: dict[str, Work] = {
         rule=TWICE_EAGER,
         oracle=_gate_norm_oracle,
     ),
+    "local_decoder_down": Work(
+        bytes=lambda a: size(*a) + _down_outputs(a),
+        flops=lambda a: 18 * a[0].numel() * a[1].shape[0],
+        rule=TWICE_EAGER,
+    ),
+    "local_decoder_up": Work(bytes=_up_bytes, flops=_up_flops, rule=TWICE_EAGER),
     "pixel_embed": Work(
         bytes=_image_bytes,
         flops=lambda a: (2 * a[1].shape[1] + 2) * a[1].shape[0] * (a[0].numel() // a[0].shape[1]),

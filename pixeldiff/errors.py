@@ -31,7 +31,7 @@ class ForeignCheckpointError(CheckpointError):
 
 
 class IncompleteCheckpointError(CheckpointError):
-    """A PiD checkpoint that lacks tensors. `missing` holds their names."""
+    """A checkpoint that lacks tensors of its network. `missing` holds their names."""
 
     def __init__(self, message: str, missing: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -47,7 +47,7 @@ class NonFiniteCheckpointError(CheckpointError):
 
 
 class UnknownGeometryError(CheckpointError):
-    """A PiD network that was never released, and nothing says what its settings are."""
+    """A network that was never released, and nothing says what its settings are."""
 
 
 class AmbiguousCheckpointError(CheckpointError):

@@ -10,6 +10,8 @@ import pytest
 from safetensors import safe_open
 
 COMMITTED = Path(__file__).parent / "golden"
+# Files of the L2P networks and their parts; the others state schedules, samples and conversions.
+L2P_NETWORK_FILES = ("comp_", "dec_", "net_", "naming_")
 
 
 def golden_root() -> Path:
@@ -45,11 +47,14 @@ def _is_training(kind: str) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`pid_golden` and `pid_training_golden` run a test once for every file of that sort."""
+    """`pid_golden`, `pid_training_golden`, `l2p_golden` run a test once for every such file."""
     for name, training in (("pid_golden", False), ("pid_training_golden", True)):
         if name in metafunc.fixturenames:
             files = [p for p, kind in golden_files("pid").items() if _is_training(kind) == training]
             metafunc.parametrize(name, files, ids=[p.stem for p in files])
+    if "l2p_golden" in metafunc.fixturenames:
+        files = [p for p in golden_files("l2p") if p.stem.startswith(L2P_NETWORK_FILES)]
+        metafunc.parametrize("l2p_golden", files, ids=[p.stem for p in files])
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pixeldiff.verify import NotUnderstood, verify_file
@@ -128,13 +129,53 @@ def test_foreign_safetensors(tmp_path):
     refuses(path, "^not a golden file: its metadata has no name, kind, tolerance$")
 
 
-def test_l2p_golden(gates, rewritten, golden_dir):
+def test_l2p_golden_of_another_sort(gates, rewritten, golden_dir):
     def as_l2p(metadata):
-        metadata["case"] = "trunk"
+        metadata["case"] = {}
+        metadata["tolerance"] = {"max_abs_rel_to_peak": 1e-5}
 
-    refuses(rewritten(gates, metadata=as_l2p), "^an L2P golden file; this version implements PiD")
-    for path in sorted((golden_dir / "l2p").glob("*.safetensors"))[:1]:
-        refuses(path, "^an L2P golden file; this version implements PiD only$")
+    refuses(rewritten(gates, metadata=as_l2p), "^an L2P golden file of an unknown sort; known are ")
+    weights = golden_dir / "l2p" / "weights_p16_A.safetensors"
+    refuses(weights, "^an L2P golden file of an unknown sort; known are network, local_decoder, ")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "want"),
+    [
+        ("comp_block_mod", "y", "out.y"),
+        ("comp_rope", "real.sin", "out.real.sin"),
+        ("dec_p16_thin", "cap.dec3", "mid.dec3"),
+        ("net_p16_cap1_A", "net_out", "out.net_out"),
+        ("naming_fused_qkv", "split.layers.0.attention.to_v.weight", None),
+    ],
+)
+def test_l2p_golden_with_one_wrong_value(golden_dir, tmp_path, name, key, want):
+    def change(tensors):
+        tensors[key].view(-1)[3] += tensors[key].abs().max() * 1e-3 + 1e-2
+
+    folder = golden_dir / "l2p"
+    shutil.copy(folder / "weights_p16_A.safetensors", tmp_path)
+    path = tmp_path / f"{name}.safetensors"
+    with safe_open(folder / path.name, "pt") as f:
+        metadata, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata=metadata)
+    assert verify_file(path).ok
+    change(tensors)
+    save_file(tensors, path, metadata=metadata)
+    assert [r.key for r in verify_file(path).rows if not r.ok] == [want or f"out.{key}"]
+
+
+def test_l2p_rows_beyond_a_caption_do_not_count(golden_dir, tmp_path):
+    """They hold garbage; the last row of a caption's own does count."""
+    folder, name = golden_dir / "l2p", "net_p16_batch2_A.safetensors"
+    shutil.copy(folder / "weights_p16_A.safetensors", tmp_path)
+    with safe_open(folder / name, "pt") as f:
+        metadata, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    for row, misses in ((96, []), (95, ["mid.layers.1[0]"])):
+        changed = {k: v.clone() for k, v in tensors.items()}
+        changed["cap.layers.1"][0, row] += 1
+        save_file(changed, tmp_path / name, metadata=metadata)
+        assert [r.key for r in verify_file(tmp_path / name).rows if not r.ok] == misses
 
 
 @pytest.mark.parametrize(

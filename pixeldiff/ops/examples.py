@@ -145,6 +145,23 @@ def _pixel_head_step(t: Draw, g: Geometry) -> tuple[Any, ...]:
     return (*head, x, noise, 0.866, 0.634, False, False, True, True, patch, eps)
 
 
+def _convolution(t: Draw, before: int, after: int) -> tuple[Tensor, Tensor]:
+    return t(after, before, 3, 3).mul_((9 * before) ** -0.5), t(after)
+
+
+def _local_decoder_down(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    height, width = (side * g.patch for side in g.grid)
+    image = t(1, 3, height, width, dtype=torch.float32)
+    return (image.permute(0, 2, 3, 1), *_convolution(t, 3, g.pixel))
+
+
+def _local_decoder_up(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    height, width = (side * g.patch for side in g.grid)
+    x, skip = t(1, height // 2, width // 2, g.pixel), t(1, height, width, g.pixel)
+    up, dec = _convolution(t, g.pixel, g.pixel), _convolution(t, 2 * g.pixel, g.pixel)
+    return (x, skip, *up, *dec)
+
+
 def _rows(t: Draw, g: Geometry) -> Tensor:
     return t(1, g.tokens, g.width)
 
@@ -159,6 +176,10 @@ _ARGUMENTS: dict[str, Callable[[Draw, Geometry], tuple[Any, ...]]] = {
         *(_rows(t, g), _rows(t, g), t(1, g.width)),
         *(t(g.width), t(1, g.width), t(1, g.width), 1e-6),
     ),
+    "gated_norm_residual": lambda t, g: (
+        *(_rows(t, g), _rows(t, g)),
+        *(t(g.width), t(1, g.width), 1e-5),
+    ),
     "qk_norm_rope": _qk_norm_rope,
     "joint_attention": _joint_attention,
     "swiglu": lambda t, g: (t(1, g.tokens, g.hidden), t(1, g.tokens, g.hidden)),
@@ -168,6 +189,8 @@ _ARGUMENTS: dict[str, Callable[[Draw, Geometry], tuple[Any, ...]]] = {
         *(*_sigma_gate(t, g), t(g.width)),
         *(t(1, g.width), t(1, g.width), 1e-6),
     ),
+    "local_decoder_down": _local_decoder_down,
+    "local_decoder_up": _local_decoder_up,
     "pixel_embed": _pixel_embed,
     "pixel_adaln_compress": _pixel_compress,
     "pixel_adaln_mlp": _pixel_mlp,

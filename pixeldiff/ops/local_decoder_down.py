@@ -40,8 +40,8 @@ def local_decoder_down(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor,
     Shapes: B images of H x W pixels, channels last.
 
     Args:
-        x: (B, H, W, Ci), fp32 | fp16 | bf16, any strides, H and W even. Another dtype than the
-            weight's is rounded to it first: the network's image needs no copy of its own.
+        x: (B, H, W, Ci), fp32 | fp16 | bf16, any strides, H and W positive and even. Another dtype
+            than the weight's is rounded to it first: the network's image needs no copy of its own.
         weight: (Co, Ci, 3, 3). bias: (Co,), the dtype of the weight.
 
     Returns:
@@ -63,8 +63,8 @@ def local_decoder_down(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor,
     _, height, width, channels = x.shape
     check_shape(op, "weight", weight, "(Co, Ci, 3, 3)", (weight.shape[0], channels, 3, 3))
     check_shape(op, "bias", bias, "(Co,)", (weight.shape[0],))
-    if height % 2 or width % 2:
-        raise ValueError(f"{op}: H and W of x must be even, got {height}x{width}")
+    if height % 2 or width % 2 or 0 in (height, width):
+        raise ValueError(f"{op}: H and W of x must be positive and even, got {height}x{width}")
     if bias.dtype != weight.dtype:
         raise TypeError(
             f"{op}: bias must have the dtype of weight, {weight.dtype}, got {bias.dtype}"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from .golden import Comparison, Golden, NotUnderstood, compare, read_golden
+from . import l2p
+from .golden import L2P, Comparison, Golden, NotUnderstood, compare, read_golden
 from .pid_components import COMPONENTS
 from .pid_networks import NETWORKS
 
@@ -37,9 +38,10 @@ def verify_file(path: str | Path) -> Report:
         NotUnderstood: not a golden file, or of a kind this version does not implement.
     """
     golden = read_golden(path)
+    golden, run = l2p.restated(golden) if golden.kind == L2P else (golden, _runner(golden))
     try:
         with torch.inference_mode():
-            got = _runner(golden)(golden)
+            got = run(golden)
     except KeyError as e:
         raise NotUnderstood(f"incomplete golden file: {e.args[0]} is missing") from e
     rows = []

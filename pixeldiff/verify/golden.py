@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+L2P = "l2p"  # the kind of all files of that system
+
 
 class NotUnderstood(Exception):
     """The file is not a golden file, or of a kind this version cannot run; says which."""
@@ -71,7 +73,7 @@ def read_golden(path: str | Path) -> Golden:
         raise NotUnderstood(f"not a readable safetensors file: {e}") from e
     meta = {k: _value(v) for k, v in strings.items()}
     if "case" in meta and "tolerance" in meta:
-        raise NotUnderstood("an L2P golden file; this version implements PiD only")
+        meta = _as_l2p(path, meta)
     missing = [k for k in ("name", "kind", "tolerance") if k not in meta]
     if missing:
         raise NotUnderstood(f"not a golden file: its metadata has no {', '.join(missing)}")
@@ -80,6 +82,14 @@ def read_golden(path: str | Path) -> Golden:
     if not isinstance(meta.get("config", {}), dict):
         raise NotUnderstood("not a golden file: its config is not a map")
     return Golden(path, str(meta["name"]), str(meta["kind"]), meta, tensors)
+
+
+def _as_l2p(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """L2P files have no name of their own, and one tolerance for everything they state."""
+    tolerance = meta["tolerance"]
+    if isinstance(tolerance, dict) and "max_abs_rel_to_peak" in tolerance:
+        tolerance = {"": {"relative_to_max": tolerance["max_abs_rel_to_peak"]}}
+    return {**meta, "name": path.stem, "kind": L2P, "tolerance": tolerance}
 
 
 def _value(text: str) -> Any:

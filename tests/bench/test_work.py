@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.shapes import SYSTEMS, cases
+from bench.shapes import PATCH, SYSTEMS, cases
 from bench.work import WORK
 from pixeldiff.ops.examples import Geometry, arguments
 from pixeldiff.ops.registry import OPS
@@ -104,10 +104,38 @@ def test_shapes_agree_with_the_model_configuration():
 
     c, g = PiDConfig(), SYSTEMS["pid"].geometry
     assert (g.width, g.heads, g.head_dim) == (c.hidden_size, c.num_groups, c.head_dim)
-    assert (g.hidden, g.text, g.patch) == (c.ffn_size, c.txt_max_length, c.patch_size)
+    assert (g.hidden, g.text, PATCH) == (c.ffn_size, c.txt_max_length, c.patch_size)
     assert (g.pixel, g.attn) == (c.pixel_hidden_size, c.pixel_attn_hidden_size)
     pit = SYSTEMS["pid"].sites["joint_attention"]["pit"]
     assert (pit["heads"], pit["head_dim"]) == (c.pixel_num_groups, c.pixel_head_dim)
+
+
+def test_the_local_decoder_at_its_outermost_level():
+    """4K: enc0 3 -> 16 takes 14.5 GFLOP and leaves 512 MiB; up0 16 -> 16, of which the taps that
+    meet one value are summed first, and dec0 32 -> 16 take 4/9 of 77.3 and 154.6 GFLOP."""
+    down, up = at("local_decoder_down", "full", 4096), at("local_decoder_up", "full", 4096)
+    assert down[1] / 1e9 == pytest.approx(14.5, abs=0.05)
+    assert down[0] == pytest.approx(4096**2 * (3 * 4 + 1.25 * 16 * 2), rel=1e-4)
+    assert up[1] / 1e9 == pytest.approx(77.3 * 4 / 9 + 154.6, abs=0.1)
+    assert up[0] == pytest.approx(4096**2 * 16 * 2 * 2.25, rel=1e-4)
+
+
+def test_the_trunk_is_measured_once_for_all_sizes():
+    assert [c.site for c in cases("gated_norm_residual")] == ["trunk"]
+    assert [c.site for c in cases("local_decoder_up")] == ["full", "full"]
+
+
+def test_shapes_agree_with_the_l2p_configuration():
+    from pixeldiff.models.l2p import VARIANTS
+
+    c, system = VARIANTS["4k"].config, SYSTEMS["l2p"]
+    g = system.geometry
+    assert (g.width, g.heads, g.head_dim) == (c.dim, c.n_heads, c.head_dim)
+    assert (g.hidden, g.pixel) == (c.ffn_hidden, c.local_decoder.levels[0].skip)
+    released = {
+        v.native_size: v.config.patch_size for v in VARIANTS.values() if v.name != "z-image"
+    }
+    assert system.patches == released
 
 
 def test_scale_divides_the_side_and_is_kept():

@@ -35,6 +35,17 @@ def test_patchify_by_index(shape, dtype):
 
 
 @each_shape
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_patchify_channels_last(shape, dtype):
+    """L2P's order: the same token with its channels moved from the outside to the inside."""
+    b, c, height, width, patch = shape
+    x = Draw(torch.float32)(b, c, height, width)
+    outer = patchify(x, patch, dtype=dtype).unflatten(-1, (c, patch * patch))
+    y = patchify(x, patch, channels_last=True, dtype=dtype)
+    assert_bitwise(y, outer.transpose(2, 3).flatten(2))
+
+
+@each_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_patchify_to_another_type(shape, dtype):
     """The value of each pixel rounded once, in one pass: a contiguous result, whatever the view."""

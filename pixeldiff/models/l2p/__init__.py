@@ -1,5 +1,6 @@
 """L2P: a latent diffusion transformer converted to pixels (arXiv 2605.12013)."""
 
+from .checkpoint import load_net, read_checkpoint
 from .config import SOURCE, VARIANTS, L2PConfig, LocalDecoderConfig, Variant
 from .network import L2PCondition, L2PNet
 
@@ -11,4 +12,6 @@ __all__ = [
     "L2PNet",
     "LocalDecoderConfig",
     "Variant",
+    "load_net",
+    "read_checkpoint",
 ]

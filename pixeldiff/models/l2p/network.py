@@ -257,8 +257,9 @@ class L2PNet(nn.Module):
         # Rotation depends on differences of positions, and image tokens differ from caption to
         # caption by the same offset; padding, at position 0, does not move along.
         shared = images if mod.time.shape[0] == 1 and rows == tokens else batch
-        h = torch.cat((h, self.x_pad_token.expand(images, rows - tokens, -1)), 1)
-        h = h.repeat(shared // images, 1, 1)
+        if rows > tokens:
+            h = torch.cat((h, self.x_pad_token.expand(images, rows - tokens, -1)), 1)
+        h = _repeated(h, shared)
         if trace:
             trace("x_embed", h)
         rope = tuple(table[: shared * rows] for table in condition.image_rope)
@@ -266,7 +267,7 @@ class L2PNet(nn.Module):
             h = block(h, mod.expand(shared).blocks[:, i], rope)
             if trace:
                 trace(f"noise_refiner.{i}", h)
-        h = torch.cat((h.repeat(batch // shared, 1, 1), condition.captions), 1)
+        h = torch.cat((_repeated(h, batch), condition.captions), 1)
         if trace:
             trace("unified", h)
         vectors = mod.expand(batch).blocks[:, c.n_refiner_layers :]
@@ -361,6 +362,11 @@ class L2PNet(nn.Module):
                     f"network has no rotary positions for more; got {y.shape[0]}"
                 )
         return [y.to(self.device, self.dtype) for y in captions]
+
+
+def _repeated(h: Tensor, batch: int) -> Tensor:
+    """h (S, N, D) for `batch` images: image b is h[b % S]."""
+    return h if h.shape[0] == batch else h.repeat(batch // h.shape[0], 1, 1)
 
 
 def _padded(rows: int) -> int:

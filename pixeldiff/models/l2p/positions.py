@@ -22,16 +22,16 @@ Rope = tuple[Tensor, Tensor]
 def image_positions(grid: tuple[int, int], rows: int, sequence: int) -> Tensor:
     """(rows, 3) int64: (sequence, row, column) of h*w tokens in raster order, then padding at 0."""
     h, w = grid
-    where = torch.zeros(rows, 3, dtype=torch.int64)
-    token = torch.arange(h * w)
+    where = torch.zeros(rows, 3, dtype=torch.int64, device="cpu")
+    token = torch.arange(h * w, device="cpu")
     where[: h * w] = torch.stack((torch.full_like(token, sequence), token // w, token % w), -1)
     return where
 
 
 def caption_positions(rows: int) -> Tensor:
     """(rows, 3) int64: (1 + k, 0, 0), padding rows included."""
-    where = torch.zeros(rows, 3, dtype=torch.int64)
-    where[:, 0] = torch.arange(1, rows + 1)
+    where = torch.zeros(rows, 3, dtype=torch.int64, device="cpu")
+    where[:, 0] = torch.arange(1, rows + 1, device="cpu")
     return where
 
 

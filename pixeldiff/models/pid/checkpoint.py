@@ -23,6 +23,7 @@ from ...errors import (
     UnknownGeometryError,
     UnknownNameError,
 )
+from ..meta import owning
 from .backbones import BACKBONES
 from .backbones import backbone as backbone_named
 from .checkpoint_format import read_tensors
@@ -146,9 +147,10 @@ def read_checkpoint(
         ignored["training-only RGB head"] = len(head)
         for key in head:
             del state[key], shapes[key]
-    check_shapes(shapes, net_config, file)
+    expected = network_shapes(net_config)
+    check_shapes(shapes, expected, file)
     stored = Counter(str(t.dtype).removeprefix("torch.") for t in state.values())
-    ready = converted(state, list(network_shapes(net_config)), file, dtype, torch.device(device))
+    ready = converted(state, list(expected), file, dtype, torch.device(device))
     info = CheckpointInfo(
         path=file,
         prefix=found.prefix,
@@ -176,9 +178,7 @@ def load_net(path: str | Path, **options) -> PiDNet:
 
 def net_from(checkpoint: LoadedCheckpoint) -> PiDNet:
     """`PiDNet` that owns the tensors of a checkpoint, in evaluation mode, without gradients."""
-    net = PiDNet(checkpoint.config, device="meta")
-    net.load_state_dict(checkpoint.state_dict, strict=True, assign=True)
-    return net.requires_grad_(False).eval()
+    return owning(PiDNet(checkpoint.config, device="meta"), checkpoint.state_dict)
 
 
 def _identify(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import CheckpointShapeError, ForeignCheckpointError, IncompleteCheckpointError
+from ..meta import tensor_shapes
 from .config import PiDConfig
 from .network import PiDNet
 
@@ -17,8 +18,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 @functools.lru_cache(maxsize=32)
 def network_shapes(config: PiDConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor name and shape of `PiDNet(config)`. Allocates nothing."""
-    state = PiDNet(config, device="meta").state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return tensor_shapes(PiDNet(config, device="meta"))
 
 
 def geometry(shapes: Shapes) -> dict[str, object]:
@@ -75,14 +75,13 @@ def geometry(shapes: Shapes) -> dict[str, object]:
     return facts
 
 
-def check_shapes(shapes: Shapes, config: PiDConfig, path: Path) -> None:
+def check_shapes(shapes: Shapes, expected: Shapes, path: Path) -> None:
     """Every tensor of the network is there in its shape, and nothing else.
 
     Raises:
         IncompleteCheckpointError, CheckpointShapeError, ForeignCheckpointError: with the number of
         tensors concerned and the first of them.
     """
-    expected = network_shapes(config)
     missing = tuple(k for k in expected if k not in shapes)
     if missing:
         raise incomplete(missing, len(expected), path, "")

@@ -27,8 +27,12 @@ def converted(
     file: Path,
     dtype: torch.dtype | None,
     device: torch.device,
+    rounded: list[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Checked tensors in the network's order. Empties `state`, so that copies never add up."""
+    """Checked tensors in the network's order. Empties `state`, so that copies never add up.
+
+    `rounded`, if given, receives the names of those that `dtype` could not hold exactly.
+    """
     for key, tensor in state.items():
         if tensor.dtype not in STORED_DTYPES or tensor.layout is not torch.strided:
             raise CheckpointFormatError(
@@ -42,6 +46,10 @@ def converted(
         tensor = source.to(device=device, dtype=dtype).contiguous()
         if dtype is torch.float16 and source.dtype is not torch.float16:
             _check_finite(tensor, f"read_checkpoint: {key} of {file} does not fit into float16")
+        if rounded is not None and tensor.dtype != source.dtype:
+            back = tensor.to(source.device, source.dtype)
+            if not torch.equal(back, source):
+                rounded.append(key)
         ready[key] = tensor
     return ready
 

@@ -1,0 +1,82 @@
+"""Which network a set of tensor shapes is: the released variant, or what its shapes tell."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from pathlib import Path
+
+from ...errors import UnknownGeometryError
+from ..meta import tensor_shapes
+from ..pid.checkpoint_geometry import Shapes, incomplete
+from .config import VARIANTS, L2PConfig, Variant
+from .network import L2PNet
+
+_FORMS = (("10k", "enc_10k_a"), ("8k", "enc_8k"), ("4k", "enc0b"), ("1k", "enc1"))
+_TELLING = {
+    "dim": ("layers.0.attention_norm1.weight", 0),
+    "ffn_hidden": ("layers.0.feed_forward.w1.weight", 0),
+    "cap_feat_dim": ("cap_embedder.1.weight", 1),
+    "head_dim": ("layers.0.attention.norm_q.weight", 0),
+    "bottleneck": ("local_decoder.bottleneck.0.weight", 0),
+}
+
+
+@functools.lru_cache(maxsize=16)
+def network_shapes(config: L2PConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor name and shape of `L2PNet(config)`. Allocates nothing."""
+    return tensor_shapes(L2PNet(config, device="meta"))
+
+
+def signature(shapes: Shapes) -> str:
+    """MD5 by which releases of this family are told apart: of all names, with and without shape."""
+    parts = list(shapes)
+    parts += [f"{name}:{'_'.join(map(str, shape))}" for name, shape in shapes.items()]
+    return hashlib.md5(",".join(sorted(parts)).encode(), usedforsecurity=False).hexdigest()
+
+
+def identify(shapes: Shapes, path: Path) -> Variant:
+    """The released network a file is.
+
+    The form of the local decoder names the candidate; then every shape must be its own.
+
+    Raises:
+        IncompleteCheckpointError: some of a released network. UnknownGeometryError: another one;
+        says what differs.
+    """
+    form = next((f for f, enc in _FORMS if f"local_decoder.{enc}.0.weight" in shapes), "z-image")
+    if form == "z-image" and any(name.startswith("local_decoder.") for name in shapes):
+        form = "1k"  # of which the outermost level is missing
+    variant = VARIANTS[form]
+    expected = network_shapes(variant.config)
+    if all(expected.get(name, shape) == shape for name, shape in shapes.items()):
+        missing = tuple(name for name in expected if name not in shapes)
+        if missing:
+            raise incomplete(missing, len(expected), path, f" of the {form} network")
+        return variant
+    ours, theirs = _facts(shapes), _facts(expected)
+    differing = [f"{k} {v} ({theirs[k]})" for k, v in ours.items() if v != theirs.get(k)]
+    wrong = next(n for n, s in shapes.items() if expected.get(n, s) != s)
+    raise UnknownGeometryError(
+        f"read_checkpoint: {path} is a network of a geometry that was never released. Nearest is "
+        f"{form}; what differs (released value): {', '.join(differing) or 'no size of the trunk'}; "
+        f"{wrong} is {shapes[wrong]}, not {expected[wrong]}. Pass config=L2PConfig(...)"
+    )
+
+
+def _facts(shapes: Shapes) -> dict[str, int]:
+    """Sizes that shapes tell; those whose tensor is missing are left out."""
+    facts = {
+        field: shapes[name][axis]
+        for field, (name, axis) in _TELLING.items()
+        if len(shapes.get(name, ())) > axis
+    }
+    for field, pattern in (("n_layers", r"layers\.(\d+)\."), ("patch_size", _EMBEDDER)):
+        found = [int(m[1]) for m in map(re.compile(pattern).match, shapes) if m]
+        if found:
+            facts[field] = max(found) + (field == "n_layers")
+    return facts
+
+
+_EMBEDDER = r"all_x_embedder\.(\d+)-1\.weight"

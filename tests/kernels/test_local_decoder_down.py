@@ -1,0 +1,173 @@
+"""local_decoder_down against fp64: a 3x3 convolution written tap by tap, SiLU, 2x2 maximum."""
+
+import pytest
+import torch
+from harness import NAMES
+from rules import (
+    Draw,
+    assert_bitwise,
+    assert_within_twice_eager,
+    assert_within_twice_eager_or_spacing,
+    check_gradients,
+    check_meta,
+    check_registered,
+    check_repeatable,
+    every_backend,
+    f64,
+    forced,
+    precisions,
+    sigmoid,
+)
+from taps import convolved
+from torch.nn.functional import conv2d, max_pool2d, silu
+
+from pixeldiff.ops import local_decoder_down
+
+OP = "local_decoder_down"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (B, H, W, Ci, Co): the outermost levels of the four forms, inner ones, odd channels.
+SHAPES = {
+    "image-to-64": (1, 16, 24, 3, 64),
+    "image-to-16": (2, 12, 20, 3, 16),
+    "image-to-3": (1, 10, 14, 3, 3),
+    "inner": (1, 6, 8, 128, 256),
+    "primes": (3, 14, 22, 5, 7),
+    "one": (1, 2, 2, 1, 1),
+}
+ODD = (SHAPES["primes"], SHAPES["one"])
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+
+
+def arguments(dtype, shape, std=1.0):
+    draw, (b, height, width, before, after) = Draw(dtype), shape
+    weight = draw(after, before, 3, 3, std=(9 * before) ** -0.5)
+    return draw(b, height, width, before, std=std), weight, draw(after, std=0.3 * std)
+
+
+def oracle(x, weight, bias):
+    y = convolved(f64(x), f64(weight)) + f64(bias)
+    skip = y * sigmoid(y)
+    b, height, width, channels = skip.shape
+    return skip, skip.reshape(b, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+
+
+def eager(x, weight, bias):
+    skip = silu(conv2d(x.permute(0, 3, 1, 2).to(weight.dtype), weight, bias, padding=1))
+    return skip.permute(0, 2, 3, 1), max_pool2d(skip, 2).permute(0, 2, 3, 1)
+
+
+def check(got, args, rule=assert_within_twice_eager):
+    for y, baseline, want in zip(got, eager(*args), oracle(*args), strict=True):
+        assert y.is_contiguous()
+        assert y.dtype == args[1].dtype
+        rule(y, baseline, want)
+
+
+@every_backend(OP)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@precisions
+def test_matches_oracle(dtype, std, shape, backend):
+    args = arguments(dtype, shape, std)
+    with forced(OP, backend):
+        got = local_decoder_down(*args)
+    check(
+        got,
+        args,
+        assert_within_twice_eager_or_spacing if shape in ODD else assert_within_twice_eager,
+    )
+
+
+@every_backend(OP)
+def test_no_images(backend):
+    with forced(OP, backend):
+        skip, pooled = local_decoder_down(*arguments(torch.float32, (0, 4, 6, 3, 5)))
+    assert skip.shape == (0, 4, 6, 5)
+    assert pooled.shape == (0, 2, 3, 5)
+
+
+@every_backend(OP)
+def test_pooled_is_the_maximum_of_the_skip_as_stored(backend):
+    args = arguments(torch.bfloat16, (2, 12, 20, 3, 16))
+    with forced(OP, backend):
+        skip, pooled = local_decoder_down(*args)
+    assert_bitwise(pooled, skip.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).amax((2, 4)))
+
+
+@every_backend(OP)
+def test_negative_results_pool_too(backend):
+    """SiLU is not monotonic: the maximum is of its results, whose least is -0.278."""
+    x, weight, _ = arguments(torch.float32, (1, 4, 6, 3, 5))
+    bias = torch.full((5,), -20.0)
+    with forced(OP, backend):
+        skip, pooled = local_decoder_down(x, weight, bias)
+    assert (skip < 0).all()
+    check((skip, pooled), (x, weight, bias))
+
+
+@every_backend(OP)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_fp32_image_channels_first(dtype, backend):
+    """As the network gives it: a view of (B, 3, H, W), in another type than the weights."""
+    _, weight, bias = arguments(dtype, (1, 1, 1, 3, 16))
+    image = Draw()(2, 3, 12, 20)
+    with forced(OP, backend):
+        got = local_decoder_down(image.permute(0, 2, 3, 1), weight, bias)
+        want = local_decoder_down(image.permute(0, 2, 3, 1).contiguous().to(dtype), weight, bias)
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max() <= 4 * torch.finfo(dtype).eps * b.abs().max()
+    check(got, (image.to(dtype).permute(0, 2, 3, 1), weight, bias))
+
+
+@every_backend(OP)
+@each_dtype
+def test_not_finite(dtype, backend):
+    """A NaN reaches the nine pixels around it in every channel, and their squares."""
+    x, weight, bias = arguments(dtype, (1, 8, 8, 3, 5))
+    x[0, 3, 4, 1] = torch.nan
+    with forced(OP, backend):
+        skip, pooled = local_decoder_down(x, weight, bias)
+    where = torch.zeros(8, 8, dtype=torch.bool)
+    where[2:5, 3:6] = True
+    assert torch.equal(skip[0].isnan(), where[:, :, None].expand(-1, -1, 5))
+    where = where.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).any(3).any(1)
+    assert torch.equal(pooled[0].isnan(), where[:, :, None].expand(-1, -1, 5))
+
+
+def test_runs_everywhere():
+    args = arguments(torch.bfloat16, (2, 4, 6, 3, 5))
+    check_registered(OP, local_decoder_down, *args)
+    first, second = (lambda *a: local_decoder_down(*a)[0]), (lambda *a: local_decoder_down(*a)[1])
+    for one in (first, second):
+        check_meta(one, *args)
+        check_repeatable(one, *args)
+    compiled = torch.compile(local_decoder_down, fullgraph=True, backend="aot_eager")
+    for size in ((4, 6), (8, 10)):
+        args = arguments(torch.float32, (2, *size, 3, 5))
+        for a, b in zip(compiled(*args), local_decoder_down(*args), strict=True):
+            assert_bitwise(a, b)
+
+
+def test_gradients():
+    check_gradients(local_decoder_down, *arguments(torch.float32, (1, 4, 4, 2, 3)))
+
+
+X, W, B = torch.ones(2, 4, 6, 3), torch.ones(5, 3, 3, 3), torch.ones(5)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "text"),
+    [
+        ((X[0], W, B), ValueError, r"x must be \(B, H, W, Ci\), 4 axes, got \(4, 6, 3\)"),
+        ((X[:, :3], W, B), ValueError, "H and W of x must be positive and even, got 3x6"),
+        ((X[:, :, :0], W, B), ValueError, "H and W of x must be positive and even, got 4x0"),
+        ((X[..., :2], W, B), ValueError, r"weight must be \(Co, Ci, 3, 3\) = \(5, 2, 3, 3\), got"),
+        ((X, W[..., :1], B), ValueError, r"weight must be .* got \(5, 3, 3, 1\)"),
+        ((X, W, B[:4]), ValueError, r"bias must be \(Co,\) = \(5,\), got \(4,\)"),
+        ((X, W, B.half()), TypeError, "bias must have the dtype of weight, torch.float32, got"),
+        ((X.long(), W, B), TypeError, "x must be float32, .* got torch.int64"),
+        ((X, W.to("meta"), B), ValueError, "weight must be on cpu, got meta"),
+    ],
+)
+def test_errors(args, error, text):
+    with pytest.raises(error, match=f"^local_decoder_down: {text}"):
+        local_decoder_down(*args)

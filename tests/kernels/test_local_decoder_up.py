@@ -1,0 +1,195 @@
+"""local_decoder_up against fp64: doubling, convolution, concatenation, convolution, SiLU."""
+
+import numpy as np
+import pytest
+import torch
+from harness import NAMES
+from rules import (
+    Draw,
+    assert_within_twice_eager,
+    assert_within_twice_eager_or_spacing,
+    check_compiles,
+    check_gradients,
+    check_meta,
+    check_registered,
+    check_repeatable,
+    every_backend,
+    f64,
+    forced,
+    precisions,
+    sigmoid,
+)
+from taps import convolved
+from torch.nn.functional import conv2d, interpolate, silu
+
+from pixeldiff.ops import local_decoder_up
+
+OP = "local_decoder_up"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (B, S, h, w, Ci, Cu, Cs, Co) for an output of 2h x 2w: the outermost levels of the four forms,
+# inner ones, the 10K form's deepest, odd channels.
+SHAPES = {
+    "1k-outermost": (1, 1, 8, 12, 64, 64, 64, 64),
+    "4k-outermost": (2, 2, 6, 10, 16, 16, 16, 16),
+    "8k-outermost": (1, 1, 5, 7, 16, 16, 3, 16),
+    "10k-deepest": (1, 1, 3, 4, 512, 256, 256, 128),
+    "shared-skip": (4, 2, 5, 7, 8, 6, 5, 4),
+    "primes": (3, 3, 7, 11, 5, 7, 2, 3),
+    "one": (1, 1, 1, 1, 1, 1, 1, 1),
+}
+ODD = (SHAPES["primes"], SHAPES["one"])
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+
+
+def arguments(dtype, shape, std=1.0):
+    draw, (b, s, h, w, before, up, beside, out) = Draw(dtype), shape
+    return (
+        draw(b, h, w, before, std=std),
+        draw(s, 2 * h, 2 * w, beside, std=std),
+        draw(up, before, 3, 3, std=(9 * before) ** -0.5),
+        draw(up, std=0.3 * std),
+        draw(out, up + beside, 3, 3, std=(9 * (up + beside)) ** -0.5),
+        draw(out, std=0.3 * std),
+    )
+
+
+def oracle(x, skip, up_weight, up_bias, weight, bias):
+    x, skip, up_weight, up_bias, weight, bias = f64(x, skip, up_weight, up_bias, weight, bias)
+    raised = convolved(x.repeat(2, axis=1).repeat(2, axis=2), up_weight) + up_bias
+    skip = np.concatenate([skip] * (len(x) // len(skip))) if len(skip) else skip
+    y = convolved(np.concatenate([raised, skip], -1), weight) + bias
+    return y * sigmoid(y)
+
+
+def eager(x, skip, up_weight, up_bias, weight, bias):
+    doubled = interpolate(x.permute(0, 3, 1, 2), scale_factor=2, mode="nearest")
+    raised = conv2d(doubled, up_weight, up_bias, padding=1)
+    skip = skip.repeat(len(x) // len(skip), 1, 1, 1).permute(0, 3, 1, 2)
+    joined = torch.cat((raised, skip), 1)
+    return silu(conv2d(joined, weight, bias, padding=1)).permute(0, 2, 3, 1)
+
+
+@every_backend(OP)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@precisions
+def test_matches_oracle(dtype, std, shape, backend):
+    args = arguments(dtype, shape, std)
+    with forced(OP, backend):
+        y = local_decoder_up(*args)
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    rule = assert_within_twice_eager_or_spacing if shape in ODD else assert_within_twice_eager
+    rule(y, eager(*args), oracle(*args))
+
+
+@every_backend(OP)
+@pytest.mark.parametrize("skips", [0, 1])
+def test_no_images(skips, backend):
+    with forced(OP, backend):
+        y = local_decoder_up(*arguments(torch.float32, (0, skips, 4, 6, 3, 5, 2, 4)))
+    assert y.shape == (0, 8, 12, 4)
+
+
+@every_backend(OP)
+def test_image_b_reads_skip_b_modulo_s(backend):
+    x, skip, *rest = arguments(torch.float32, (4, 2, 5, 7, 8, 6, 5, 4))
+    with forced(OP, backend):
+        y = local_decoder_up(x, skip, *rest)
+        for b in range(4):
+            alone = local_decoder_up(x[b : b + 1], skip[b % 2 : b % 2 + 1], *rest)
+            torch.testing.assert_close(y[b : b + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+@every_backend(OP)
+def test_strided(backend):
+    """Views: channels first, and part of a wider tensor."""
+    x, skip, *rest = arguments(torch.float32, (2, 2, 5, 7, 8, 6, 5, 4))
+    with forced(OP, backend):
+        want = local_decoder_up(x, skip, *rest)
+        first = [t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for t in (x, skip)]
+        wide = [torch.cat((t, t + 1), -1)[..., : t.shape[-1]] for t in (x, skip)]
+        for views in (first, wide):
+            y = local_decoder_up(*views, *rest)
+            assert y.is_contiguous()
+            torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+
+
+@every_backend(OP)
+@each_dtype
+def test_not_finite(dtype, backend):
+    """A NaN of the skip reaches nine pixels; one of x four doubled ones and two around them."""
+    args = arguments(dtype, (1, 1, 6, 6, 3, 4, 2, 5))
+    with forced(OP, backend):
+        for which, rows in ((1, slice(4, 7)), (0, slice(4, 10))):
+            bad = [a.clone() for a in args]
+            bad[which][0, 5 if which else 3, 5 if which else 3, 1] = torch.nan
+            y = local_decoder_up(*bad)
+            where = torch.zeros(12, 12, dtype=torch.bool)
+            where[rows, rows] = True
+            assert torch.equal(y[0].isnan(), where[:, :, None].expand(-1, -1, 5))
+
+
+def phases(weight):
+    """(2, 2, Cu, Ci, 2, 2): taps for even and odd rows, then columns, summed where they meet the
+    same value of x: rows i-1 and i of x for row 2i of the result, i and i+1 for row 2i+1."""
+
+    def halves(taps, axis):
+        first, middle, last = taps.split(1, axis)
+        return torch.cat((first, middle + last), axis), torch.cat((first + middle, last), axis)
+
+    rows = [torch.stack(halves(row, 3)) for row in halves(weight, 2)]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_four_phases_are_the_first_convolution(shape):
+    """What a kernel may compute instead, in fp64: zero padding maps exactly at every border."""
+    x, _, weight, bias, *_ = (t.double() for t in arguments(torch.float32, shape))
+    b, h, w, _ = x.shape
+    padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2), (1, 1, 1, 1))
+    raised = torch.empty(b, weight.shape[0], 2 * h, 2 * w, dtype=torch.float64)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        window = padded[:, :, row : row + h + 1, column : column + w + 1]
+        raised[:, :, row::2, column::2] = conv2d(window, phases(weight)[row, column], bias)
+    want = convolved(f64(x).repeat(2, axis=1).repeat(2, axis=2), f64(weight)) + f64(bias)
+    assert np.abs(f64(raised.permute(0, 2, 3, 1)) - want).max() < 1e-12 * max(1, np.abs(want).max())
+
+
+def test_runs_everywhere():
+    args = arguments(torch.bfloat16, (2, 1, 2, 3, 3, 4, 2, 5))
+    check_registered(OP, local_decoder_up, *args)
+    check_compiles(OP, local_decoder_up, args, arguments(torch.bfloat16, (2, 2, 4, 5, 3, 4, 2, 5)))
+    check_meta(local_decoder_up, *args)
+    check_repeatable(local_decoder_up, *args)
+
+
+def test_gradients():
+    check_gradients(local_decoder_up, *arguments(torch.float32, (2, 1, 2, 2, 2, 2, 1, 2)))
+
+
+X, S = torch.ones(2, 2, 3, 4), torch.ones(2, 4, 6, 5)
+U, V = torch.ones(6, 4, 3, 3), torch.ones(6)
+W, B = torch.ones(7, 11, 3, 3), torch.ones(7)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "text"),
+    [
+        ({0: X[0]}, ValueError, r"x must be \(B, H/2, W/2, Ci\), 4 axes, got \(2, 3, 4\)"),
+        ({0: X[:, :0], 1: S[:, :0]}, ValueError, r"x must have rows and columns, got \(2, 0, 3"),
+        ({1: S[:, :3]}, ValueError, r"skip must be \(S, H, W, Cs\) = \(2, 4, 6, 5\), got \(2, 3"),
+        ({0: X[:1]}, ValueError, "skip must have S images, S a divisor of B = 1, got 2"),
+        ({1: S[:0]}, ValueError, "skip must have S images, S a divisor of B = 2, got 0"),
+        ({2: U[:, :3]}, ValueError, r"up_weight must be .* = \(6, 4, 3, 3\), got \(6, 3, 3, 3\)"),
+        ({3: V[:5]}, ValueError, r"up_bias must be \(Cu,\) = \(6,\), got \(5,\)"),
+        ({4: W[:, :10]}, ValueError, r"weight must be .* = \(7, 11, 3, 3\), got \(7, 10, 3, 3\)"),
+        ({5: B[:5]}, ValueError, r"bias must be \(Co,\) = \(7,\), got \(5,\)"),
+        ({1: S.half()}, TypeError, "skip must have the dtype of x, torch.float32, got"),
+        ({5: B.long()}, TypeError, "bias must be float32, .* got torch.int64"),
+        ({4: W.to("meta")}, ValueError, "weight must be on cpu, got meta"),
+    ],
+)
+def test_errors(changed, error, text):
+    args = [changed.get(i, t) for i, t in enumerate((X, S, U, V, W, B))]
+    with pytest.raises(error, match=f"^local_decoder_up: {text}"):
+        local_decoder_up(*args)
