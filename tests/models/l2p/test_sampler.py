@@ -27,7 +27,7 @@ def test_goldens(golden_dir, name, together):
     if not path.is_file():
         pytest.skip("not among the files that are committed")
     g = read_golden(path)
-    case, bound = g.meta["case"], g.meta["tolerance"]["max_abs_rel_to_peak"]
+    case, bound = g.meta["case"], g.tolerance("")["relative_to_max"]
     net = L2PNet(golden_l2p._config(g.meta["config"]))
     net.load_state_dict(golden_l2p._weights(g))
     net.requires_grad_(False)
