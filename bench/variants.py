@@ -15,8 +15,9 @@ from torch import Tensor
 
 import pixeldiff
 from pixeldiff.errors import UntrainedSizeWarning
+from pixeldiff.models.noise import NoiseSource
 from pixeldiff.models.pid.decoder import PRECISIONS
-from pixeldiff.models.pid.samplers import NoiseSource, network_time, sample_student, student_times
+from pixeldiff.models.pid.samplers import network_time, sample_student, student_times
 from pixeldiff.ops.registry import OPS
 
 from . import models, upstream

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import warnings
 from collections.abc import Sequence
@@ -11,6 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pixeldiff.text.language_model import (
+    LanguageModel,
+    as_captions,
+    check_hidden_size,
+    load,
+    model_name,
+)
 from pixeldiff.text.prefix import instruction_prefix, text_sha256
 
 if TYPE_CHECKING:
@@ -18,9 +24,10 @@ if TYPE_CHECKING:
 
 GEMMA = "google/gemma-2-2b-it"
 EMBED_DIM = 2304
+_NAME = "GemmaCaptionEncoder"
 
 
-class GemmaCaptionEncoder:
+class GemmaCaptionEncoder(LanguageModel):
     """Captions to (B, max_length, embed_dim) embeddings with a Gemma-2 model.
 
     The text is `prefix + caption`, joined directly, behind one BOS token. With c the token count of
@@ -68,20 +75,17 @@ class GemmaCaptionEncoder:
                 "GemmaCaptionEncoder: prefix must not be empty; "
                 "pixeldiff.text.instruction_prefix() returns the released one"
             )
-        _check_hidden_size(model.config, embed_dim)
+        check_hidden_size(_NAME, model.config, embed_dim, GEMMA)
         for token in ("bos_token_id", "pad_token_id"):
             if getattr(tokenizer, token, None) is None:
                 raise ValueError(
                     f"GemmaCaptionEncoder: tokenizer must have a {token}, got None; use the "
                     "tokenizer that comes with the model"
                 )
-        # `base_model` is the decoder stack itself, or the one inside a language model.
-        self._model: PreTrainedModel | None = model.base_model.eval()
-        self._tokenizer: PreTrainedTokenizerBase | None = tokenizer
+        super().__init__(model, tokenizer, encoder_id=encoder_id)
         self.prefix = prefix
         self.max_length = max_length
         self.embed_dim = embed_dim
-        self.encoder_id = encoder_id or _model_name(model.config.name_or_path, type(model).__name__)
         self._prefix_tokens = len(self._tokenize([prefix])[0])
 
     @classmethod
@@ -115,71 +119,40 @@ class GemmaCaptionEncoder:
         _check_max_length(max_length)
         if prefix is None:
             prefix = instruction_prefix()
-        try:
-            import transformers
-            from transformers import AutoConfig, AutoTokenizer, Gemma2Model
-        except ImportError as error:
-            raise ImportError(
-                "GemmaCaptionEncoder: transformers >= 4.45 is needed to encode text; install the "
-                "extra pixeldiff[text], or give embeddings from a caption file"
-            ) from error
-
         source = os.fspath(path_or_id)
-        if os.path.isdir(source):
-            local_files_only = True
-        hub: dict[str, Any] = {
-            "revision": revision or "main",
-            "token": token,
-            "local_files_only": local_files_only,
-        }
-        # The keyword was renamed in 4.56; either name is silently ignored by the other side.
-        version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-        dtype_keyword = "dtype" if version >= (4, 56) else "torch_dtype"
-        try:
-            config = AutoConfig.from_pretrained(source, **hub)
-        except (OSError, ValueError) as error:
-            raise _cannot_load(source, error) from error
-        _check_gemma2(config, embed_dim, source)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **hub)
-            model, info = Gemma2Model.from_pretrained(
-                source,
-                # sdpa has no logit soft-capping, which Gemma-2 was trained with.
-                attn_implementation="eager",
-                output_loading_info=True,
-                **{dtype_keyword: dtype},
-                **hub,
-            )
-        except (OSError, ValueError) as error:
-            raise _cannot_load(source, error) from error
-        # transformers only warns about these and leaves them randomly initialised.
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"GemmaCaptionEncoder: {source!r} must hold every weight of a Gemma-2, but "
-                f"{len(missing)} are missing, first {', '.join(missing[:3])}"
-            )
+        model, tokenizer = load(
+            _NAME,
+            source,
+            "Gemma2Model",
+            family="Gemma-2",
+            since="4.45",
+            way_out="give a local folder with config, tokenizer and weights of gemma-2-2b-it, or a "
+            "hub id. The hub's Gemma is gated: accept its terms on the model page and log in "
+            "(`hf auth login` or token=...)",
+            check=lambda config: _check_gemma2(config, embed_dim, source),
+            dtype=dtype,
+            device=device,
+            hub={
+                "revision": revision or "main",
+                "token": token,
+                "local_files_only": local_files_only,
+            },
+            # sdpa has no logit soft-capping, which Gemma-2 was trained with.
+            attn_implementation="eager",
+        )
         return cls(
-            model.to(device),
+            model,
             tokenizer,
             prefix=prefix,
             max_length=max_length,
             embed_dim=embed_dim,
-            encoder_id=_model_name(source, GEMMA),
+            encoder_id=model_name(source, GEMMA),
         )
 
     @property
     def prefix_sha256(self) -> str:
         """SHA-256 of the prefix, recorded in caption files."""
         return text_sha256(self.prefix)
-
-    @property
-    def device(self) -> torch.device:
-        """Device the encoder runs on."""
-        embedding = self._loaded().get_input_embeddings()
-        if embedding.weight.is_meta and hasattr(embedding, "_hf_hook"):
-            # accelerate keeps offloaded weights on the meta device between calls.
-            return torch.device(embedding._hf_hook.execution_device)
-        return embedding.weight.device
 
     def encode(self, captions: str | Sequence[str]) -> Tensor:
         """Embed one caption or a batch; "" is the null caption of caption dropout.
@@ -197,15 +170,10 @@ class GemmaCaptionEncoder:
             RuntimeError: the encoder was released.
         """
         model = self._loaded()
-        captions = _as_captions(captions)
+        captions = as_captions(_NAME, captions, "null caption")
         length = self._prefix_tokens + self.max_length - 2
         ids, mask = self._batch(captions, length)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        if (largest := int(ids.max())) >= vocabulary:
-            raise ValueError(
-                f"GemmaCaptionEncoder: tokenizer gave token id {largest}, but the model has "
-                f"{vocabulary} tokens; use the tokenizer that comes with the model"
-            )
+        self._check_vocabulary(int(ids.max()))
         device = self.device
         # Older transformers make positions on the default device, which may be another one.
         with torch.no_grad(), device:
@@ -213,52 +181,11 @@ class GemmaCaptionEncoder:
                 input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
             ).last_hidden_state
         embeddings = torch.cat([hidden[:, :1], hidden[:, length - self.max_length + 1 :]], dim=1)
-        if not torch.isfinite(embeddings).all():
-            raise ValueError(
-                f"GemmaCaptionEncoder: the embeddings are not finite in {embeddings.dtype}; use "
-                "torch.bfloat16 or torch.float32 (Gemma-2 overflows in float16), or check the "
-                "weights"
-            )
+        self._check_finite(embeddings, "Gemma-2")
         return embeddings
 
-    def release(self) -> None:
-        """Drop model and tokenizer and hand cached device memory back; calling twice is fine.
-
-        The weights are freed unless the caller holds the model too. `encode` raises afterwards.
-        """
-        if self._model is None:
-            return
-        device = self.device
-        self._model = self._tokenizer = None
-        gc.collect()  # accelerate's hooks hold a model in a reference cycle
-        backend = getattr(torch, device.type, None)
-        if device.type != "cpu" and hasattr(backend, "empty_cache"):
-            backend.empty_cache()
-
-    def __enter__(self) -> GemmaCaptionEncoder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def _loaded(self) -> PreTrainedModel:
-        if self._model is None:
-            raise RuntimeError(
-                "GemmaCaptionEncoder: this encoder was released; make a new one, or keep the "
-                "embeddings (pixeldiff.text.save_captions)"
-            )
-        return self._model
-
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        ids = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-        return [[self._tokenizer.bos_token_id, *row] for row in ids]
+        return [[self._tokenizer.bos_token_id, *row] for row in self._ids(texts)]
 
     def _batch(self, captions: list[str], length: int) -> tuple[Tensor, Tensor]:
         rows = self._tokenize([self.prefix + caption for caption in captions])
@@ -277,41 +204,6 @@ class GemmaCaptionEncoder:
         return ids, mask
 
 
-def _as_captions(captions: str | Sequence[str]) -> list[str]:
-    if isinstance(captions, str):
-        return [captions]
-    if not isinstance(captions, Sequence) or not all(isinstance(c, str) for c in captions):
-        raise TypeError(
-            "GemmaCaptionEncoder: captions must be a str or a sequence of str, got "
-            f"{_type_names(captions)}"
-        )
-    if not captions:
-        raise ValueError('GemmaCaptionEncoder: captions is empty; the null caption is ""')
-    return list(captions)
-
-
-def _type_names(value: object) -> str:
-    name = type(value).__name__
-    if isinstance(value, Sequence):
-        name += f" of {', '.join(sorted({type(v).__name__ for v in value}))}"
-    return name
-
-
-def _cannot_load(source: str, error: Exception) -> OSError:
-    return OSError(
-        f"GemmaCaptionEncoder: cannot load {source!r}; give a local folder with config, tokenizer "
-        "and weights of gemma-2-2b-it, or a hub id. The hub's Gemma is gated: accept its terms on "
-        f"the model page and log in (`hf auth login` or token=...). Cause: {error}"
-    )
-
-
-def _model_name(name_or_path: str, default: str) -> str:
-    """A hub id as it is; of a local folder the last part, so that no private path is recorded."""
-    if os.path.isdir(name_or_path):
-        return os.path.basename(os.path.realpath(name_or_path))
-    return name_or_path or default
-
-
 def _check_max_length(max_length: int) -> None:
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
         raise ValueError(
@@ -325,12 +217,4 @@ def _check_gemma2(config: Any, embed_dim: int, source: str) -> None:
             f"GemmaCaptionEncoder: {source!r} must be a Gemma-2 (model_type gemma2), got "
             f"{config.model_type}; the releases use {GEMMA}"
         )
-    _check_hidden_size(config, embed_dim)
-
-
-def _check_hidden_size(config: Any, embed_dim: int) -> None:
-    if (hidden := getattr(config, "hidden_size", None)) != embed_dim:
-        raise ValueError(
-            f"GemmaCaptionEncoder: the model's hidden size must be embed_dim = {embed_dim}, got "
-            f"{hidden}; the releases use {GEMMA}"
-        )
+    check_hidden_size(_NAME, config, embed_dim, GEMMA)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import operator
 import os
-import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +16,12 @@ from torch import Tensor
 
 from ... import __version__, images
 from ...alignment import aligned
-from ...ops.registry import OPS, forced_backend
 from ...text import CaptionFile, load_caption
-from .. import fp8
+from .. import devices, fp8
+from ..devices import check_device, no_autocast
+from ..noise import NoiseSource, noise_source
+from ..provenance import Caption, describe, forced_backends
+from ..steps import Callback, Interrupted, StepInfo
 from .captions import CaptionSource
 from .checkpoint import LoadedCheckpoint, net_from, read_checkpoint
 from .config import PiDConfig
@@ -30,10 +29,6 @@ from .graphs import Graphs, Student
 from .network import PiDNet, Tables
 from .recent import Recent
 from .samplers import (
-    Callback,
-    Interrupted,
-    NoiseSource,
-    StepInfo,
     dynamic_shift,
     network_time,
     run_student,
@@ -45,12 +40,11 @@ from .sizes import check_size
 from .variants import LICENCE_NOTE, SamplingSettings, Variant
 
 # What weights are held in; in "fp8" the network's linear layers are then quantised.
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+PRECISIONS = {**devices.PRECISIONS, "fp8": torch.bfloat16}
 GRAPHS = 2  # kinds of decode kept as CUDA graphs
 KEPT_TABLES = 4  # 9 MB each at 2048 x 2048
 STATE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 STUDENT = SamplingSettings(steps=4, times=None, stochastic=True, cfg_scale=1.0)
-Caption = str | Sequence[str] | Tensor | CaptionFile | None
 
 
 class LicenceNotice(UserWarning):
@@ -296,13 +290,13 @@ class PiDDecoder:
         if state_dtype is None:
             narrow = not self.distilled or self.device.type == "mps"
             state_dtype = "fp32" if narrow else "fp64"
-        draw, seed = self._noise(seed, generator, latent.shape[0])
+        draw, seed = noise_source(seed, generator, latent.shape[0], self.device, what="latent")
         y = self._caption("caption", caption, latent.shape[0])
         null = None
         if cfg_scale != 1:
             null = self._caption("negative_caption", negative_caption, latent.shape[0])
         tables = self._tables_for(size, y.shape[1], times)
-        with torch.no_grad(), _no_autocast(self.device):
+        with torch.no_grad(), no_autocast(self.device):
             if self.distilled:
                 result = self._student(
                     Student(
@@ -349,15 +343,15 @@ class PiDDecoder:
             "seed": seed,
             "rng": draw.kind,
             "sigma": _shortest(sigma),
-            "caption": _describe(caption),
+            "caption": describe(caption),
             "precision": self.precision,
             "state": state_dtype,
             "size": list(size),
         }
         if not self.distilled:
             metadata["cfg_scale"] = cfg_scale
-            metadata["negative_caption"] = _describe(negative_caption)
-        forced = _forced_backends()
+            metadata["negative_caption"] = describe(negative_caption)
+        forced = forced_backends()
         if forced:
             metadata["backend"] = forced
         return DecodeOutput(images.convert(result, output), metadata)
@@ -456,62 +450,11 @@ class PiDDecoder:
                 "has one sampler (DPM-Solver++ 2M), which works in fp32. Leave them out"
             )
 
-    def _noise(
-        self,
-        seed: int | None,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        batch: int,
-    ) -> tuple[NoiseSource, int | list[int | None] | None]:
-        if seed is not None and generator is not None:
-            raise ValueError("seed and generator exclude each other; pass one")
-        if generator is None:
-            # Not from PyTorch's global generator: a host's own draws must not change.
-            seed = secrets.randbelow(2**31) if seed is None else _seed(seed)
-            generator = torch.Generator(self.device).manual_seed(seed)
-            return NoiseSource(generator, self.device), seed
-        if isinstance(generator, torch.Generator):
-            return NoiseSource(generator, self.device), _seed_of(generator)
-        if not isinstance(generator, list | tuple) or not all(
-            isinstance(g, torch.Generator) for g in generator
-        ):
-            raise TypeError(
-                f"generator must be a torch.Generator or a list of them, got "
-                f"{type(generator).__name__}"
-            )
-        if len(generator) != batch:
-            raise ValueError(
-                f"generator: a list must hold one generator per latent, {batch}, got "
-                f"{len(generator)}"
-            )
-        return NoiseSource(list(generator), self.device), [_seed_of(g) for g in generator]
-
     def _caption(self, name: str, caption: Caption, batch: int) -> Tensor:
         y = self.captions.embeddings(name, caption)
         if y.shape[0] not in (1, batch):
             raise ValueError(f"{name} must hold 1 or {batch} captions, got {y.shape[0]}")
         return aligned(y.to(self.device)).expand(batch, -1, -1)
-
-
-def check_device(device: torch.device | str | None = None) -> torch.device:
-    """A device that is there; by default "cuda" where there is one, else "cpu".
-
-    Raises:
-        ValueError: not a device, or not on this machine.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as e:
-        raise ValueError(f'device must be one like "cpu" or "cuda:0", got {device!r}') from e
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device = {str(device)!r}, but PyTorch sees no CUDA device; use 'cpu'")
-    try:
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ValueError(f"device = {str(device)!r} cannot be used here: {reason}") from e
-    return device
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -531,13 +474,6 @@ def ready(net: PiDNet, precision: str) -> PiDNet:
     return net.pack_() if net.device.type == "cuda" else net
 
 
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """The network has its dtype; a caller's autocast would give its layers another."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _graph_limit(cuda_graphs: bool | int) -> int:
     if isinstance(cuda_graphs, bool):
         return GRAPHS if cuda_graphs else 0
@@ -546,50 +482,10 @@ def _graph_limit(cuda_graphs: bool | int) -> int:
     return cuda_graphs
 
 
-def _seed(seed: Any) -> int:
-    try:
-        value = -1 if isinstance(seed, bool) else operator.index(seed)
-    except TypeError:
-        value = -1
-    if not 0 <= value < 2**64:
-        raise ValueError(f"seed must be an integer in [0, 2^64), got {seed!r}")
-    return value
-
-
-def _seed_of(generator: torch.Generator) -> int | None:
-    """The generator's seed, or None where it has been drawn from and its seed says nothing."""
-    seed = generator.initial_seed()
-    fresh = torch.Generator(generator.device).manual_seed(seed)
-    return seed if torch.equal(generator.get_state(), fresh.get_state()) else None
-
-
 def _shortest(sigma: Tensor) -> float | list[float]:
     """The shortest decimals that give the same fp32 values: 0.2 and not 0.20000000298."""
     values = [float(str(v)) for v in sigma.cpu().numpy()]
     return values if len(set(values)) > 1 else values[0]
-
-
-def _describe(caption: Caption) -> str | list[str] | None:
-    """A caption for the metadata: its text, or a digest of embeddings; None is the null caption."""
-    if isinstance(caption, CaptionFile):
-        if caption.captions is not None:
-            return _describe(caption.captions)
-        caption = caption.embedding
-    if isinstance(caption, Tensor):
-        data = caption.detach().float().cpu().contiguous().numpy().tobytes()
-        return f"embeddings, sha256 {hashlib.sha256(data).hexdigest()}"
-    if caption is None or isinstance(caption, str):
-        return caption
-    return caption[0] if len(caption) == 1 else list(caption)
-
-
-def _forced_backends() -> str | dict[str, str] | None:
-    """What `backend(...)` or PIXELDIFF_BACKEND forces here: one name for all ops, or by op."""
-    default = forced_backend("*")
-    by_op = {op: name for op in OPS if (name := forced_backend(op)) != default and name}
-    if not by_op:
-        return default
-    return {"*": default, **by_op} if default else by_op
 
 
 def _name(path: str | os.PathLike[str], loaded: LoadedCheckpoint) -> str:

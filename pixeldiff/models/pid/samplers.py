@@ -11,83 +11,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...ops.pixel_head_step import PREDICTION_TYPES, SAMPLE_TYPES, update
+from ..steps import Callback, fp32, one_of, report
 
 STUDENT_T_LIST = (0.999, 0.866, 0.634, 0.342, 0.0)
 
 Velocity = Callable[[Tensor, float], Tensor]
 Draw = Callable[[tuple[int, ...]], Tensor]
 Advance = Callable[[Tensor, float, float, Draw | None, bool], tuple[Tensor, Tensor | None]]
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What a callback is told after each network call.
-
-    `x0` is the current estimate of the image, (B, 3, H, W), unclamped, for previews.
-    """
-
-    step: int  # 1-based
-    steps: int
-    t: float
-    x0: Tensor
-
-
-class Interrupted(RuntimeError):
-    """A callback returned False. Nothing was written."""
-
-
-Callback = Callable[[StepInfo], bool | None]
-
-
-class NoiseSource:
-    """Standard normal draws in upstream's order: the initial state, then one per SDE step.
-
-    Args:
-        generators: one `torch.Generator` for the batch, drawn in one call of shape (B, 3, H, W) as
-            upstream does, or one for each sample, so that a sample does not depend on its batch.
-        device: where the noise is needed. It is drawn on the generator's own device: the same seed
-            gives other numbers on CUDA than on the CPU.
-    """
-
-    def __init__(
-        self, generators: torch.Generator | Sequence[torch.Generator], device: torch.device | str
-    ) -> None:
-        self.generators = generators
-        self.device = device
-
-    @property
-    def kind(self) -> str:
-        """Device type of the generators: decides the numbers a seed gives."""
-        one = self.generators
-        if not isinstance(one, torch.Generator):
-            one = one[0]
-        return one.device.type
-
-    def __call__(self, shape: tuple[int, ...]) -> Tensor:
-        if isinstance(self.generators, torch.Generator):
-            return _draw(shape, self.generators).to(self.device)
-        if len(self.generators) != shape[0]:
-            raise ValueError(
-                f"generator: a list must hold one generator per sample, {shape[0]}, got "
-                f"{len(self.generators)}"
-            )
-        draws = [_draw((1, *shape[1:]), g) for g in self.generators]
-        return torch.cat(draws).to(self.device)
-
-
-def _draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
-
-
-def fp32(value: float) -> float:
-    """The value as fp32 holds it: schedules are fp32 tensors upstream."""
-    return torch.tensor(value, dtype=torch.float32, device="cpu").item()
 
 
 def network_time(t: float) -> float:
@@ -149,8 +84,8 @@ def sample_student(
     Raises:
         ValueError: an unknown sample or prediction type. Interrupted: the callback returned False.
     """
-    _one_of("sample_type", sample_type, SAMPLE_TYPES)
-    _one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+    one_of("sample_type", sample_type, SAMPLE_TYPES)
+    one_of("prediction_type", prediction_type, PREDICTION_TYPES)
 
     def advance(
         x: Tensor, t: float, t_next: float, draw: Draw | None, want_x0: bool
@@ -194,7 +129,7 @@ def run_student(
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         fresh = draw if sample_type == "sde" and t_next != 0 else None
         x, x0 = advance(x, t, t_next, fresh, callback is not None)
-        _report(callback, i + 1, len(times) - 1, t, x0)
+        report(callback, i + 1, len(times) - 1, t, x0)
         del x0  # it would last through the next network call
     return x
 
@@ -249,7 +184,7 @@ def sample_teacher(
         ValueError: guidance without a null velocity, or an unknown prediction type.
         Interrupted: the callback returned False.
     """
-    _one_of("prediction_type", prediction_type, ("velocity", "x0"))
+    one_of("prediction_type", prediction_type, ("velocity", "x0"))
     if cfg_scale != 1 and null_velocity is None:
         raise ValueError(
             f"cfg_scale = {cfg_scale} needs the negative caption's embedding; pass it, or "
@@ -275,16 +210,6 @@ def sample_teacher(
                 r = (lam - previous_lambda) / h
                 x = x - 0.5 * (1 - t_next) * phi / r * (x0 - previous)
         previous, previous_lambda = x0, lam
-        _report(callback, i + 1, len(times) - 1, t, x0)
+        report(callback, i + 1, len(times) - 1, t, x0)
         del out, x0
     return x
-
-
-def _report(callback: Callback | None, step: int, steps: int, t: float, x0: Tensor) -> None:
-    if callback is not None and callback(StepInfo(step, steps, t, x0)) is False:
-        raise Interrupted(f"stopped by the callback after step {step} of {steps}")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

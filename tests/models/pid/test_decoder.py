@@ -20,12 +20,12 @@ from pixeldiff.errors import (
     SizeError,
     UntrainedSizeWarning,
 )
+from pixeldiff.models.noise import NoiseSource
 from pixeldiff.models.pid import checkpoint as checkpoint_module
 from pixeldiff.models.pid import decoder as decoder_module
 from pixeldiff.models.pid.captions import CaptionSource
 from pixeldiff.models.pid.decoder import Interrupted, LicenceNotice, PiDDecoder
 from pixeldiff.models.pid.samplers import (
-    NoiseSource,
     dynamic_shift,
     sample_student,
     sample_teacher,

@@ -8,9 +8,8 @@ import math
 import pytest
 import torch
 
+from pixeldiff.models.noise import NoiseSource
 from pixeldiff.models.pid.samplers import (
-    Interrupted,
-    NoiseSource,
     dynamic_shift,
     network_time,
     sample_student,
@@ -18,6 +17,7 @@ from pixeldiff.models.pid.samplers import (
     student_times,
     teacher_times,
 )
+from pixeldiff.models.steps import Interrupted
 from pixeldiff.verify.golden import read_golden
 
 SHAPE = (2, 3, 4, 6)

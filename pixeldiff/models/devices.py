@@ -1,0 +1,38 @@
+"""Where and in what precision a model runs."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def check_device(device: torch.device | str | None = None) -> torch.device:
+    """A device that is there; by default "cuda" where there is one, else "cpu".
+
+    Raises:
+        ValueError: not a device, or not on this machine.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f'device must be one like "cpu" or "cuda:0", got {device!r}') from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {str(device)!r}, but PyTorch sees no CUDA device; use 'cpu'")
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ValueError(f"device = {str(device)!r} cannot be used here: {reason}") from e
+    return device
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """The network has its dtype; a caller's autocast would give its layers another."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

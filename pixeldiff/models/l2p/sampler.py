@@ -1,0 +1,143 @@
+"""Sampling with an L2P network: guidance, and Euler steps from noise to an image.
+
+Source: L2P (arXiv 2605.12013) and its releases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..steps import Callback, fp32, report
+from .network import L2PNet
+from .scheduler import Schedule
+
+Predict = Callable[[Tensor, float], Tensor]
+Replace = Callable[[int, float, Tensor, Tensor], Tensor]
+
+
+def guided(
+    net: L2PNet,
+    positive: Sequence[Tensor],
+    negative: Sequence[Tensor] | None,
+    size: tuple[int, int],
+    *,
+    guidance_scale: float = 1.0,
+    times: Sequence[float] = (),
+    together: bool = True,
+) -> Predict:
+    """predict(x, t) -> u with classifier-free guidance: u = u_neg + g (u_pos - u_neg), in fp32.
+
+    What depends neither on x nor on t is computed here, once.
+
+    Args:
+        net: the network.
+        positive, negative: B caption features (T_b, E) each; the negative ones are not used, and
+            may be None, where guidance_scale is 1.
+        size: (H, W).
+        guidance_scale: g; 1 is none and costs one branch instead of two.
+        times: of the network calls to come.
+        together: run both branches as one batch. They share the patch embedding, the half of the
+            local decoder that sees the image only and, where the image needs no padding, the noise
+            refiner. Otherwise one branch runs after the other, with half the activations in the
+            trunk; they share that half of the local decoder alone. Equal up to rounding.
+
+    Returns:
+        A function of x (B, 3, H, W) and t that gives u (B, 3, H, W) fp32, the negative velocity.
+
+    Raises:
+        ValueError: guidance without negative captions, or another number of them; and as
+            `L2PNet.prepare`.
+    """
+    if guidance_scale == 1:
+        condition = net.prepare(positive, size, times=times)
+        return lambda x, t: net.step(x, t, condition)
+    if negative is None:
+        raise ValueError(
+            f"guidance_scale = {guidance_scale} needs the negative prompt's embeddings; pass them, "
+            f"or guidance_scale=1"
+        )
+    if len(negative) != len(positive):
+        raise ValueError(
+            f"negative captions must be as many as the positive ones, {len(positive)}, got "
+            f"{len(negative)}"
+        )
+    if together:
+        both = net.prepare([*positive, *negative], size, times=times)
+
+        def predict(x: Tensor, t: float) -> Tensor:
+            return _mixed(*net.step(x, t, both).chunk(2), guidance_scale)
+
+        return predict
+
+    first = net.prepare(positive, size, times=times)
+    second = net.prepare(negative, size)
+    second = dataclasses.replace(second, modulations=first.modulations)
+
+    def predict_in_turn(x: Tensor, t: float) -> Tensor:
+        # The features are small: both trunks run before the decoder's large tensors exist.
+        rows = [net.features(x, t, condition) for condition in (first, second)]
+        encoded = net.local_decoder.encode(x)
+        grids = [r.unflatten(1, first.grid) for r in rows]
+        return _mixed(*(net.local_decoder.decode(encoded, g) for g in grids), guidance_scale)
+
+    return predict_in_turn
+
+
+def _mixed(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+    return torch.lerp(negative, positive, scale)  # exact where both are equal
+
+
+def start(noise: Tensor, schedule: Schedule, image: Tensor | None = None) -> Tensor:
+    """The state at the first noise level: noise, or an image with its share of noise.
+
+    Args:
+        noise: (B, 3, H, W) fp32 standard normal.
+        image: (B or 1, 3, H, W) in [-1, 1].
+    """
+    if image is None:
+        return noise
+    sigma = schedule.sigmas[0]
+    return fp32(1 - sigma) * image.float() + sigma * noise
+
+
+def sample(
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    callback: Callback | None = None,
+    replace: Replace | None = None,
+) -> Tensor:
+    """Euler steps: x <- x - (sigma' - sigma) u, all in fp32.
+
+    Args:
+        predict: (x, t) -> u, the negative velocity x0 - eps.
+        x: (B, 3, H, W) fp32, the state at the first noise level; see `start`.
+        schedule: noise levels and times.
+        callback: told after each step (`StepInfo`); returning False stops.
+        replace: (step, timestep, x, x0) -> the state to go on with, after each step; step counts
+            from 0, timestep is 1000 sigma of the step just made.
+
+    Returns:
+        (B, 3, H, W) fp32, unclamped.
+
+    Raises:
+        Interrupted: the callback returned False.
+    """
+    wanted = callback is not None or replace is not None
+    timesteps = schedule.timesteps
+    for i, (sigma, after) in enumerate(itertools.pairwise(schedule.sigmas)):
+        u = predict(x, schedule.times[i])
+        x0 = torch.add(x, u, alpha=sigma) if wanted else None
+        x = torch.add(x, u, alpha=fp32(sigma - after))
+        del u
+        if replace is not None:
+            x = replace(i, timesteps[i], x, x0)
+        report(callback, i + 1, schedule.steps, sigma, x0)
+        del x0  # it would last through the next network call
+    return x
