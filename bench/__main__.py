@@ -12,7 +12,8 @@ import click
 import torch
 
 from pixeldiff.cli import clean_errors
-from pixeldiff.models.pid.decoder import PRECISIONS, check_device
+from pixeldiff.models.devices import check_device
+from pixeldiff.models.pid.decoder import PRECISIONS
 from pixeldiff.out_files import check_out_path
 
 from . import show

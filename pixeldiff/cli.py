@@ -335,7 +335,7 @@ def bake_caption(
     With that file a picture is decoded without any text encoder: decode --caption-file.
     """
     from . import text as captions
-    from .models.pid.decoder import check_device
+    from .models.devices import check_device
     from .out_files import check_out_path
 
     check_out_path(output, ".safetensors")
