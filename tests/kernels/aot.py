@@ -121,10 +121,12 @@ def check_compiles_once(
     launch = _kernel(op).launch
     found = [keys(lambda args=args: launch(*args)) for args in calls]
     expected = [launches] * len(calls) if isinstance(launches, int) else list(launches)
-    assert [len(of_call) for of_call in found] == expected
+    ran = [len(of_call) for of_call in found]
+    assert ran == expected, f"{op} ran {ran} kernels in these calls, expected {expected}"
     distinct = {tuple(dict.fromkeys(of_call)) for of_call in found}
-    assert len(distinct) == 1, f"{len(distinct)} sets of kernels for {len(calls)} sizes: {distinct}"
-    assert len(distinct.pop()) == compilations
+    assert len(distinct) == 1, f"{op} compiles again for some of {len(calls)} calls: {distinct}"
+    kernels = len(distinct.pop())
+    assert kernels == compilations, f"{op} has {kernels} kernels, expected {compilations}"
 
 
 def check_candidates(op: str, *args: Any, target: int = 90) -> None:

@@ -85,9 +85,11 @@ def check_quantising_kernel(
     module = pytest.importorskip(f"pixeldiff.triton_kernels.{op}")
     for site in sites:
         args = aot.released(op, **site)
-        assert aot.refusal(lambda args=args: module.why_not(*args), target) is None
+        refusal = aot.refusal(lambda args=args: module.why_not(*args), target)
+        assert refusal is None, f"{op} on sm_{target}, {site}: {refusal}"
         compiled = aot.compile_launch(lambda args=args: module.launch(*args), target)
-        assert len(compiled) == launches
+        names = [kernel.name for kernel in compiled]
+        assert len(names) == launches, f"{op}, {site}: launches {names}, expected {launches}"
         kernel = compiled[-1]
         aot.assert_lean(kernel)
         where = f"{kernel.name} on sm_{target}, {site}"
@@ -102,4 +104,5 @@ def check_refuses_before_e4m3(op: str) -> None:
     module = pytest.importorskip(f"pixeldiff.triton_kernels.{op}")
     args = aot.released(op)
     reason = aot.refusal(lambda: module.why_not(*args), 80)
-    assert reason == "e4m3 needs compute capability 8.9, this device is 8.0"
+    expected = "e4m3 needs compute capability 8.9, this device is 8.0"
+    assert reason == expected, f"{op} on sm_80: {reason}"
