@@ -40,7 +40,7 @@ demo: setup
 	$(BIN)/python -m pixeldiff.demo $(if $(IMAGE),--image "$(IMAGE)")
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # With ARGS, any command of it: make bench ARGS="kernels --op swiglu".
 bench: setup
