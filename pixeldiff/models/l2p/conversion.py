@@ -199,7 +199,19 @@ def own_tensors(files: StoredFiles) -> tuple[dict[str, StoredTensor], tuple[str,
     own, prefix, _ = without_prefix(files.tensors, files.path)
     outside = tuple(n for n in files.tensors if not n.startswith(prefix))
     check_types(own, files.path)
-    return split_names(own), outside
+    return split_once(own, files.path), outside
+
+
+def split_once(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
+    """`split_names`, of a file that holds no tensor twice.
+
+    Raises:
+        CheckpointFormatError: a tensor under its split and its fused name.
+    """
+    split = split_names(tensors)
+    if len(split) != sum(len(split_names({n: t})) for n, t in tensors.items()):
+        raise CheckpointFormatError(f"{path} holds a tensor under its split and its fused name")
+    return split
 
 
 def geometry(

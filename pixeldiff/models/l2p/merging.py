@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import (
-    CheckpointFormatError,
     CheckpointShapeError,
     CheckpointWarning,
     ForeignCheckpointError,
 )
 from . import resumable_file
 from .checkpoint_geometry import network_shapes
-from .checkpoint_keys import split_names
-from .conversion import check_new_path, geometry, own_tensors, verified
+from .conversion import check_new_path, geometry, own_tensors, split_once, verified
 from .resumable_file import Piece, Progress
 from .stored_tensors import StoredTensor, check_types, stored_files
 
@@ -143,10 +141,7 @@ def delta_tensors(tensors: Mapping[str, StoredTensor], path: Path) -> dict[str, 
     """The delta under the network's own names; a prefix goes if all names have it."""
     check_types(tensors, path)
     prefix = next((p for p in _PREFIXES if tensors and all(n.startswith(p) for n in tensors)), "")
-    named = split_names({name[len(prefix) :]: tensor for name, tensor in tensors.items()})
-    if len(named) < len(tensors):
-        raise CheckpointFormatError(f"merge: {path} holds a tensor under its split and fused name")
-    return named
+    return split_once({name[len(prefix) :]: t for name, t in tensors.items()}, path)
 
 
 def overlaid(

@@ -22,8 +22,13 @@ from tiny_l2p import LATENT, config, network
 from torch import Tensor
 
 from pixeldiff import cli, errors
-from pixeldiff.models.l2p import VARIANTS, read_checkpoint
-from pixeldiff.models.l2p import conversion, resumable_file, stored_tensors
+from pixeldiff.models.l2p import (
+    VARIANTS,
+    conversion,
+    read_checkpoint,
+    resumable_file,
+    stored_tensors,
+)
 from pixeldiff.models.l2p.checkpoint_geometry import network_shapes
 from pixeldiff.models.l2p.config import DECODERS
 from pixeldiff.models.l2p.conversion import RESOLUTIONS, convert, planned
@@ -175,7 +180,8 @@ def test_every_layout_of_a_source_gives_the_same_tensors(latent, tmp_path, out, 
             for name, tensor in latent.items():
                 if name.startswith("all_"):
                     state[name.replace("all_", "").replace("2-1.", "")] = tensor
-            assert "x_embedder.weight" in state and "layers.0.attention.qkv.weight" in state
+            assert "x_embedder.weight" in state
+            assert "layers.0.attention.qkv.weight" in state
         elif layout == "prefixed":
             state = {"model.diffusion_model." + k: v for k, v in latent.items()}
             state["vae.scale"] = torch.zeros(3, dtype=torch.int8)
@@ -233,7 +239,8 @@ def test_seed_and_name_decide(source, tmp_path):
         fresh = name.startswith(("all_x_embedder.", "local_decoder."))
         assert torch.equal(state[name], other[name]) != fresh, name
     a, b = state["local_decoder.up1.1.bias"], state["local_decoder.enc1.0.bias"]
-    assert a.shape == b.shape and not torch.equal(a, b)
+    assert a.shape == b.shape
+    assert not torch.equal(a, b)
 
 
 def test_what_the_file_says_of_itself(source, out):
@@ -420,7 +427,9 @@ def test_resolution_and_output(source, out, tmp_path):
     refuses(errors.UnknownNameError, r"^convert: resolution must be one of 1024, 4096, 8192, 10240,"
             r" got 2048$", source, out, 2048)  # fmt: skip
     refuses(ValueError, r"^the output must be a \.safetensors file, got 'a.pth'", source, "a.pth")
-    refuses(FileNotFoundError, "output directory does not exist", source, tmp_path / "no" / out.name)
+    refuses(
+        FileNotFoundError, "output directory does not exist", source, tmp_path / "no" / out.name
+    )
     out.write_bytes(b"precious")
     refuses(FileExistsError, r"^convert: .*out\.safetensors exists; .*--force", source, out)
     assert out.read_bytes() == b"precious"
@@ -465,7 +474,8 @@ def test_damaged_and_incomplete_sources(latent, source, tmp_path, out):
         folder = sharded(latent, tmp_path / f"shards{index}", index=index)
         next(folder.glob("*-00002-*")).unlink()
         refuses(errors.IncompleteCheckpointError, "^shard .*00002-of-00003.* missing", folder, out)
-    assert not out.exists() and leftovers(out) == []
+    assert not out.exists()
+    assert leftovers(out) == []
 
 
 def test_a_target_with_another_trunk(source, out):
@@ -500,7 +510,7 @@ def test_a_wrong_byte_is_found_before_the_file_gets_its_name(source, out, monkey
 
     def wrong(self):
         for data in real(self):
-            flip = self.file == source and not leftovers(out) == [] and armed[0]
+            flip = self.file == source and leftovers(out) != [] and armed[0]
             armed[0] = armed[0] and not flip
             yield bytes([data[0] ^ 1]) + data[1:] if flip else data
 
@@ -508,7 +518,8 @@ def test_a_wrong_byte_is_found_before_the_file_gets_its_name(source, out, monkey
     monkeypatch.setattr(StoredTensor, "chunks", wrong)
     refuses(errors.CheckpointError, r"differs from .*source.safetensors; the file was deleted",
             source, out, TARGET)  # fmt: skip
-    assert not out.exists() and leftovers(out) == []
+    assert not out.exists()
+    assert leftovers(out) == []
 
 
 def test_a_disk_that_forgets(source, out, monkeypatch):
@@ -523,7 +534,8 @@ def test_a_disk_that_forgets(source, out, monkeypatch):
     monkeypatch.setattr(resumable_file, "_check_bytes", forget)
     refuses(errors.CheckpointError, "reads back from .* otherwise than it was written", source, out,
             TARGET)  # fmt: skip
-    assert not out.exists() and leftovers(out) == []
+    assert not out.exists()
+    assert leftovers(out) == []
 
 
 def test_two_runs_at_once(source, out):
@@ -548,10 +560,12 @@ def test_command(source, latent, tmp_path, out):
     result = run(*args, "--report", tmp_path / "report.json", "--quiet")
     assert "copied    67 tensors" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
-    assert len(report["copied"]) == 67 and len(report["new"]) == 30
+    assert len(report["copied"]) == 67
+    assert len(report["new"]) == 30
     before = hashlib.sha256(out.read_bytes()).digest()
     failed = run(*args, code=1)
-    assert failed.stderr.startswith("error: convert: ") and "--force" in failed.stderr
+    assert failed.stderr.startswith("error: convert: ")
+    assert "--force" in failed.stderr
     run(*args, "--force")
     assert hashlib.sha256(out.read_bytes()).digest() == before
     assert "must be one of" in run(*args[:4], 512, "-o", tmp_path / "x.safetensors", code=1).stderr
@@ -564,5 +578,3 @@ def test_interrupted_command_says_how_to_go_on(source, out, monkeypatch):
     monkeypatch.setattr(conversion, "convert", stop)
     args = ("convert", "--source", source, "--resolution", 1024, "-o", out)
     assert "run the same command again" in run(*args, code=130).stderr
-
-
