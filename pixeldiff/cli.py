@@ -7,76 +7,19 @@ does not understand (even if others missed); 130 interrupted.
 from __future__ import annotations
 
 import contextlib
-import errno
-import functools
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
-import torch
 from rich.console import Console
 
 from . import __version__
+from .cli_errors import clean_errors
+from .cli_l2p import l2p
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-_USER_ERRORS = (
-    ValueError,
-    TypeError,
-    OSError,
-    ImportError,
-    RuntimeError,
-    ArithmeticError,
-    MemoryError,
-)
-
-
-def clean_errors(f: Callable) -> Callable:
-    """What a user can cause becomes one message on stderr and exit code 1, without a traceback.
-
-    Warnings become notes on stderr, an interruption exit code 130.
-    """
-
-    @functools.wraps(f)
-    def run(*args, **kwargs):
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = _show_warning
-                return f(*args, **kwargs)
-        except (click.exceptions.Exit, click.Abort):  # RuntimeErrors that are click's own business
-            raise
-        except _USER_ERRORS as e:
-            if getattr(e, "errno", None) == errno.EPIPE:  # the reader of a pipe left: click's too
-                raise
-            message = _OUT_OF_MEMORY if _is_out_of_memory(e) else str(e) or type(e).__name__
-            _err.print(f"error: {message}", style="red", markup=False)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            _err.print("interrupted; nothing was written")
-            sys.exit(130)
-
-    return run
-
-
-_OUT_OF_MEMORY = "out of memory; decode a smaller size, or with --precision bf16"
-
-
-def _is_out_of_memory(e: Exception) -> bool:
-    if isinstance(e, MemoryError | torch.OutOfMemoryError):
-        return True
-    # PyTorch's CPU allocator raises a plain RuntimeError: the first text is of POSIX, the second of
-    # Windows. The third is of CUDA libraries and MPS.
-    texts = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(e, RuntimeError) and any(text in str(e).lower() for text in texts)
-
-
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    if issubclass(category, UserWarning):
-        _err.print(f"note: {message}", style="yellow", markup=False)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -407,6 +350,8 @@ def _print_report(report, show_all: bool) -> int:
     )
     return missed
 
+
+main.add_command(l2p)
 
 if __name__ == "__main__":
     main()

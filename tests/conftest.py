@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 COMMITTED = Path(__file__).parent / "golden"
 # Files of the L2P networks and their parts; the others state schedules, samples and conversions.
-L2P_NETWORK_FILES = ("comp_", "dec_", "net_", "naming_")
+L2P_NETWORK_FILES = ("comp_", "dec_", "net_", "naming_", "convert_p16_result", "merge_")
 
 
 def golden_root() -> Path:

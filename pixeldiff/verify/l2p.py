@@ -17,8 +17,10 @@ from .. import ops
 from ..models.l2p.block import Block
 from ..models.l2p.checkpoint_keys import split_names
 from ..models.l2p.config import DECODERS, L2PConfig
+from ..models.l2p.conversion import planned
 from ..models.l2p.layers import CaptionEmbedder, TimeEmbedder
 from ..models.l2p.local_decoder import LocalDecoder
+from ..models.l2p.merging import overlaid
 from ..models.l2p.network import L2PNet
 from ..models.l2p.positions import caption_positions, image_positions, rope_3d, time_embedding
 from ..ops.qk_norm_rope import rotate
@@ -35,13 +37,19 @@ class Kind:
 
     Args:
         marker: a tensor that only files of this sort state.
-        outputs: names of the tensors to reproduce; those that start with `cap.` always are.
+        outputs: names of the tensors to reproduce, or, with a dot at the end, what they start with;
+            those that start with `cap.` always are.
         run: (file, weights) -> results by their names in the file.
     """
 
     marker: str
     outputs: tuple[str, ...]
     run: Callable[[Golden], Results]
+
+    def states(self, name: str) -> bool:
+        """Whether `name` is a result of such a file."""
+        starts = tuple(o for o in ("cap.", *self.outputs) if o.endswith("."))
+        return name in self.outputs or name.startswith(starts)
 
 
 def restated(g: Golden) -> tuple[Golden, Callable[[Golden], Results]]:
@@ -57,7 +65,7 @@ def restated(g: Golden) -> tuple[Golden, Callable[[Golden], Results]]:
     lengths = _own_rows(g)
     tensors: dict[str, Tensor] = {}
     for name, tensor in g.tensors.items():
-        if name in kind.outputs or name.startswith("cap."):
+        if kind.states(name):
             tensors.update(_by_item(_result_name(name), tensor, lengths.get(name)))
         else:
             tensors[name] = tensor
@@ -243,9 +251,26 @@ def patchify(g: Golden) -> Results:
 
 
 def naming(g: Golden) -> Results:
-    start = "fused."
-    fused = {k.removeprefix(start): t for k, t in g.tensors.items() if k.startswith(start)}
-    return {f"split.{k}": t for k, t in split_names(fused).items()}
+    return {f"split.{k}": t for k, t in split_names(_under("fused.", g.tensors)).items()}
+
+
+def conversion(g: Golden) -> Results:
+    """The tensors that `convert` takes from either side; the file of the inputs lies beside it."""
+    given = read_golden(g.path.with_name(g.path.name.replace("_result.", "."))).tensors
+    fresh = _under("target_init.", given)
+    shapes = {name: tuple(tensor.shape) for name, tensor in fresh.items()}
+    copied = planned(_under("source.", given), shapes, g.path).copied
+    return {f"result.{name}": copied.get(name, fresh[name]) for name in fresh}
+
+
+def merging(g: Golden) -> Results:
+    base, delta = _under("base.", g.tensors), _under("delta.", g.tensors)
+    merged, _ = overlaid(base, delta, g.path, ignore_misfits=True)
+    return {f"merged.{name}": tensor for name, tensor in merged.items()}
+
+
+def _under(start: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
 
 
 KINDS = (
@@ -271,4 +296,6 @@ KINDS = (
         ),
         naming,
     ),
+    Kind("result.x_pad_token", ("result.",), conversion),
+    Kind("merged.x_pad_token", ("merged.",), merging),
 )
