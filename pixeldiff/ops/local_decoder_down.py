@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, max_pool2d, silu
 
@@ -10,7 +11,9 @@ from .registry import define
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.permute(0, 3, 1, 2).to(weight.dtype)
+    # The result takes the order of x: an image that comes channels first changes sides here, while
+    # it has three channels.
+    x = x.permute(0, 3, 1, 2).to(weight.dtype, memory_format=torch.channels_last)
     skip = silu(conv2d(x, weight, bias, padding=1))
     return skip.permute(0, 2, 3, 1), max_pool2d(skip, 2).permute(0, 2, 3, 1)
 
