@@ -21,6 +21,7 @@ from ..models.l2p.layers import CaptionEmbedder, TimeEmbedder
 from ..models.l2p.local_decoder import LocalDecoder
 from ..models.l2p.network import L2PNet
 from ..models.l2p.positions import caption_positions, image_positions, rope_3d, time_embedding
+from ..models.l2p.training import NoiseLevels, noised, velocity_loss
 from ..ops.qk_norm_rope import rotate
 from .golden import Golden, NotUnderstood, read_golden
 from .portable_generator import generated
@@ -35,7 +36,8 @@ class Kind:
 
     Args:
         marker: a tensor that only files of this sort state.
-        outputs: names of the tensors to reproduce; those that start with `cap.` always are.
+        outputs: names of the tensors to reproduce; those that start with `cap.`
+            or `grad.` always are.
         run: (file, weights) -> results by their names in the file.
     """
 
@@ -57,7 +59,7 @@ def restated(g: Golden) -> tuple[Golden, Callable[[Golden], Results]]:
     lengths = _own_rows(g)
     tensors: dict[str, Tensor] = {}
     for name, tensor in g.tensors.items():
-        if name in kind.outputs or name.startswith("cap."):
+        if name in kind.outputs or name.startswith(("cap.", "grad.")):
             tensors.update(_by_item(_result_name(name), tensor, lengths.get(name)))
         else:
             tensors[name] = tensor
@@ -248,7 +250,29 @@ def naming(g: Golden) -> Results:
     return {f"split.{k}": t for k, t in split_names(fused).items()}
 
 
+def training_step(g: Golden) -> Results:
+    # Outside the caller's inference mode, whose tensors can take no part in a gradient.
+    with torch.inference_mode(False), torch.enable_grad():
+        net = L2PNet(_config(g.meta["config"]))
+        _load(net, _weights(g))
+        x0, noise, caption = (g.tensors[name].float() for name in ("x0", "noise", "caption"))
+        sigma, t = (torch.tensor([value]) for value in NoiseLevels().at(g.meta["case"]["index"]))
+        x = noised(x0, noise, sigma)
+        u = net(x, t, [caption])
+        loss = velocity_loss(u, x0, noise)
+        loss.backward()
+    out = {"x_t": x, "pred": -u, "target": noise - x0, "loss": loss[None]}
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    out["grad_norms_sorted_by_key"] = torch.stack([grads[name].norm() for name in sorted(grads)])
+    return {**out, **{f"grad.{name}": grad for name, grad in grads.items()}}
+
+
 KINDS = (
+    Kind(
+        "grad_norms_sorted_by_key",
+        ("x_t", "pred", "target", "loss", "grad_norms_sorted_by_key"),
+        training_step,
+    ),
     Kind("net_out", ("net_out",), network),
     Kind("feat", ("y",), local_decoder),
     Kind("ids", ("y", "y_masked", "attn_out", "cap_embed"), block),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
+from torch.utils.checkpoint import checkpoint
 
 from ... import ops
 from ...ops.registry import upcast
@@ -46,6 +47,7 @@ class LocalDecoder(nn.Module):
     def __init__(self, config: LocalDecoderConfig, dim: int, channels: int = 3, **factory) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # in training: keep no activations inside a level
 
         def conv(before: int, after: int, size: int = 3) -> nn.Conv2d:
             return nn.Conv2d(before, after, size, padding=size // 2, **factory)
@@ -82,7 +84,7 @@ class LocalDecoder(nn.Module):
         h, skips = x.permute(0, 2, 3, 1), []
         for level in self.config.levels:
             conv = getattr(self, f"enc{level.name}")[0]
-            skip, h = ops.local_decoder_down(h, conv.weight, conv.bias)
+            skip, h = self._level(ops.local_decoder_down, h, conv.weight, conv.bias)
             skips.append(skip)
             if trace:
                 trace(f"enc{level.name}", skip)
@@ -97,12 +99,18 @@ class LocalDecoder(nn.Module):
         for level, skip in zip(reversed(self.config.levels), reversed(encoded.skips), strict=True):
             up = getattr(self, f"up{level.name}")[1]
             dec = getattr(self, f"dec{level.name}")[0]
-            h = ops.local_decoder_up(h, skip, up.weight, up.bias, dec.weight, dec.bias)
+            weights = (up.weight, up.bias, dec.weight, dec.bias)
+            h = self._level(ops.local_decoder_up, h, skip, *weights)
             if trace:
                 trace(f"dec{level.name}", h)
         weight, bias = self.out_conv.weight.flatten(1), self.out_conv.bias
         u = linear(upcast(h), upcast(weight), upcast(bias))
         return u.permute(0, 3, 1, 2).contiguous()
+
+    def _level(self, op: Callable, *args: Tensor):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(op, *args, use_reentrant=False)
+        return op(*args)
 
     def _join(self, image: Tensor, features: Tensor) -> Tensor:
         """silu of the bottleneck: image (S, gh, gw, Cb) and features (B, h, w, D).
