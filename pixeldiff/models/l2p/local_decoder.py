@@ -109,7 +109,7 @@ class LocalDecoder(nn.Module):
 
     def _level(self, op: Callable, *args: Tensor):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(op, *args, use_reentrant=False)
+            return checkpoint(op, *args, use_reentrant=False, preserve_rng_state=False)
         return op(*args)
 
     def _join(self, image: Tensor, features: Tensor) -> Tensor:

@@ -158,7 +158,9 @@ def recompute_blocks(net: L2PNet) -> None:
     """
     for module in net.modules():
         if isinstance(module, Block):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+            module.forward = functools.partial(
+                checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
+            )
     net.local_decoder.recompute = True
 
 
