@@ -397,8 +397,12 @@ def train(
         f"(sample with the same); from step {trainer.steps_done} to {steps}",
         markup=False,
     )
-    with progress_bar(quiet or not processes.first, "training") as callback:
-        complete = trainer.run(plan, callback)
+    try:
+        with progress_bar(quiet or not processes.first, "training") as callback:
+            complete = trainer.run(plan, callback)
+    except KeyboardInterrupt:  # the second one: the first ends the run with a checkpoint
+        _err.print("interrupted; the last checkpoint stays: go on with --resume")
+        sys.exit(130)
     _out.print(str(output / f"step-{trainer.steps_done:08d}"), markup=False)
     if not complete:
         _err.print(f"stopped after step {trainer.steps_done}; go on with --resume")
