@@ -23,6 +23,7 @@ from ..models.l2p.local_decoder import LocalDecoder
 from ..models.l2p.merging import overlaid
 from ..models.l2p.network import L2PNet
 from ..models.l2p.positions import caption_positions, image_positions, rope_3d, time_embedding
+from ..models.l2p.training import NoiseLevels, noised, velocity_loss
 from ..ops.qk_norm_rope import rotate
 from .golden import Golden, NotUnderstood, read_golden
 from .portable_generator import generated
@@ -38,7 +39,7 @@ class Kind:
     Args:
         marker: a tensor that only files of this sort state.
         outputs: names of the tensors to reproduce, or, with a dot at the end, what they start with;
-            those that start with `cap.` always are.
+            those that start with `cap.` or `grad.` always are.
         run: (file, weights) -> results by their names in the file.
     """
 
@@ -48,7 +49,7 @@ class Kind:
 
     def states(self, name: str) -> bool:
         """Whether `name` is a result of such a file."""
-        starts = tuple(o for o in ("cap.", *self.outputs) if o.endswith("."))
+        starts = tuple(o for o in ("cap.", "grad.", *self.outputs) if o.endswith("."))
         return name in self.outputs or name.startswith(starts)
 
 
@@ -273,7 +274,29 @@ def _under(start: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
 
 
+def training_step(g: Golden) -> Results:
+    # Outside the caller's inference mode, whose tensors can take no part in a gradient.
+    with torch.inference_mode(False), torch.enable_grad():
+        net = L2PNet(_config(g.meta["config"]))
+        _load(net, _weights(g))
+        x0, noise, caption = (g.tensors[name].float() for name in ("x0", "noise", "caption"))
+        sigma, t = (torch.tensor([value]) for value in NoiseLevels().at(g.meta["case"]["index"]))
+        x = noised(x0, noise, sigma)
+        u = net(x, t, [caption])
+        loss = velocity_loss(u, x0, noise)
+        loss.backward()
+    out = {"x_t": x, "pred": -u, "target": noise - x0, "loss": loss[None]}
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    out["grad_norms_sorted_by_key"] = torch.stack([grads[name].norm() for name in sorted(grads)])
+    return {**out, **{f"grad.{name}": grad for name, grad in grads.items()}}
+
+
 KINDS = (
+    Kind(
+        "grad_norms_sorted_by_key",
+        ("x_t", "pred", "target", "loss", "grad_norms_sorted_by_key"),
+        training_step,
+    ),
     Kind("net_out", ("net_out",), network),
     Kind("feat", ("y",), local_decoder),
     Kind("ids", ("y", "y_masked", "attn_out", "cap_embed"), block),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
+from torch.utils.checkpoint import checkpoint
 
 from ... import ops
 from ...ops.registry import upcast
@@ -46,6 +47,7 @@ class LocalDecoder(nn.Module):
     def __init__(self, config: LocalDecoderConfig, dim: int, channels: int = 3, **factory) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # in training: keep no activations inside a level
 
         def conv(before: int, after: int, size: int = 3) -> nn.Conv2d:
             return nn.Conv2d(before, after, size, padding=size // 2, **factory)
@@ -101,13 +103,14 @@ class LocalDecoder(nn.Module):
     def down(self, level: Level, h: Tensor) -> tuple[Tensor, Tensor]:
         """A level's way down: (S, H, W, C) -> its skip tensor and the next level's input."""
         conv = getattr(self, f"enc{level.name}")[0]
-        return ops.local_decoder_down(h, conv.weight, conv.bias)
+        return self._level(ops.local_decoder_down, h, conv.weight, conv.bias)
 
     def up(self, level: Level, h: Tensor, skip: Tensor) -> Tensor:
         """A level's way up: what came from below, (B, H/2, W/2, C), doubled and joined."""
         up = getattr(self, f"up{level.name}")[1]
         dec = getattr(self, f"dec{level.name}")[0]
-        return ops.local_decoder_up(h, skip, up.weight, up.bias, dec.weight, dec.bias)
+        weights = (up.weight, up.bias, dec.weight, dec.bias)
+        return self._level(ops.local_decoder_up, h, skip, *weights)
 
     def pixels(self, h: Tensor) -> Tensor:
         """(B, H, W, C) of the last level -> (B, 3, H, W) fp32, a view of channels last."""
@@ -118,6 +121,11 @@ class LocalDecoder(nn.Module):
         """The image's share of the bottleneck, bias included, before the activation."""
         weight, bias = self.bottleneck[0].weight.flatten(1), self.bottleneck[0].bias
         return linear(h, weight[:, : h.shape[-1]], bias)
+
+    def _level(self, op: Callable, *args: Tensor):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(op, *args, use_reentrant=False, preserve_rng_state=False)
+        return op(*args)
 
     def join(self, image: Tensor, features: Tensor) -> Tensor:
         """silu of the bottleneck: image (S, gh, gw, Cb) and features (B, h, w, D).
