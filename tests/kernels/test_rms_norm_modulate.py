@@ -303,6 +303,18 @@ def test_triton_compiles_ahead_of_time(target):
         assert "st.global.v4.b32" in kernel.ptx
 
 
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_triton_compiles_ahead_of_time_as_l2p_calls_it(target):
+    """No shift, a scale in fp32."""
+    module = pytest.importorskip("pixeldiff.triton_kernels.rms_norm_modulate")
+    x, weight, scale, _, eps = aot.released(OP, system="l2p")
+    args = (x, weight, scale.float(), None, eps)
+    (kernel,) = aot.compile_launch(lambda: module.launch(*args), target)
+    aot.assert_lean(kernel)
+    assert "ld.global.v4.b32" in kernel.ptx
+    assert "st.global.v4.b32" in kernel.ptx
+
+
 def test_triton_compiles_once_for_all_sizes():
     module = pytest.importorskip("pixeldiff.triton_kernels.rms_norm_modulate")
     grids = ((128, 128), (256, 256), (37, 41), (1, 1))
