@@ -73,7 +73,8 @@ sanitize: setup
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
 	    ASAN_OPTIONS=detect_leaks=0 \
 	    $(BIN)/python -m pytest tests/kernels/test_rms_norm_modulate.py \
-	    tests/kernels/test_gated_residual_norm.py tests/kernels/test_joint_attention.py \
+	    tests/kernels/test_gated_residual_norm.py tests/kernels/test_gated_norm_residual.py \
+	    tests/kernels/test_joint_attention.py \
 	    tests/kernels/test_qk_norm_rope.py tests/kernels/test_swiglu.py \
 	    tests/kernels/test_sigma_gate.py tests/kernels/test_sigma_gate_norm.py \
 	    tests/kernels/test_pixel_embed.py \

@@ -131,6 +131,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         [](int code) { return is_isa_code(code) && cpu::isa_usable(static_cast<cpu::Isa>(code)); });
   m.def("rms_norm_modulate_cpu", &rms_norm_modulate_cpu);
   m.def("gated_residual_norm_cpu", &gated_residual_norm_cpu);
+  bind_gated_norm_residual(m);
   bind_pixel(m);
   bind_joint_attention(m);
   bind_qk_norm_rope(m);

@@ -1,6 +1,7 @@
 // Entry points of the CPU kernels: pick the variant, split the rows, hand each worker its scratch.
 #include <memory>
 
+#include "gated_norm_residual.h"
 #include "gated_residual_norm.h"
 #include "parallel.h"
 #include "qk_norm_rope.h"
@@ -51,6 +52,11 @@ void run_rows(const Args& args, int64_t count, int64_t width, RowsFunction<Args>
 void rms_norm_modulate(const RmsNormModulateArgs& args, Isa isa, int threads) {
   run_rows(args, args.B * args.N, args.D, PIXELDIFF_VARIANT(isa, rms_norm_modulate_rows),
            3 * args.D, threads);
+}
+
+void gated_norm_residual(const GatedNormResidualArgs& args, Isa isa, int threads) {
+  run_rows(args, args.B * args.N, args.D, PIXELDIFF_VARIANT(isa, gated_norm_residual_rows),
+           2 * args.D, threads);
 }
 
 void gated_residual_norm(const GatedResidualNormArgs& args, Isa isa, int threads) {

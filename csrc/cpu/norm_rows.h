@@ -1,5 +1,5 @@
-// What rms_norm_modulate and gated_residual_norm share: per-image factors in fp32, the mean square
-// of a row, and the normalising pass. Included once per instruction set (see simd.h).
+// What the row-normalising kernels share: per-image factors in fp32, the mean square of a row, and
+// the normalising pass. Included once per instruction set (see simd.h).
 #pragma once
 
 #include "../dtype.h"
@@ -66,8 +66,8 @@ inline float sum_of_squares(const T* row, int64_t D) {
 }
 
 // out = row * inverse_rms * gain + shift
-template <class T>
-inline void normalise_row(const T* row, float inverse, const float* gain, const float* shift,
+template <class T, class Shift>
+inline void normalise_row(const T* row, float inverse, const float* gain, const Shift* shift,
                           int64_t D, T* out) {
   constexpr int W = Vec::width;
   const Vec r = Vec::fill(inverse);

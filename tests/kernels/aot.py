@@ -73,12 +73,16 @@ def assert_lean(kernel: Compiled, *, tensor_cores: bool = False) -> None:
         assert kernel.tensor_cores, f"{where} has no tensor-core instruction"
 
 
-def released(op: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> tuple[Any, ...]:
-    """Arguments of `op` on the meta device at the released PiD's shapes, 2048 x 2048.
+def released(
+    op: str, dtype: torch.dtype = torch.bfloat16, *, system: str = "pid", **changes: Any
+) -> tuple[Any, ...]:
+    """Arguments of `op` on the meta device at a released network's shapes.
 
-    `changes` to the geometry: grid=(256, 256) is 4096 x 4096.
+    "pid" at 2048 x 2048, or the trunk of "l2p", which has the same tokens at every size.
+    `changes` to the geometry: grid=(256, 256) is PiD at 4096 x 4096.
     """
-    geometry = replace(SYSTEMS["pid"].geometry, **{"grid": (128, 128), **changes})
+    grid = {"pid": (128, 128), "l2p": (64, 64)}[system]
+    geometry = replace(SYSTEMS[system].geometry, **{"grid": grid, **changes})
     return arguments(op, "meta", dtype, geometry)
 
 

@@ -846,6 +846,18 @@ def test_triton_compiles_ahead_of_time(target, masked):
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
+def test_triton_compiles_ahead_of_time_as_l2p_calls_it(target):
+    """A mask without lse; the image rows alone ask."""
+    module = pytest.importorskip("pixeldiff.triton_kernels.joint_attention")
+    q, k, v, scale, *_ = aot.released(OP, system="l2p")
+    mask = torch.empty(k.shape[:2], device="meta", dtype=torch.bool)
+    args = (q[:, :4096], k, v, scale, mask, False)
+    (kernel,) = aot.compile_launch(lambda: module.launch(*args), target)
+    aot.assert_lean(kernel, tensor_cores=True)
+    assert "cp.async.cg.shared.global" in kernel.ptx
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
 def test_triton_compiles_ahead_of_time_in_fp32(target):
     module = pytest.importorskip("pixeldiff.triton_kernels.joint_attention")
     for shape in (RELEASED["mmdit-2048"], RELEASED["pit-2048"], RELEASED["l2p"]):

@@ -294,6 +294,18 @@ def test_triton_compiles_ahead_of_time(target):
     aot.check_streams(OP, target, aot.widths())
 
 
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_triton_compiles_ahead_of_time_as_l2p_calls_it(target):
+    """No shift, a scale in fp32."""
+    module = pytest.importorskip("pixeldiff.triton_kernels.rms_norm_modulate")
+    x, weight, scale, _, eps = aot.released(OP, system="l2p")
+    args = (x, weight, scale.float(), None, eps)
+    (kernel,) = aot.compile_launch(lambda: module.launch(*args), target)
+    aot.assert_lean(kernel)
+    assert "ld.global.v4.b32" in kernel.ptx
+    assert "st.global.v4.b32" in kernel.ptx
+
+
 def test_triton_compiles_once_for_all_sizes():
     aot.check_compiles_once(OP, aot.released_sizes(OP))
 

@@ -336,8 +336,9 @@ def test_released_shapes(rows):
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_triton_compiles_ahead_of_time(target):
     module = pytest.importorskip(TRITON)
-    for dtype in (torch.bfloat16, torch.float32):
-        args = aot.released("swiglu", dtype)
+    cases = ((torch.bfloat16, "pid"), (torch.float32, "pid"), (torch.bfloat16, "l2p"))
+    for dtype, system in cases:
+        args = aot.released("swiglu", dtype, system=system)
         (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
         aot.assert_lean(kernel)
         assert kernel.registers <= 64
