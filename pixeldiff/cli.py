@@ -295,11 +295,6 @@ def bake_caption(
     _out.print(f"{output}: {tuple(result.embedding.shape)}", markup=False)
 
 
-@main.group()
-def l2p() -> None:
-    """Make and train L2P models."""
-
-
 @l2p.command()
 @click.option("--model", required=True, help="L2P checkpoint to train: what convert wrote")
 @click.option(

@@ -18,7 +18,7 @@ _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 @click.group()
 def l2p() -> None:
-    """Make L2P pixel networks from latent ones."""
+    """Make L2P pixel networks from latent ones, and train them."""
 
 
 @l2p.command()
