@@ -148,7 +148,9 @@ def test_guidance_1_is_the_positive_branch_and_equal_prompts_need_none():
 def test_one_branch_where_there_is_no_guidance(monkeypatch):
     net, batches = network(config()), []
     step = net.step
-    monkeypatch.setattr(net, "step", lambda x, t, c: batches.append(c.batch) or step(x, t, c))
+    monkeypatch.setattr(
+        net, "step", lambda x, t, c, **o: batches.append(c.batch) or step(x, t, c, **o)
+    )
     y, other = captions(7, 11)
     for scale in (1.0, 2.0):
         guided(net, [y], [other], (32, 48), guidance_scale=scale)(draw(1, 3, 32, 48), 0.3)
