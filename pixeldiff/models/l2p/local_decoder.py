@@ -16,7 +16,7 @@ from torch.nn.functional import linear, silu
 
 from ... import ops
 from ...ops.registry import upcast
-from .config import LocalDecoderConfig
+from .config import Level, LocalDecoderConfig
 
 Trace = Callable[[str, Tensor], None]
 
@@ -81,30 +81,45 @@ class LocalDecoder(nn.Module):
         """The half that sees the image only; images that differ in their features share it."""
         h, skips = x.permute(0, 2, 3, 1), []
         for level in self.config.levels:
-            conv = getattr(self, f"enc{level.name}")[0]
-            skip, h = ops.local_decoder_down(h, conv.weight, conv.bias)
+            skip, h = self.down(level, h)
             skips.append(skip)
             if trace:
                 trace(f"enc{level.name}", skip)
-        weight, bias = self.bottleneck[0].weight.flatten(1), self.bottleneck[0].bias
-        return Encoded(skips, linear(h, weight[:, : h.shape[-1]], bias))
+        return Encoded(skips, self.narrowed(h))
 
     def decode(self, encoded: Encoded, features: Tensor, *, trace: Trace | None = None) -> Tensor:
         """The half that joins in the features; arguments and result as in `forward`."""
-        h = self._join(encoded.bottleneck, features)
+        h = self.join(encoded.bottleneck, features)
         if trace:
             trace("bottleneck", h)
         for level, skip in zip(reversed(self.config.levels), reversed(encoded.skips), strict=True):
-            up = getattr(self, f"up{level.name}")[1]
-            dec = getattr(self, f"dec{level.name}")[0]
-            h = ops.local_decoder_up(h, skip, up.weight, up.bias, dec.weight, dec.bias)
+            h = self.up(level, h, skip)
             if trace:
                 trace(f"dec{level.name}", h)
-        weight, bias = self.out_conv.weight.flatten(1), self.out_conv.bias
-        u = linear(upcast(h), upcast(weight), upcast(bias))
-        return u.permute(0, 3, 1, 2).contiguous()
+        return self.pixels(h).contiguous()
 
-    def _join(self, image: Tensor, features: Tensor) -> Tensor:
+    def down(self, level: Level, h: Tensor) -> tuple[Tensor, Tensor]:
+        """A level's way down: (S, H, W, C) -> its skip tensor and the next level's input."""
+        conv = getattr(self, f"enc{level.name}")[0]
+        return ops.local_decoder_down(h, conv.weight, conv.bias)
+
+    def up(self, level: Level, h: Tensor, skip: Tensor) -> Tensor:
+        """A level's way up: what came from below, (B, H/2, W/2, C), doubled and joined."""
+        up = getattr(self, f"up{level.name}")[1]
+        dec = getattr(self, f"dec{level.name}")[0]
+        return ops.local_decoder_up(h, skip, up.weight, up.bias, dec.weight, dec.bias)
+
+    def pixels(self, h: Tensor) -> Tensor:
+        """(B, H, W, C) of the last level -> (B, 3, H, W) fp32, a view of channels last."""
+        weight, bias = self.out_conv.weight.flatten(1), self.out_conv.bias
+        return linear(upcast(h), upcast(weight), upcast(bias)).permute(0, 3, 1, 2)
+
+    def narrowed(self, h: Tensor) -> Tensor:
+        """The image's share of the bottleneck, bias included, before the activation."""
+        weight, bias = self.bottleneck[0].weight.flatten(1), self.bottleneck[0].bias
+        return linear(h, weight[:, : h.shape[-1]], bias)
+
+    def join(self, image: Tensor, features: Tensor) -> Tensor:
         """silu of the bottleneck: image (S, gh, gw, Cb) and features (B, h, w, D).
 
         A 1x1 convolution commutes with nearest-neighbour resizing: it is applied to the features'

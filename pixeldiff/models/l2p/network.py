@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ... import ops
+from ...ops.registry import needs_grad
 from ..pid.layers import SwiGLU
+from . import bands
+from .bands import DECODER_MEMORY
 from .block import Block, SelfAttention
 from .config import SEQ_MULTIPLE, L2PConfig
 from .layers import CaptionEmbedder, FinalLayer, TimeEmbedder
@@ -219,8 +222,11 @@ class L2PNet(nn.Module):
         condition: L2PCondition,
         *,
         trace: Trace | None = None,
+        decoder_memory: int | None = DECODER_MEMORY,
     ) -> Tensor:
         """One network call of the sampling loop; arguments and result as in `forward`.
+
+        `decoder_memory` as in `decoded`; a trace, and gradients, run the local decoder whole.
 
         A float t that `prepare` was given as a time costs nothing here. Where captions share an
         image, its patches are embedded once, the noise refiner runs once (if t is one for all and
@@ -235,12 +241,51 @@ class L2PNet(nn.Module):
             trace("feat_map", features.permute(0, 3, 1, 2))
         if self.config.local_decoder is None:
             return self._unpatchified(rows, mod, condition)
-        encoded = self.local_decoder.encode(x, trace=trace)
-        return self.local_decoder.decode(encoded, features, trace=trace)
+        if trace:
+            encoded = self.local_decoder.encode(x, trace=trace)
+            return self.local_decoder.decode(encoded, features, trace=trace)
+        return self.decoded(x, features, decoder_memory=decoder_memory)
 
     def features(self, x: Tensor, t: Tensor | float, condition: L2PCondition) -> Tensor:
         """The trunk's rows of the image, (B, N, D): what the local decoder joins with the image."""
         return self._trunk(x, self._modulation_for(x, t, condition), condition)
+
+    def decoded(
+        self, x: Tensor, features: Tensor, *, decoder_memory: int | None = DECODER_MEMORY
+    ) -> Tensor:
+        """The network output from the noisy image and the trunk's features.
+
+        Args:
+            x: (S, 3, H, W).
+            features: (B, h, w, D), S a divisor of B; features b belong to image b % S.
+            decoder_memory: bytes that the local decoder may hold beside x, the features and the
+                result. It runs whole where that suffices, else tile by tile, which is exact: the
+                results differ by rounding, as convolutions of another shape may. How it is cut
+                depends on the network, the shapes, the weights' type and this number alone. None
+                is whole.
+
+        Returns:
+            (B, 3, H, W) fp32.
+
+        Raises:
+            ValueError: a number too small for any tile; names the least one.
+        """
+        decoder, height, width = self.local_decoder, x.shape[2], x.shape[3]
+        if decoder_memory is None or needs_grad(x, features, *decoder.parameters()):
+            return decoder(x, features)
+        if isinstance(decoder_memory, bool) or not isinstance(decoder_memory, int):
+            raise TypeError(
+                f"L2PNet: decoder_memory must be a number of bytes or None, got {decoder_memory!r}"
+            )
+        load = bands.Load(
+            config=decoder.config,
+            channels=x.shape[1],
+            size=(height, width),
+            images=x.shape[0],
+            batch=features.shape[0],
+            itemsize=self.dtype.itemsize,
+        )
+        return bands.decode(decoder, x, features, bands.plan(load, decoder_memory))
 
     def _trunk(
         self,

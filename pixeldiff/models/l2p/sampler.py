@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..steps import Callback, fp32, report
+from .bands import DECODER_MEMORY
 from .network import L2PNet
 from .scheduler import Schedule
 
@@ -29,6 +30,7 @@ def guided(
     guidance_scale: float = 1.0,
     times: Sequence[float] = (),
     together: bool = True,
+    decoder_memory: int | None = DECODER_MEMORY,
 ) -> Predict:
     """predict(x, t) -> u with classifier-free guidance: u = u_neg + g (u_pos - u_neg), in fp32.
 
@@ -45,6 +47,8 @@ def guided(
             local decoder that sees the image only and, where the image needs no padding, the noise
             refiner. Otherwise one branch runs after the other, with half the activations in the
             trunk; they share that half of the local decoder alone. Equal up to rounding.
+        decoder_memory: bytes that the local decoder may hold, both branches together, beside its
+            inputs and its result; see `L2PNet.decoded`.
 
     Returns:
         A function of x (B, 3, H, W) and t that gives u (B, 3, H, W) fp32, the negative velocity.
@@ -55,7 +59,7 @@ def guided(
     """
     if guidance_scale == 1:
         condition = net.prepare(positive, size, times=times)
-        return lambda x, t: net.step(x, t, condition)
+        return lambda x, t: net.step(x, t, condition, decoder_memory=decoder_memory)
     if negative is None:
         raise ValueError(
             f"guidance_scale = {guidance_scale} needs the negative prompt's embeddings; pass them, "
@@ -70,7 +74,8 @@ def guided(
         both = net.prepare([*positive, *negative], size, times=times)
 
         def predict(x: Tensor, t: float) -> Tensor:
-            return _mixed(*net.step(x, t, both).chunk(2), guidance_scale)
+            u = net.step(x, t, both, decoder_memory=decoder_memory)
+            return _mixed(*u.chunk(2), guidance_scale)
 
         return predict
 
@@ -81,9 +86,10 @@ def guided(
     def predict_in_turn(x: Tensor, t: float) -> Tensor:
         # The features are small: both trunks run before the decoder's large tensors exist.
         rows = [net.features(x, t, condition) for condition in (first, second)]
-        encoded = net.local_decoder.encode(x)
-        grids = [r.unflatten(1, first.grid) for r in rows]
-        return _mixed(*(net.local_decoder.decode(encoded, g) for g in grids), guidance_scale)
+        features = torch.cat(rows).unflatten(1, first.grid)
+        del rows
+        u = net.decoded(x, features, decoder_memory=decoder_memory)
+        return _mixed(*u.chunk(2), guidance_scale)
 
     return predict_in_turn
 
