@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...ops.registry import upcast
-
 from .config import Level, LocalDecoderConfig
 from .local_decoder import LocalDecoder
 
