@@ -191,7 +191,7 @@ def test_budget_bounds_memory(form, side, batch, budget):
     assert tiling.levels > 0
     peak = measured(form, (side, side), batch, torch.bfloat16, tiling)
     assert peak <= budget
-    assert what.work(tiling) < 1.06 * what.work(Tiling(0, side, side))
+    assert what.work(tiling) < 1.1 * what.work(Tiling(0, side, side))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
