@@ -77,7 +77,6 @@ SYSTEMS: dict[str, System] = {
         sizes=(1024, 4096),
         geometry=Geometry(text=128, width=3840, heads=30, head_dim=128, hidden=10240, pixel=16),
         sites={
-            "rms_norm_modulate": _TRUNK,
             "gated_norm_residual": _TRUNK,
             "swiglu": _TRUNK,
             "qk_norm_rope": _TRUNK,

@@ -79,7 +79,7 @@ def test_a_whole_run_and_that_a_launch_then_uses_the_table(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = schema.load(tmp_path / "r.json")
     assert {r.kind for r in rows} == {"tile"}
-    assert {r.site for r in rows} == {"pid/image", "pid/text", "l2p/trunk"}
+    assert {r.site for r in rows} == {"pid/image", "pid/text"}
     assert all(r.accuracy.of_budget <= 1 for r in rows)
     table = json.loads((tmp_path / "rms_norm_modulate.json").read_text())
     assert table.keys() == {"8.0"}

@@ -50,19 +50,21 @@ class SelfAttention(nn.Module):
     def _projected(self, h: Tensor) -> Tensor:
         """(B, L, 3D): q, k and v of every row."""
         parts = (self.to_q, self.to_k, self.to_v)
-        weights = [p.weight for p in parts]
-        plain = all(type(p) is nn.Linear for p in parts)
-        if not plain or torch.compiler.is_compiling() or needs_grad(h, *weights):
-            return torch.cat([p(h) for p in parts], -1)
-        q, k, v = weights
-        if not (follows(q, k) and follows(k, v)):
+        q, k, v = (p.weight for p in parts)
+        # Tracing knows no addresses, and a view of q's weight has no gradient for the others.
+        if torch.compiler.is_compiling() or needs_grad(h, q, k, v) or not self._packed():
             return torch.cat([p(h) for p in parts], -1)
         return linear(h, q.as_strided((3 * q.shape[0], q.shape[1]), q.stride()))
 
+    def _packed(self) -> bool:
+        q, k, v = parts = (self.to_q, self.to_k, self.to_v)
+        plain = all(type(p) is nn.Linear for p in parts)
+        return plain and follows(q.weight, k.weight) and follows(k.weight, v.weight)
+
     @torch.no_grad()
     def pack_(self) -> SelfAttention:
-        q, k, v = (p.weight for p in (self.to_q, self.to_k, self.to_v))
-        if not (follows(q, k) and follows(k, v)):
+        if not self._packed():
+            q, k, v = (p.weight for p in (self.to_q, self.to_k, self.to_v))
             q.data, k.data, v.data = torch.cat((q, k, v)).chunk(3)
         return self
 

@@ -119,6 +119,16 @@ def test_bf16_is_near_fp32():
     assert error.any()
 
 
+def test_step_compiles_without_graph_breaks():
+    """Guided, masked, with a prepared time: one graph."""
+    torch._dynamo.reset()
+    net = network(config(n_layers=1))
+    condition = net.prepare(captions(5, 40), (32, 48), times=[0.3])
+    x = draw(1, 3, 32, 48)
+    compiled = torch.compile(net.step, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, 0.3, condition), net.step(x, 0.3, condition))
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_released_networks_at_their_own_size(name):
     """On the meta device, guided: shapes and types through every op, nothing allocated."""
