@@ -21,6 +21,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...ops.registry import upcast
@@ -280,6 +281,33 @@ def plan(load: Load, budget: int) -> Tiling:
             f"{load.size[0]}x{load.size[1]}, got {budget}; None sets no bound"
         )
     return best
+
+
+def plan_for(
+    decoder: LocalDecoder,
+    size: tuple[int, int],
+    images: int,
+    batch: int,
+    itemsize: int,
+    budget: int,
+) -> Tiling:
+    """`plan` for a decoder and S images, B features of the given size."""
+    config = decoder.config
+    levels = tuple((v.name, v.skip, v.up, v.out) for v in config.levels)
+    channels = decoder.out_conv.out_channels
+    sizes = (channels, size[0], size[1], images, batch, itemsize)
+    return Tiling(*_answer(levels, config.bottleneck, sizes, budget))
+
+
+@torch.compiler.assume_constant_result
+def _answer(levels: tuple, bottleneck: int, sizes: tuple, budget: int) -> tuple[int, int, int]:
+    # The compiler takes what this returns; it would trace the search otherwise. It hands over
+    # plain numbers only.
+    channels, height, width, images, batch, itemsize = sizes
+    config = LocalDecoderConfig(tuple(Level(*level) for level in levels), bottleneck)
+    load = Load(config, channels, (height, width), images, batch, itemsize)
+    tiling = plan(load, budget)
+    return tiling.levels, tiling.height, tiling.width
 
 
 def _parts(cells: int) -> list[int]:

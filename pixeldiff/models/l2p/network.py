@@ -277,15 +277,11 @@ class L2PNet(nn.Module):
             raise TypeError(
                 f"L2PNet: decoder_memory must be a number of bytes or None, got {decoder_memory!r}"
             )
-        load = bands.Load(
-            config=decoder.config,
-            channels=x.shape[1],
-            size=(height, width),
-            images=x.shape[0],
-            batch=features.shape[0],
-            itemsize=self.dtype.itemsize,
+        size, batch = (height, width), features.shape[0]
+        tiling = bands.plan_for(
+            decoder, size, x.shape[0], batch, self.dtype.itemsize, decoder_memory
         )
-        return bands.decode(decoder, x, features, bands.plan(load, decoder_memory))
+        return bands.decode(decoder, x, features, tiling)
 
     def _trunk(
         self,

@@ -299,6 +299,16 @@ def test_guidance_within_a_budget(together, monkeypatch):
     assert relative(banded, whole) < 1e-12
 
 
+def test_a_step_in_bands_compiles_without_graph_breaks():
+    torch._dynamo.reset()
+    net, size = network(config(n_layers=1)), (64, 48)
+    x, condition = draw(1, 3, *size), net.prepare(captions(5), size, times=[0.3])
+    options = {"decoder_memory": least(net, size, 1)}
+    compiled = torch.compile(net.step, fullgraph=True, backend="eager")
+    want = net.step(x, 0.3, condition, **options)
+    assert torch.equal(compiled(x, 0.3, condition, **options), want)
+
+
 def test_gradients_and_traces_run_whole(monkeypatch):
     net, seen = network(config()), cut(monkeypatch)
     x, condition = draw(1, 3, 32, 48), net.prepare(captions(5), (32, 48))
