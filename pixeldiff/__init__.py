@@ -1,4 +1,4 @@
-"""pixeldiff: kernels for pixel-space diffusion, with the PiD latent decoder on top.
+"""pixeldiff: kernels for pixel-space diffusion, with PiD and L2P on top.
 
 import pixeldiff
 decoder = pixeldiff.PiDDecoder.from_pretrained("demo")
@@ -10,7 +10,7 @@ from typing import Any
 from .ops.registry import backend
 
 __version__ = "0.1.0"
-__all__ = ["PiDDecoder", "__version__", "backend"]
+__all__ = ["L2PPipeline", "PiDDecoder", "__version__", "backend"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from .models.pid.decoder import PiDDecoder
 
         return PiDDecoder
+    if name == "L2PPipeline":
+        from .models.l2p.pipeline import L2PPipeline
+
+        return L2PPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`pixeldiff`: decode latents, describe this machine, bake captions, verify golden files.
+"""`pixeldiff`: decode latents, generate pictures, show this machine, bake captions, verify goldens.
 
 Exit codes: 0 done; 1 it failed or a verification missed; 2 wrong usage, or a file that `verify`
 does not understand (even if others missed); 130 interrupted.
@@ -82,7 +82,7 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="pixeldiff")
 def main() -> None:
-    """Kernels for pixel-space diffusion, and the PiD latent decoder."""
+    """Kernels for pixel-space diffusion, the PiD latent decoder, and L2P pictures from text."""
 
 
 def _size(_ctx, _param, value: str | None) -> tuple[int, int] | None:
@@ -176,6 +176,96 @@ def decode(
         metadata = [{**result.metadata, "batch_index": i} for i in range(len(paths))]
     for path in save_pngs(list(zip(paths, result.images, metadata, strict=True))):
         _out.print(str(path), markup=False)
+
+
+@main.command()
+@click.argument("prompt", required=False)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="PNG to write")
+@click.option("--model", required=True, help="L2P checkpoint, or hub id")
+@click.option("--prompt-embeds", type=click.Path(path_type=Path), help="embeddings, for PROMPT")
+@click.option("--negative-prompt", help='text, for guidance; "" where PROMPT is given')
+@click.option(
+    "--negative-prompt-embeds", type=click.Path(path_type=Path), help="embeddings, for guidance"
+)
+@click.option("--text-encoder", help="folder or hub id of the Qwen3 used for texts")
+@click.option("--size", callback=_size, help="HEIGHTxWIDTH; default: the picture's, or the model's")
+@click.option("--steps", type=int, help="network calls; default: the model's")
+@click.option("--guidance", type=float, help="1 is none; default: the model's")
+@click.option("--shift", type=float, help="of the schedule; default: 3")
+@click.option("--image", type=click.Path(path_type=Path), help="picture to start from")
+@click.option("--strength", default=0.6, show_default=True, help="how much of it to give up, 0..1")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", help="cuda, cpu, ...; default: cuda where there is one")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="default: bf16 on CUDA")
+@click.option("--quiet", is_flag=True, help="no progress bar")
+@clean_errors
+def generate(
+    prompt: str | None,
+    output: Path,
+    model: str,
+    prompt_embeds: Path | None,
+    negative_prompt: str | None,
+    negative_prompt_embeds: Path | None,
+    text_encoder: str | None,
+    size: tuple[int, int] | None,
+    steps: int | None,
+    guidance: float | None,
+    shift: float | None,
+    image: Path | None,
+    strength: float,
+    seed: int,
+    device: str | None,
+    precision: str | None,
+    quiet: bool,
+) -> None:
+    """Make a picture of PROMPT with an L2P model.
+
+    With --image the picture is the start, resized to --size where that is given.
+    """
+    from .images import check_png_path, save_png
+    from .models.l2p import L2PPipeline
+
+    if (prompt is None) == (prompt_embeds is None):
+        raise click.UsageError("give either PROMPT or --prompt-embeds")
+    given = _caption_option("PROMPT", prompt, prompt_embeds)
+    negative = _caption_option("--negative-prompt", negative_prompt, negative_prompt_embeds)
+    check_png_path(output)
+    picture = None if image is None else _picture(image, size)
+    pipeline = L2PPipeline.from_pretrained(
+        model, device=device, precision=precision, text_encoder=text_encoder
+    )
+    height, width = size or (None, None)
+    with progress_bar(quiet, "generating") as callback:
+        result = pipeline(
+            prompt,
+            negative_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            prompt_embeds=given if prompt is None else None,
+            negative_prompt_embeds=negative if negative_prompt is None else None,
+            image=picture,
+            strength=strength,
+            shift=shift,
+            callback=callback,
+        )
+    if len(result.images) > 1:
+        raise ValueError(f"{prompt_embeds} must hold one prompt, got {len(result.images)}")
+    _out.print(str(save_png(output, result.images[0], result.metadata)), markup=False)
+
+
+def _picture(path: Path, size: tuple[int, int] | None):
+    from PIL import Image
+
+    from .images import to_rgb
+
+    with Image.open(path) as opened:
+        picture = to_rgb(opened)
+    if size is None or picture.size == size[::-1]:
+        return picture
+    return picture.resize(size[::-1], Image.Resampling.LANCZOS)
 
 
 def _caption_option(name: str, text: str | None, file: Path | None):

@@ -19,12 +19,16 @@ OUTPUTS = ("pil", "pt", "np")
 PNG_KEY = "pixeldiff"
 
 
-def to_uint8(images: Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, truncated toward zero as released.
+def to_uint8(images: Tensor, *, rounded: bool = False) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8.
 
-    Values outside [-1, 1] are clamped first.
+    Values outside [-1, 1] are clamped first. Truncated toward zero, as PiD was released; `rounded`
+    to the nearest, ties to even, as L2P was.
     """
-    scaled = (images.float().clamp(-1, 1) + 1) * 127.5
+    if rounded:
+        scaled = (((images.float() + 1) / 2).clamp(0, 1) * 255).round()
+    else:
+        scaled = (images.float().clamp(-1, 1) + 1) * 127.5
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -34,12 +38,15 @@ def check_output(output: str) -> None:
         raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
 
 
-def convert(images: Tensor, output: str) -> list[Image.Image] | Tensor | np.ndarray:
+def convert(
+    images: Tensor, output: str, *, rounded: bool = False
+) -> list[Image.Image] | Tensor | np.ndarray:
     """(B, 3, H, W) in [-1, 1] in the form a caller asked for.
 
     Args:
         output: "pil": list of B 8-bit RGB images. "pt": the tensor itself. "np": (B, H, W, 3) fp32
             array in [0, 1].
+        rounded: see `to_uint8`.
 
     Raises:
         ValueError: another output.
@@ -48,7 +55,7 @@ def convert(images: Tensor, output: str) -> list[Image.Image] | Tensor | np.ndar
     if output == "pt":
         return images
     if output == "pil":
-        return [Image.fromarray(a) for a in to_uint8(images)]
+        return [Image.fromarray(a) for a in to_uint8(images, rounded=rounded)]
     return ((images.float() + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
 
 

@@ -1,0 +1,400 @@
+"""L2PPipeline: from a prompt to an image, or from an image to another."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ... import __version__, images
+from ...text import CaptionFile
+from ...text.qwen3 import EMBED_DIM, QWEN3
+from ..devices import PRECISIONS, check_device, no_autocast
+from ..noise import noise_source
+from ..provenance import describe, forced_backends
+from ..steps import Callback, Interrupted
+from .checkpoint import net_from, read_checkpoint
+from .config import L2PConfig, Variant
+from .network import L2PNet
+from .prompts import Embeddings, PromptSource
+from .sampler import guided, sample, start
+from .scheduler import SHIFT, schedule
+from .sizes import check_size
+
+Prompt = str | Sequence[str] | None
+StepEnd = Callable[["L2PPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | bool | None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Steps, guidance and shift that a network is sampled with where a caller says nothing."""
+
+    steps: int
+    guidance_scale: float
+    shift: float = SHIFT
+
+
+SAMPLING = {"1k": Sampling(30, 2.0), **dict.fromkeys(("4k", "8k", "10k"), Sampling(50, 4.0))}
+UNKNOWN = Sampling(8, 1.0)
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """Images and how they were made.
+
+    `images` is what `output_type` asked for: a list of Pillow images, a (B, 3, H, W) fp32 tensor in
+    [-1, 1], or a (B, H, W, 3) fp32 array in [0, 1]. `metadata` is JSON-able and names everything
+    that decides the pixels.
+    """
+
+    images: list[Image.Image] | Tensor | np.ndarray
+    metadata: dict[str, Any]
+
+
+class L2PPipeline:
+    """Text to image in pixels (L2P, arXiv 2605.12013).
+
+        pipe = L2PPipeline.from_pretrained("l2p-1k.safetensors")
+        image = pipe("a red fox", seed=0).images[0]
+
+    Args:
+        net: a pixel network, on its device, in its dtype.
+        prompts: where embeddings of texts come from; by default only embeddings are accepted.
+        variant: the released network this is, or None.
+        sampling: used where a call says nothing; default: the variant's, else 8 steps unguided.
+        name: recorded in the metadata of images.
+    """
+
+    def __init__(
+        self,
+        net: L2PNet,
+        *,
+        prompts: PromptSource | None = None,
+        variant: Variant | None = None,
+        sampling: Sampling | None = None,
+        name: str = "custom",
+    ) -> None:
+        if net.config.local_decoder is None:
+            raise ValueError(
+                "L2PPipeline: this network is the latent model that L2P was converted from, it "
+                "makes latents and no pixels; use pixeldiff.models.l2p.L2PNet directly"
+            )
+        self.net = net.eval()
+        self.prompts = prompts or PromptSource(net.config.cap_feat_dim)
+        self.variant = variant
+        self.sampling = sampling or SAMPLING.get(variant.name if variant else "", UNKNOWN)
+        self.name = name
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        precision: str | None = None,
+        text_encoder: Any = None,
+        config: L2PConfig | None = None,
+        sampling: Sampling | None = None,
+    ) -> L2PPipeline:
+        """Read a checkpoint.
+
+        Args:
+            path: a .safetensors, .pth or .pt file, a folder with one, or a hub id.
+            device: default "cuda" where there is one, else "cpu".
+            precision: "fp32" or "bf16", the dtype the weights are held and multiplied in. Default
+                bf16 on CUDA, fp32 elsewhere.
+            text_encoder: folder or hub id of a Qwen3, or an object with `encode(list of str)`. It
+                is not loaded before a text is given. Default "Qwen/Qwen3-4B", 8 GB.
+            config: as for `read_checkpoint`.
+            sampling: see the class.
+
+        Raises:
+            CheckpointError: what is wrong with the file (see `pixeldiff.errors`); nothing stays
+                loaded. ValueError: precision or device. TypeError: text_encoder.
+        """
+        device = check_device(device)
+        if precision is None:
+            precision = "bf16" if device.type == "cuda" else "fp32"
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        loaded = read_checkpoint(path, config=config, dtype=PRECISIONS[precision], device=device)
+        embed_dim = loaded.config.cap_feat_dim
+        if text_encoder is None and embed_dim == EMBED_DIM:
+            text_encoder = QWEN3
+        prompts = PromptSource(embed_dim, text_encoder=text_encoder, device=device)
+        net = net_from(loaded)
+        loaded.state_dict.clear()  # the network owns its weights
+        if device.type == "cuda":
+            net.pack_()
+        name = f"L2P {loaded.variant.name}" if loaded.variant else Path(path).name
+        return cls(net, prompts=prompts, variant=loaded.variant, sampling=sampling, name=name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.device
+
+    @property
+    def precision(self) -> str:
+        """ "fp32" or "bf16"."""
+        return next((k for k, v in PRECISIONS.items() if v == self.net.dtype), str(self.net.dtype))
+
+    def encode_prompt(self, prompt: str | Sequence[str]) -> list[Tensor]:
+        """B embeddings (T_b, E) of B texts. Loads the text encoder if it is not loaded."""
+        return self.prompts.encode("prompt", prompt)
+
+    def release_text_encoder(self) -> None:
+        """Free the text encoder's memory. It is loaded again if a text is given again."""
+        self.prompts.release()
+
+    def __call__(
+        self,
+        prompt: Prompt = None,
+        negative_prompt: Prompt = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        prompt_embeds: Embeddings | None = None,
+        negative_prompt_embeds: Embeddings | None = None,
+        image: Image.Image | Tensor | None = None,
+        strength: float = 0.6,
+        strength_rule: str = "rescale",
+        shift: float | None = None,
+        time_dtype: str = "fp32",
+        guidance_together: bool = True,
+        callback: Callback | None = None,
+        callback_on_step_end: StepEnd | None = None,
+        output_type: str = "pil",
+    ) -> GenerateOutput:
+        """Make images. Arguments are named as those of diffusers' ZImagePipeline.
+
+        Args:
+            prompt: text(s); loads the text encoder. Or give prompt_embeds.
+            negative_prompt: text(s), one for all prompts or one each; "" where a prompt text is
+                given and nothing else. Not used without guidance.
+            height, width: of the image; default: those of `image`, else the variant's own.
+            num_inference_steps: n >= 1.
+            guidance_scale: g of v_neg + g (v_pos - v_neg); 1 is none and halves the work. The
+                number that ZImagePipeline takes is g - 1.
+            num_images_per_prompt: images of each prompt, next to each other in the result.
+            seed: of the pipeline's own generator on the network's device; None draws one and
+                reports it. PyTorch's global generators are neither read nor advanced.
+            generator: instead of seed: one for the batch, or one for each image, so that an image
+                does not depend on its batch. Its seed is reported if it is fresh.
+            prompt_embeds, negative_prompt_embeds: embeddings (T, E), a list of them, one a prompt,
+                (B, T, E), or a `CaptionFile`. The text encoder is not loaded for them.
+            image: to start from: a picture, or (1 or B, 3, H, W) in [-1, 1].
+            strength: in (0, 1], how much of `image` to give up; 1 is all of it.
+            strength_rule, shift, time_dtype: as for `schedule`.
+            guidance_together: both branches of guidance as one batch, or one after the other with
+                less memory; the images are equal up to rounding.
+            callback: told after each step (`StepInfo`); returning False stops.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": x, "x0": x0})
+                after each step, x the state (B, 3, H, W) in pixels; returning a dict with "latents"
+                goes on from those, returning False stops.
+            output_type: "pil", "pt" or "np"; see `GenerateOutput`.
+
+        Returns:
+            Images and metadata. Nothing else that shows is kept or changed, so a pipeline may be
+            used from several threads at once.
+
+        Raises:
+            ValueError, TypeError: an argument the network cannot take; checked before any work.
+            SizeError: height or width; names the nearest legal sizes.
+            Interrupted: a callback returned False. What a callback raises passes through.
+            ArithmeticError: the network returned NaN or infinity.
+        """
+        images.check_output(output_type)
+        image = self._image(image)
+        size = self._size(height, width, image)
+        steps = self.sampling.steps if num_inference_steps is None else num_inference_steps
+        shift = self.sampling.shift if shift is None else shift
+        plan = schedule(
+            steps,
+            shift=shift,
+            strength=1.0 if image is None else strength,
+            strength_rule=strength_rule,
+            time_dtype=time_dtype,
+        )
+        scale = self._guidance(guidance_scale)
+        copies = num_images_per_prompt
+        if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+            raise ValueError(f"num_images_per_prompt must be an integer >= 1, got {copies!r}")
+        self._check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, scale)
+        batch = copies * _count(prompt, prompt_embeds)
+        if image is not None and image.shape[0] not in (1, batch):
+            raise ValueError(f"image must hold 1 or {batch} images, got {image.shape[0]}")
+        draw, seed = noise_source(seed, generator, batch, self.device)
+        positive = self._embeddings("prompt", prompt, prompt_embeds)
+        negative = None
+        if scale != 1:
+            if negative_prompt is None and negative_prompt_embeds is None:
+                negative_prompt = ""
+            negative = self._embeddings("negative_prompt", negative_prompt, negative_prompt_embeds)
+            if len(negative) not in (1, len(positive)):
+                raise ValueError(
+                    f"negative_prompt must hold 1 or {len(positive)} prompts, got {len(negative)}"
+                )
+            if len(negative) == 1:
+                negative = negative * len(positive)
+        with torch.no_grad(), no_autocast(self.device):
+            predict = guided(
+                self.net,
+                _repeated(positive, copies),
+                None if negative is None else _repeated(negative, copies),
+                size,
+                guidance_scale=scale,
+                times=plan.times,
+                together=guidance_together,
+            )
+            result = sample(
+                predict,
+                start(draw((batch, self.net.config.in_channels, *size)), plan, image),
+                plan,
+                callback=callback,
+                replace=None if callback_on_step_end is None else self._on(callback_on_step_end),
+            )
+            if not torch.isfinite(result).all():
+                raise ArithmeticError(
+                    f"the network returned NaN or infinity at {size[0]} x {size[1]} in "
+                    f'{self.precision}; try precision="fp32" or backend("reference"), and prompt '
+                    f"embeddings of its own text encoder"
+                )
+            result = result.clamp(-1, 1)
+        metadata = {
+            "model": self.name,
+            "pixeldiff": __version__,
+            "steps": steps,
+            "sampler": "euler",
+            "shift": shift,
+            "guidance_scale": scale,
+            "seed": seed,
+            "rng": draw.kind,
+            "prompt": _described(prompt, prompt_embeds),
+            "precision": self.precision,
+            "size": list(size),
+        }
+        if scale != 1:
+            metadata["negative_prompt"] = _described(negative_prompt, negative_prompt_embeds)
+            metadata["guidance_together"] = guidance_together
+        if time_dtype != "fp32":
+            metadata["time_dtype"] = time_dtype
+        if image is not None:
+            data = image.cpu().contiguous().numpy().tobytes()
+            metadata["image"] = f"pixels, sha256 {hashlib.sha256(data).hexdigest()}"
+            metadata["strength"] = strength
+            metadata["strength_rule"] = strength_rule
+        if forced := forced_backends():
+            metadata["backend"] = forced
+        return GenerateOutput(images.convert(result, output_type, rounded=True), metadata)
+
+    def _on(self, step_end: StepEnd) -> Callable[[int, float, Tensor, Tensor], Tensor]:
+        def replace(step: int, timestep: float, x: Tensor, x0: Tensor) -> Tensor:
+            told = step_end(self, step, timestep, {"latents": x, "x0": x0})
+            if told is False:
+                raise Interrupted(f"stopped by the callback after step {step + 1}")
+            other = told.get("latents", x) if isinstance(told, dict) else x
+            if not isinstance(other, Tensor) or other.shape != x.shape:
+                got = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
+                raise ValueError(
+                    f"callback_on_step_end: latents must be {tuple(x.shape)} as given, got {got}"
+                )
+            return other.to(x)
+
+        return replace
+
+    def _size(self, height: Any, width: Any, image: Tensor | None) -> tuple[int, int]:
+        own = (None, None) if self.variant is None else (self.variant.native_size,) * 2
+        if image is not None:
+            own = tuple(image.shape[-2:])
+        size = tuple(o if v is None else v for v, o in zip((height, width), own, strict=True))
+        if None in size:
+            raise ValueError(
+                "height and width are needed for a network that was never released; pass both"
+            )
+        check_size(self.net.config, size)
+        if image is not None and size != own:
+            raise ValueError(
+                f"image must be of the size asked for, {size} (H, W), got {own}; resize it first"
+            )
+        return size
+
+    def _guidance(self, scale: float | None) -> float:
+        scale = self.sampling.guidance_scale if scale is None else scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < 1e4:
+            raise ValueError(f"guidance_scale must be a number >= 0, got {scale!r}; 1 is none")
+        return float(scale)
+
+    def _check_texts(
+        self, prompt: Prompt, negative: Prompt, embeds: Any, negative_embeds: Any, scale: float
+    ) -> None:
+        for name, text, given in (
+            ("prompt", prompt, embeds),
+            ("negative_prompt", negative, negative_embeds),
+        ):
+            if text is not None and given is not None:
+                raise ValueError(f"{name} and {name}_embeds exclude each other; pass one")
+        if prompt is None and embeds is None:
+            raise ValueError("prompt or prompt_embeds must be given")
+        # It would load 8 GB for an empty text, which a caller with embeddings did not ask for.
+        if scale != 1 and prompt is None and negative is None and negative_embeds is None:
+            raise ValueError(
+                f"guidance_scale = {scale} needs the negative prompt too: pass "
+                f'negative_prompt_embeds, or negative_prompt="" to encode the empty text, or '
+                f"guidance_scale=1"
+            )
+
+    def _embeddings(self, name: str, text: Prompt, given: Embeddings | None) -> list[Tensor]:
+        if given is not None:
+            return self.prompts.checked(f"{name}_embeds", given)
+        return self.prompts.encode(name, text)
+
+    def _image(self, image: Image.Image | Tensor | None) -> Tensor | None:
+        if image is None:
+            return None
+        if isinstance(image, Image.Image):
+            return images.from_pil(image).to(self.device)
+        channels = self.net.config.in_channels
+        if not isinstance(image, Tensor) or not image.is_floating_point():
+            kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(f"image must be a Pillow image or a floating-point tensor, got {kind}")
+        if image.dim() != 4 or image.shape[1] != channels or 0 in image.shape:
+            raise ValueError(f"image must be (B, {channels}, H, W), got {tuple(image.shape)}")
+        if not bool((image.abs() <= 1).all()):
+            raise ValueError("image must be in [-1, 1], got values outside or NaN")
+        return image.detach().to(self.device, torch.float32)
+
+
+def _count(prompt: Prompt, embeds: Embeddings | None) -> int:
+    given = prompt if embeds is None else embeds
+    if isinstance(given, CaptionFile):
+        given = given.embedding
+    if isinstance(given, str) or (isinstance(given, Tensor) and given.dim() == 2):
+        return 1
+    try:
+        return len(given)
+    except TypeError:
+        return 1  # refused where it is read, with a better message
+
+
+def _repeated(captions: list[Tensor], copies: int) -> list[Tensor]:
+    return [y for y in captions for _ in range(copies)]
+
+
+def _described(text: Prompt, embeds: Embeddings | None) -> str | list[str] | None:
+    if isinstance(embeds, list | tuple):
+        each = [describe(y) for y in embeds]
+        return each[0] if len(each) == 1 else each
+    return describe(text if embeds is None else embeds)
