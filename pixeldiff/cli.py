@@ -414,12 +414,16 @@ def train(
             text_encoder, device=processes.device, embed_dim=config.cap_feat_dim
         )
 
+    if not processes.first:  # the first one encodes the texts for all
+        processes.wait()
     pictures = pictures_of(
         data,
         config,
         encoder=encoder if text_encoder else None,
         encoded=output / "embeddings",
     )
+    if processes.first:
+        processes.wait()
     trainer = Trainer(checkpoint, PictureFolder(pictures, size), settings, output, processes)
     del checkpoint
     plan = Schedule(steps, save_every, sample_every, keep, samples, sample_steps)
@@ -427,18 +431,20 @@ def train(
     if resume:
         trainer.resume()
     learning = sum(p.numel() for p in trainer.learning.values())
-    _err.print(
-        f"{len(pictures)} pictures; {learning / 1e6:,.1f} M parameters learn; shift {shift:g} "
-        f"(sample with the same); from step {trainer.steps_done} to {steps}",
-        markup=False,
-    )
+    if processes.first:
+        _err.print(
+            f"{len(pictures)} pictures; {learning / 1e6:,.1f} M parameters learn; shift {shift:g} "
+            f"(sample with the same); from step {trainer.steps_done} to {steps}",
+            markup=False,
+        )
     try:
         with progress_bar(quiet or not processes.first, "training") as callback:
             complete = trainer.run(plan, callback)
     except KeyboardInterrupt:  # the second one: the first ends the run with a checkpoint
         _err.print("interrupted; the last checkpoint stays: go on with --resume")
         sys.exit(130)
-    _out.print(str(output / f"step-{trainer.steps_done:08d}"), markup=False)
+    if processes.first:
+        _out.print(str(output / f"step-{trainer.steps_done:08d}"), markup=False)
     if not complete:
         _err.print(f"stopped after step {trainer.steps_done}; go on with --resume")
         sys.exit(130)

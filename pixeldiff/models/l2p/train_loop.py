@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,7 +133,7 @@ class TrainInfo:
     loss: float
     lr: float
     grad_norm: float
-    sigma: float  # mean over this process's examples
+    sigma: float  # mean over the first process's examples
     seconds: float
 
 
@@ -167,6 +169,9 @@ class Trainer:
             self.masters.values(), lr=settings.lr, weight_decay=settings.weight_decay
         )
         self.steps_done = 0
+        # The next batch by its first example: decoding a 4096x4096 picture takes as long as a step.
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="l2p-train")
+        self._ahead: dict[int, Future] = {}
         self.base = _fingerprint(self.net)
 
     # ---- One step ------------------------------------------------------------------------------
@@ -178,7 +183,7 @@ class Trainer:
         losses, sigmas = [], []
         for a in range(s.accumulate):
             begin = first + (a * p.count + p.index) * s.batch
-            loss, sigma = self._examples(range(begin, begin + s.batch))
+            loss, sigma = self._examples(begin)
             (loss / s.accumulate).backward()
             losses.append(loss.item())
             sigmas.append(sigma)
@@ -200,30 +205,29 @@ class Trainer:
         rate = s.rate(self.steps_done - 1)
         return {"loss": loss, "lr": rate, "grad_norm": norm, "sigma": sum(sigmas) / len(sigmas)}
 
-    def _examples(self, numbers: range) -> tuple[Tensor, float]:
-        """The loss of these examples, and the mean of their noise levels."""
-        s, device = self.settings, self.processes.device
-        images, noises, captions, levels = [], [], [], []
-        for k in numbers:
-            i = self._picture(k)
+    def _examples(self, begin: int) -> tuple[Tensor, float]:
+        """The loss of a batch from example `begin` on, and the mean of its noise levels."""
+        ready = self._ahead.pop(begin, None)
+        x0, noise, levels, captions = self._loaded(begin) if ready is None else ready.result()
+        following = begin + self.settings.batch * self.processes.count
+        self._ahead = {following: self._loader.submit(self._loaded, following)}
+        device = self.processes.device
+        sigma, t = levels.to(device).unbind(1)
+        loss = training_loss(self.net, x0.to(device), noise.to(device), sigma, t, captions)
+        return loss, levels[:, 0].mean().item()
+
+    def _loaded(self, begin: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Images, noise, (sigma, t) and captions of a batch. Called ahead, in another thread."""
+        s, images, noises, captions, levels = self.settings, [], [], [], []
+        for k in range(begin, begin + s.batch):
+            epoch, place = divmod(k, len(self.data))
+            i = epoch_order(s.seed, epoch, len(self.data))[place]
             generator = generator_for(s.seed, "example", k)
             levels.append(s.levels.at(s.levels.draw(generator)))
             images.append(self.data.image(i))
             noises.append(torch.randn(images[-1].shape, generator=generator))
             captions.append(self.data.caption(i))
-        sigma, t = torch.tensor(levels).to(device).unbind(1)
-        x0, noise = torch.stack(images).to(device), torch.stack(noises).to(device)
-        mean = sum(sigma for sigma, _ in levels) / len(levels)
-        return training_loss(self.net, x0, noise, sigma, t, captions), mean
-
-    def _picture(self, k: int) -> int:
-        """Which picture example k is: each epoch shows all of them, in an order of its own."""
-        epoch, place = divmod(k, len(self.data))
-        if getattr(self, "_epoch", None) != epoch:
-            generator = generator_for(self.settings.seed, "epoch", epoch)
-            self._order = torch.randperm(len(self.data), generator=generator).tolist()
-            self._epoch = epoch
-        return self._order[place]
+        return torch.stack(images), torch.stack(noises), torch.tensor(levels), captions
 
     @torch.no_grad()
     def _round_into_network(self) -> None:
@@ -391,6 +395,13 @@ def check_checkpoints_fit(trainer: Trainer, plan: Schedule) -> None:
     total = min(plan.steps, plan.keep + 1) if plan.save_every else 1
     held = len(checkpoints(trainer.out))
     check_space(trainer.out, max(1, total - held) * trainer.checkpoint_bytes())
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
+    """Which picture comes when: each epoch shows all of them, in an order of its own."""
+    generator = generator_for(seed, "epoch", epoch)
+    return tuple(torch.randperm(count, generator=generator).tolist())
 
 
 def _networks(
