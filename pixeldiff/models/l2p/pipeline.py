@@ -21,6 +21,7 @@ from ..devices import PRECISIONS, check_device, no_autocast
 from ..noise import noise_source
 from ..provenance import describe, forced_backends
 from ..steps import Callback, Interrupted
+from .bands import DECODER_MEMORY
 from .checkpoint import net_from, read_checkpoint
 from .config import L2PConfig, Variant
 from .network import L2PNet
@@ -174,6 +175,7 @@ class L2PPipeline:
         shift: float | None = None,
         time_dtype: str = "fp32",
         guidance_together: bool = True,
+        decoder_memory: int | None = DECODER_MEMORY,
         callback: Callback | None = None,
         callback_on_step_end: StepEnd | None = None,
         output_type: str = "pil",
@@ -200,6 +202,8 @@ class L2PPipeline:
             strength_rule, shift, time_dtype: as for `schedule`.
             guidance_together: both branches of guidance as one batch, or one after the other with
                 less memory; the images are equal up to rounding.
+            decoder_memory: bytes that the local decoder may hold beside its result; beyond them it
+                runs tile by tile, equal up to rounding. None is whole.
             callback: told after each step (`StepInfo`); returning False stops.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": x, "x0": x0})
                 after each step, x the state (B, 3, H, W) in pixels; returning a dict with "latents"
@@ -258,6 +262,7 @@ class L2PPipeline:
                 guidance_scale=scale,
                 times=plan.times,
                 together=guidance_together,
+                decoder_memory=decoder_memory,
             )
             result = sample(
                 predict,
@@ -289,6 +294,8 @@ class L2PPipeline:
         if scale != 1:
             metadata["negative_prompt"] = _described(negative_prompt, negative_prompt_embeds)
             metadata["guidance_together"] = guidance_together
+        if decoder_memory != DECODER_MEMORY:
+            metadata["decoder_memory"] = decoder_memory
         if time_dtype != "fp32":
             metadata["time_dtype"] = time_dtype
         if image is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -173,6 +174,19 @@ def test_the_guidance_branches_in_turn(pipe):
     together, in_turn = (generate(pipe, **options, guidance_together=t) for t in (True, False))
     torch.testing.assert_close(together.images, in_turn.images, rtol=0, atol=2e-5)
     assert in_turn.metadata["guidance_together"] is False
+
+
+def test_decoder_memory(pipe):
+    """The least budget, which the refusal names, gives the image in tiles."""
+    whole, size = generate(pipe, decoder_memory=None), {"height": 96, "width": 96}
+    assert torch.equal(generate(pipe).images, whole.images)
+    assert whole.metadata["decoder_memory"] is None
+    with pytest.raises(ValueError, match=r"decoder_memory must be at least \d+ bytes") as refused:
+        generate(pipe, decoder_memory=1, **size)
+    least = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    whole, tiled = (generate(pipe, decoder_memory=m, **size) for m in (None, least))
+    torch.testing.assert_close(tiled.images, whole.images, rtol=0, atol=1e-4)
+    assert tiled.metadata["decoder_memory"] == least
 
 
 def test_defaults_are_those_of_the_variant(net):
