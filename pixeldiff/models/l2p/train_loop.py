@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...images import save_png
+from ...images import convert, save_png
 from ...out_files import written_whole
 from .checkpoint import LoadedCheckpoint
 from .network import L2PNet
@@ -283,7 +283,7 @@ class Trainer:
             generator = generator_for(s.seed, "sample", i)
             noise = torch.randn((1, 3, *s.size), generator=generator).to(self.processes.device)
             name = f"{self.data.pictures[i].path.stem}-step-{self.steps_done:08d}.png"
-            picture = _picture(sample(predict, noise, levels))
+            picture = convert(sample(predict, noise, levels), "pil", rounded=True)[0]
             facts = {"step": self.steps_done, "steps": plan.sample_steps, **self._facts()}
             written.append(save_png(folder / name, picture, facts))
         return written
@@ -446,13 +446,6 @@ def _fingerprint(net: L2PNet) -> str:
             digest.update(name.encode())
             digest.update(p.detach().flatten()[:256].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _picture(x: Tensor):
-    from PIL import Image
-
-    scaled = (((x[0].float() + 1) / 2).clamp(0, 1) * 255).round()
-    return Image.fromarray(scaled.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
 @contextlib.contextmanager

@@ -247,6 +247,14 @@ def test_each_epoch_shows_every_picture_in_another_order():
     assert epoch_order(1, 0, 50) != epoch_order(0, 0, 50)
 
 
+def test_an_examples_noise_is_its_own_at_any_step(base, pictures, tmp_path):
+    one = trainer(base, pictures, tmp_path)
+    noise = [one._loaded(k)[1] for k in range(6)]
+    assert len({n.sum().item() for n in noise}) == 6
+    one.steps_done = 3
+    assert torch.equal(one._loaded(5)[1], noise[5])
+
+
 def test_pictures_cover_the_size_and_keep_their_middle(tmp_path):
     wide = np.zeros((10, 40, 3), np.uint8)
     wide[:, 10:30] = 255
