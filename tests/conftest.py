@@ -7,9 +7,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from safetensors import safe_open
 
 COMMITTED = Path(__file__).parent / "golden"
+
+# The same examples in every run: a bound that one draw in ten thousand misses is found by looking
+# for it (HYPOTHESIS_PROFILE=default), not by somebody else's change turning red.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 # Files of the L2P networks and their parts; the others state schedules, samples and conversions.
 L2P_NETWORK_FILES = ("comp_", "dec_", "net_", "naming_", "convert_p16_result", "merge_")
 
