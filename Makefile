@@ -39,8 +39,9 @@ setup: $(INSTALLED)
 demo: setup
 	$(BIN)/python -m pixeldiff.demo $(if $(IMAGE),--image "$(IMAGE)")
 
+# A thread each: processes that share the cores spend their time waiting for each other's threads.
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # With ARGS, any command of it: make bench ARGS="kernels --op swiglu".
 bench: setup
