@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import schema
 from bench.tune import best, update
@@ -100,8 +101,6 @@ def table(tmp_path, monkeypatch):
 
 
 def test_a_launch_takes_its_tile_from_the_table(table):
-    import torch
-
     from pixeldiff.triton_kernels import configs, rms_norm_modulate
     from pixeldiff.triton_kernels.launching import compiling_for
 
