@@ -8,6 +8,7 @@
 #include "cpu/gated_residual_norm.h"
 #include "cpu/isa.h"
 #include "cpu/rms_norm_modulate.h"
+#include "interface.h"
 #ifdef PIXELDIFF_CUDA
 #include "cuda/gated_residual_norm.h"
 #include "cuda/rms_norm_modulate.h"
@@ -125,6 +126,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of pixeldiff; see pixeldiff.native for the loader.";
+  m.attr("INTERFACE") = kInterface;
   m.def("build_info", &build_info, "What this binary was built with, and what of it runs here.");
   m.def("best_isa", [] { return static_cast<int>(cpu::best_isa()); });
   m.def("isa_usable",
@@ -134,6 +136,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_gated_norm_residual(m);
   bind_pixel(m);
   bind_joint_attention(m);
+  bind_local_decoder(m);
   bind_qk_norm_rope(m);
   bind_sigma_gate(m);
   bind_swiglu(m);

@@ -20,6 +20,9 @@ from torch import Tensor
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 
+# Of csrc/interface.h: what the functions of the extension are called and take.
+INTERFACE = 2
+
 _STATUS_FILE = Path(__file__).with_name("_native_status.json")  # written by setup.py
 
 
@@ -34,10 +37,19 @@ def _import() -> tuple[ModuleType | None, str | None]:
         return None, _why_not_built()
     except ImportError as e:
         return None, f"pixeldiff._C was built but cannot be loaded: {e}"
-    missing = {"build_info", "best_isa"} - set(dir(module))
-    if missing:
-        return None, f"pixeldiff._C is of another version, it lacks {', '.join(sorted(missing))}"
-    return module, None
+    reason = _why_not_these_sources(module)
+    return (module, None) if reason is None else (None, reason)
+
+
+def _why_not_these_sources(module: ModuleType) -> str | None:
+    found = getattr(module, "INTERFACE", 0)  # 0: from before there was a number
+    if found == INTERFACE:
+        return None
+    return (
+        f"pixeldiff._C was built from {'older' if found < INTERFACE else 'newer'} sources than "
+        f"this package (interface {found}, not {INTERFACE}); rebuild it with `pip install .`, or "
+        "in a checkout with `make ext` or `python setup.py build_ext --inplace`"
+    )
 
 
 def _why_not_built() -> str:

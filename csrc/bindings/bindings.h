@@ -8,6 +8,7 @@ namespace pixeldiff {
 void bind_gated_norm_residual(pybind11::module_& m);
 void bind_pixel(pybind11::module_& m);
 void bind_joint_attention(pybind11::module_& m);
+void bind_local_decoder(pybind11::module_& m);
 void bind_qk_norm_rope(pybind11::module_& m);
 void bind_sigma_gate(pybind11::module_& m);
 void bind_swiglu(pybind11::module_& m);

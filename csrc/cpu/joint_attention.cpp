@@ -27,6 +27,7 @@
 #include "joint_attention.h"
 
 #include "exp2.h"
+#include "products.h"
 
 namespace pixeldiff::cpu::PIXELDIFF_ISA {
 
@@ -45,16 +46,9 @@ static_assert(kAttentionQueries % kTile == 0 && kTile <= kAttentionTile &&
 static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t ceil_to(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-// Arithmetic in fp32. An element of a packed operand is one number.
-struct Fp32 {
-  static constexpr int64_t kFold = 1;  // steps of the contraction per element
+// Arithmetic in fp32.
+struct Fp32 : Fp32Products {
   static constexpr int64_t kKeys = 128;
-  using Element = float;
-  using Operand = Vec;
-
-  static Operand load(const Element* p) { return Vec::load(p); }
-  static Operand fill(Element a) { return Vec::fill(a); }
-  static Vec multiply_add(Operand a, Operand b, Vec c) { return Vec::fma(a, b, c); }
 
   // out[0..padded) = row[0..d), then zeros
   template <class T>
@@ -74,18 +68,10 @@ struct Fp32 {
 };
 
 #if defined(__AVX512BF16__)
-// Arithmetic of bf16 pairs: an element holds two consecutive steps of the contraction.
-struct Bf16Pairs {
-  static constexpr int64_t kFold = 2;
+// Arithmetic of bf16 pairs.
+struct Bf16Pairs : Bf16PairProducts {
   static constexpr int64_t kKeys = 128;
-  using Element = uint32_t;
-  using Operand = __m512i;
 
-  static Operand load(const Element* p) { return _mm512_loadu_si512(p); }
-  static Operand fill(Element a) { return _mm512_set1_epi32((int)a); }
-  static Vec multiply_add(Operand a, Operand b, Vec c) {
-    return {_mm512_dpbf16_ps(c.v, (__m512bh)a, (__m512bh)b)};
-  }
   // Lane i: a[i] in the low half, b[i] in the high half.
   static Operand join(Vec a, Vec b) {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);

@@ -17,25 +17,39 @@
 
 namespace pixeldiff::cpu::PIXELDIFF_ISA {
 
-// y = fc2 gelu(fc1 h); lanes are pixels, so every weight is one broadcast.
+// y = fc2 gelu(fc1 h); lanes are pixels, so every weight is one broadcast. fc2 is summed in two
+// halves: adding the hidden units one by one to a single sum rounds once for each of them.
 template <int C>
 static inline void pixel_mlp(const PixelAdalnMlpArgs& a, const Tile<C>& h, Tile<C>& y) {
   const int64_t p = C ? C : a.group.p;
+  Tile<C> sum;
 #pragma GCC unroll 16
-  for (int64_t c = 0; c < p; ++c) y.at[c] = Vec::fill(a.fc2_bias[c]);
+  for (int64_t c = 0; c < p; ++c) {
+    sum.at[c] = Vec::fill(a.fc2_bias[c]);
+    y.at[c] = Vec::zero();
+  }
   for (int64_t f = 0; f < a.hidden; ++f) {
+    if (f == a.hidden / 2) {
+#pragma GCC unroll 16
+      for (int64_t c = 0; c < p; ++c) {
+        sum.at[c] = sum.at[c] + y.at[c];
+        y.at[c] = Vec::zero();
+      }
+    }
     const float* into = a.fc1_weight + f * p;
     const float* out_of = a.fc2_columns + f * p;
-    Vec sum = Vec::fill(a.fc1_bias[f]), odd = Vec::zero();
+    Vec even = Vec::fill(a.fc1_bias[f]), odd = Vec::zero();
 #pragma GCC unroll 8
     for (int64_t c = 0; c < p; c += 2) {
-      sum = Vec::fma(h.at[c], Vec::fill(into[c]), sum);
+      even = Vec::fma(h.at[c], Vec::fill(into[c]), even);
       odd = Vec::fma(h.at[c + 1], Vec::fill(into[c + 1]), odd);
     }
-    const Vec active = gelu(sum + odd);
+    const Vec active = gelu(even + odd);
 #pragma GCC unroll 16
     for (int64_t c = 0; c < p; ++c) y.at[c] = Vec::fma(active, Vec::fill(out_of[c]), y.at[c]);
   }
+#pragma GCC unroll 16
+  for (int64_t c = 0; c < p; ++c) y.at[c] = sum.at[c] + y.at[c];
 }
 
 template <int C, class T>

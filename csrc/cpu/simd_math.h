@@ -10,6 +10,11 @@ namespace pixeldiff::cpu::PIXELDIFF_ISA {
 
 static inline Vec divide(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 static inline Vec square_root(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+// The larger in every lane; a NaN where either is.
+static inline Vec max_or_nan(Vec a, Vec b) {
+  const __m512 most = _mm512_max_ps(a.v, b.v);  // b where either is NaN
+  return {_mm512_mask_mov_ps(most, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
+}
 static inline Vec absolute(Vec a) { return {_mm512_abs_ps(a.v)}; }
 // a < b ? yes : no in every lane; a NaN takes `no`.
 static inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
@@ -25,6 +30,10 @@ static inline Vec add_exponent(Vec a, Vec shifted) {
 
 static inline Vec divide(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 static inline Vec square_root(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+static inline Vec max_or_nan(Vec a, Vec b) {
+  const __m256 most = _mm256_max_ps(a.v, b.v);
+  return {_mm256_blendv_ps(most, a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
 static inline Vec absolute(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 static inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
@@ -42,6 +51,11 @@ static inline Vec divide(Vec a, Vec b) {
 }
 static inline Vec square_root(Vec a) {
   for (int i = 0; i < Vec::width; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
+  return a;
+}
+static inline Vec max_or_nan(Vec a, Vec b) {
+  for (int i = 0; i < Vec::width; ++i)
+    a.v[i] = a.v[i] > b.v[i] || a.v[i] != a.v[i] ? a.v[i] : b.v[i];
   return a;
 }
 static inline Vec absolute(Vec a) {

@@ -1,13 +1,26 @@
 """local_decoder_down against fp64: a 3x3 convolution written tap by tap, SiLU, 2x2 maximum."""
 
+from importlib import import_module
+
 import pytest
 import torch
-from harness import NAMES
+from harness import (
+    NAMES,
+    check_not_finite_like,
+    check_threads,
+    each_isa,
+    guarded_outputs,
+    launcher,
+    usable_isas,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rules import (
     Draw,
     assert_bitwise,
     assert_within_twice_eager,
     assert_within_twice_eager_or_spacing,
+    at_odd_stride,
     check_gradients,
     check_meta,
     check_registered,
@@ -21,6 +34,8 @@ from rules import (
 from taps import convolved
 from torch.nn.functional import conv2d, max_pool2d, silu
 
+import pixeldiff
+from pixeldiff import native
 from pixeldiff.ops import local_decoder_down
 
 OP = "local_decoder_down"
@@ -35,6 +50,8 @@ SHAPES = {
     "one": (1, 2, 2, 1, 1),
 }
 ODD = (SHAPES["primes"], SHAPES["one"])
+CHANNELS = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 48, 64, 65]))
+needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 
 
@@ -171,3 +188,127 @@ X, W, B = torch.ones(2, 4, 6, 3), torch.ones(5, 3, 3, 3), torch.ones(5)
 def test_errors(args, error, text):
     with pytest.raises(error, match=f"^local_decoder_down: {text}"):
         local_decoder_down(*args)
+
+
+# --- the CPU kernel -------------------------------------------------------------------------------
+
+# Strips are 120 pixels wide: one, with and without a rest, and several; every number of channels.
+CPU_SHAPES = {
+    "least": (1, 2, 2, 1, 1),
+    "image-to-16": (2, 4, 122, 3, 16),
+    "image-to-64": (1, 6, 10, 3, 64),
+    "three-strips": (1, 4, 250, 5, 19),
+    "one-strip": (1, 2, 120, 16, 32),
+    "channels-first": (1, 8, 26, 64, 5),
+    "wide": (1, 4, 6, 130, 67),
+}
+
+
+@each_isa
+@pytest.mark.parametrize("std", [1.0, 1e-3])
+@pytest.mark.parametrize("shape", CPU_SHAPES.values(), ids=CPU_SHAPES)
+@each_dtype
+def test_cpu_every_instruction_set(dtype, shape, std, isa):
+    launch, _ = launcher(OP, f"cpu-{isa}")
+    args = arguments(dtype, shape, std)
+    got = launch(*args)
+    check(got, args, assert_within_twice_eager_or_spacing)
+    skip, pooled = got
+    assert_bitwise(pooled, skip.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).amax((2, 4)))
+
+
+def views(t):
+    """The same (B, H, W, C) values at other strides."""
+    yield t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    yield t.transpose(1, 2).contiguous().transpose(1, 2)
+    yield t.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    yield at_odd_stride(t)
+    yield torch.stack((t, t + 1), -1)[..., 0]
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("of", DTYPES, ids=NAMES.get)
+def test_cpu_strides_and_types_of_the_image(of, dtype, isa):
+    """Read as it lies and rounded to the weight's type first: the bits of a plain copy."""
+    launch, _ = launcher(OP, f"cpu-{isa}")
+    for channels in (3, 16):
+        x, _, _ = arguments(of, (2, 6, 130, channels, 1))
+        _, weight, bias = arguments(dtype, (1, 1, 1, channels, 16))
+        want = launch(x.to(dtype), weight, bias)
+        for view in (x, *views(x)):
+            for a, b in zip(launch(view, weight, bias), want, strict=True):
+                assert_bitwise(a, b)
+
+
+@each_isa
+@each_dtype
+def test_cpu_not_finite(dtype, isa):
+    """As the reference, the maximum included, at every place of a square and beside a border.
+
+    The reference in fp32: PyTorch's bf16 convolution lets a NaN near the end of a row reach one
+    column too far.
+    """
+    launch, _ = launcher(OP, f"cpu-{isa}")
+    for seed, (row, column) in enumerate(((0, 0), (3, 4), (2, 5), (7, 121), (6, 120))):
+        x, weight, bias = arguments(dtype, (1, 8, 122, 3, 19))
+        x[0, row, column, seed % 3] = torch.nan
+        x[0, 5, 60 + seed, 1] = torch.inf if seed % 2 else -torch.inf
+        got = launch(x, weight, bias)
+        with pixeldiff.backend("reference"):
+            want = local_decoder_down(x.float(), weight.float(), bias.float())
+        for a, b in zip(got, want, strict=True):
+            check_not_finite_like(a, b.to(dtype))
+
+
+@each_isa
+def test_cpu_threads_do_not_change_the_result(isa):
+    check_threads(OP, isa, *arguments(torch.bfloat16, (2, 22, 250, 5, 19)))
+    check_threads(OP, isa, *arguments(torch.float32, (2, 22, 250, 5, 19)))
+
+
+@each_isa
+@each_dtype
+def test_cpu_writes_nothing_outside(dtype, isa):
+    launch, _ = launcher(OP, f"cpu-{isa}")
+    args = arguments(dtype, (1, 4, 14, 5, 19))
+    before = [t.clone() for t in args]
+    with guarded_outputs():
+        got = launch(*args)
+    check(got, args, assert_within_twice_eager_or_spacing)
+    for tensor, old in zip(args, before, strict=True):
+        assert_bitwise(tensor, old)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_cpu_random_shapes(data):
+    draw = data.draw
+    size = st.integers(1, 5).map(lambda n: 2 * n)
+    width = st.one_of(size, st.sampled_from([118, 120, 122]))
+    shape = (draw(st.integers(1, 2)), draw(size), draw(width), *draw(st.tuples(CHANNELS, CHANNELS)))
+    args = arguments(draw(st.sampled_from(DTYPES)), shape, draw(st.sampled_from([1.0, 1e-3, 30.0])))
+    launch, _ = launcher(OP, f"cpu-{draw(st.sampled_from(usable_isas()))}")
+    check(launch(*args), args, assert_within_twice_eager_or_spacing)
+
+
+@needs_extension
+def test_free_choice_runs_the_cpu_kernel():
+    args = arguments(torch.bfloat16, (1, 6, 10, 3, 16))
+    with forced(OP, "cpu"):
+        want = local_decoder_down(*args)
+    launch = import_module(f"pixeldiff.ops.cpu.{OP}").launch
+    for a, b, c in zip(local_decoder_down(*args), want, launch(*args), strict=True):
+        assert_bitwise(a, b)
+        assert_bitwise(a, c)
+
+
+@needs_extension
+def test_refusals_of_the_cpu_kernel(monkeypatch):
+    why_not = import_module(f"pixeldiff.ops.cpu.{OP}").why_not
+    x, weight, bias = arguments(torch.float32, (1, 4, 6, 3, 5))
+    assert why_not(x, weight, bias) is None
+    assert why_not(x.double(), weight, bias).startswith("takes float32, bfloat16 and float16, got")
+    assert why_not(x[..., :0], weight[:, :0], bias) == "needs at least one channel everywhere"
+    monkeypatch.setattr(native, "best_isa", lambda: native.ISA_CODES["portable"])
+    assert why_not(x, weight, bias).startswith("needs AVX2")

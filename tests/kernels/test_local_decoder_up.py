@@ -1,13 +1,19 @@
 """local_decoder_up against fp64: doubling, convolution, concatenation, convolution, SiLU."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
-from harness import NAMES
+from harness import NAMES, check_threads, each_isa, guarded_outputs, launcher, usable_isas
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rules import (
     Draw,
+    assert_bitwise,
     assert_within_twice_eager,
     assert_within_twice_eager_or_spacing,
+    at_odd_stride,
     check_compiles,
     check_gradients,
     check_meta,
@@ -22,6 +28,8 @@ from rules import (
 from taps import convolved
 from torch.nn.functional import conv2d, interpolate, silu
 
+import pixeldiff
+from pixeldiff import native
 from pixeldiff.ops import local_decoder_up
 
 OP = "local_decoder_up"
@@ -38,6 +46,7 @@ SHAPES = {
     "one": (1, 1, 1, 1, 1, 1, 1, 1),
 }
 ODD = (SHAPES["primes"], SHAPES["one"])
+needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 
 
@@ -193,3 +202,135 @@ def test_errors(changed, error, text):
     args = [changed.get(i, t) for i, t in enumerate((X, S, U, V, W, B))]
     with pytest.raises(error, match=f"^local_decoder_up: {text}"):
         local_decoder_up(*args)
+
+
+# --- the CPU kernel -------------------------------------------------------------------------------
+
+# Strips are 118 pixels wide: one, with and without a rest, and several; odd numbers of channels.
+CPU_SHAPES = {
+    "least": (1, 1, 1, 1, 1, 1, 1, 1),
+    "4k-outermost": (1, 1, 2, 60, 16, 16, 16, 16),
+    "8k-outermost": (2, 1, 3, 59, 16, 16, 3, 16),
+    "three-strips": (1, 1, 2, 121, 3, 5, 1, 19),
+    "skips": (6, 2, 3, 5, 19, 7, 16, 5),
+    "wide": (1, 1, 2, 3, 64, 130, 64, 67),
+}
+
+
+@each_isa
+@pytest.mark.parametrize("std", [1.0, 1e-3])
+@pytest.mark.parametrize("shape", CPU_SHAPES.values(), ids=CPU_SHAPES)
+@each_dtype
+def test_cpu_every_instruction_set(dtype, shape, std, isa):
+    launch, _ = launcher(OP, f"cpu-{isa}")
+    args = arguments(dtype, shape, std)
+    assert_within_twice_eager_or_spacing(launch(*args), eager(*args), oracle(*args))
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("images", [(5, 1), (6, 3), (4, 4)], ids=str)
+def test_cpu_an_image_alone_has_the_same_bits(images, dtype, isa):
+    """Whichever others share its skip, and how many of them are worked on together."""
+    launch, _ = launcher(OP, f"cpu-{isa}")
+    (b, s), channels = images, (33, 18, 48, 19)
+    x, skip, *rest = arguments(dtype, (b, s, 3, 5, *channels))
+    y = launch(x, skip, *rest)
+    for i in range(b):
+        alone = launch(x[i : i + 1], skip[i % s : i % s + 1], *rest)
+        assert_bitwise(y[i : i + 1], alone)
+
+
+def views(t):
+    """The same (B, H, W, C) values at other strides."""
+    yield t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    yield t.transpose(1, 2).contiguous().transpose(1, 2)
+    yield t.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    yield at_odd_stride(t)
+    yield torch.stack((t, t + 1), -1)[..., 0]
+
+
+@each_isa
+@each_dtype
+def test_cpu_strides(dtype, isa):
+    """Read as they lie: the bits of plain copies."""
+    launch, _ = launcher(OP, f"cpu-{isa}")
+    x, skip, *rest = arguments(dtype, (2, 2, 3, 65, 16, 4, 3, 5))
+    want = launch(x, skip, *rest)
+    for a, b in zip(views(x), views(skip), strict=True):
+        assert_bitwise(launch(a, b, *rest), want)
+    one, picture = x[:1], skip[:1]  # both images of a batch that only repeats them
+    repeated = launch(one.expand(2, -1, -1, -1), picture.expand(2, -1, -1, -1), *rest)
+    assert_bitwise(repeated, launch(one, picture, *rest).repeat(2, 1, 1, 1))
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_cpu_not_finite(bad, dtype, isa):
+    """Not finite where the reference is not, at a border of strips, at a corner, in between. Where
+    a sum of taps meets an infinity, its parts may have made a NaN of it in the reference."""
+    launch, _ = launcher(OP, f"cpu-{isa}")
+    for row, column in ((0, 0), (2, 58), (3, 59), (4, 60), (1, 30)):
+        for which in (0, 1):
+            args = [a.clone() for a in arguments(dtype, (1, 1, 5, 61, 3, 4, 2, 5))]
+            args[which][0, row, column * (1 + which), 1] = bad
+            with pixeldiff.backend("reference"):
+                want = local_decoder_up(*(a.float() for a in args))
+            y = launch(*args)
+            assert not want.isfinite().all()
+            assert torch.equal(y.isfinite(), want.isfinite())
+            if bad != bad or which:
+                assert torch.equal(y.isnan(), want.isnan())
+
+
+@each_isa
+def test_cpu_threads_do_not_change_the_result(isa):
+    for dtype in (torch.float32, torch.bfloat16):
+        check_threads(OP, isa, *arguments(dtype, (3, 1, 9, 121, 5, 6, 3, 19)))
+
+
+@each_isa
+@each_dtype
+def test_cpu_writes_nothing_outside(dtype, isa):
+    launch, _ = launcher(OP, f"cpu-{isa}")
+    args = arguments(dtype, (2, 1, 3, 7, 5, 3, 2, 19))
+    before = [t.clone() for t in args]
+    with guarded_outputs():
+        y = launch(*args)
+    assert_within_twice_eager_or_spacing(y, eager(*args), oracle(*args))
+    for tensor, old in zip(args, before, strict=True):
+        assert_bitwise(tensor, old)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_cpu_random_shapes(data):
+    draw, channels = data.draw, st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 48, 65]))
+    s, size = draw(st.integers(1, 2)), st.integers(1, 5)
+    shape = (
+        *(s * draw(st.integers(1, 3)), s),
+        *(draw(size), draw(st.one_of(size, st.integers(58, 61)))),
+        *draw(st.tuples(channels, channels, channels, channels)),
+    )
+    args = arguments(draw(st.sampled_from(DTYPES)), shape, draw(st.sampled_from([1.0, 1e-3, 30.0])))
+    launch, _ = launcher(OP, f"cpu-{draw(st.sampled_from(usable_isas()))}")
+    assert_within_twice_eager_or_spacing(launch(*args), eager(*args), oracle(*args))
+
+
+@needs_extension
+def test_free_choice_runs_the_cpu_kernel():
+    args = arguments(torch.bfloat16, SHAPES["shared-skip"])
+    with forced(OP, "cpu"):
+        want = local_decoder_up(*args)
+    assert_bitwise(local_decoder_up(*args), want)
+    assert_bitwise(import_module(f"pixeldiff.ops.cpu.{OP}").launch(*args), want)
+
+
+@needs_extension
+def test_refusals_of_the_cpu_kernel():
+    why_not = import_module(f"pixeldiff.ops.cpu.{OP}").why_not
+    x, skip, *weights = arguments(torch.float32, SHAPES["shared-skip"])
+    assert why_not(x, skip, *weights) is None
+    assert why_not(x.double(), skip, *weights).startswith("takes float32, bfloat16 and float16")
+    assert why_not(x, skip[..., :0], *weights) == "needs at least one channel everywhere"

@@ -1,0 +1,94 @@
+"""The loader of the extension: it takes only one that was built from these sources."""
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import pixeldiff
+from pixeldiff import native
+from pixeldiff.ops import swiglu
+from pixeldiff.ops.registry import explain
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+# Arguments of every function of the CPU. With a change here goes a higher number in
+# csrc/interface.h and native.py.
+FUNCTIONS = {
+    "rms_norm_modulate_cpu": 10,
+    "gated_residual_norm_cpu": 13,
+    "gated_norm_residual_cpu": 10,
+    "joint_attention_cpu": 11,
+    "local_decoder_down_cpu": 10,
+    "local_decoder_up_cpu": 12,
+    "qk_norm_rope_cpu": 8,
+    "sigma_gate_per_token_cpu": 10,
+    "sigma_gate_per_channel_cpu": 10,
+    "swiglu_cpu": 7,
+    "pixel_embed_cpu": 14,
+    "pixel_adaln_compress_cpu": 9,
+    "pixel_adaln_mlp_cpu": 15,
+    "pixel_head_cpu": 12,
+    "pixel_head_step_cpu": 21,
+}
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The extension as another one: built(INTERFACE=1)."""
+
+    def replace(**attributes):
+        module = ModuleType("pixeldiff._C")
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, "pixeldiff._C", module)
+        native._import.cache_clear()
+
+    yield replace
+    monkeypatch.undo()
+    native._import.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "text"),
+    [
+        ({}, r"from older sources than this package \(interface 0, not \d+\)"),
+        ({"INTERFACE": native.INTERFACE - 1}, "from older sources"),
+        ({"INTERFACE": native.INTERFACE + 1}, "from newer sources"),
+    ],
+)
+def test_of_other_sources(built, attributes, text):
+    """The reason names the way out, and ops run without the extension."""
+    built(**attributes, build_info=dict, best_isa=lambda: 0)
+    reason = native.why_not()
+    assert re.match(rf"pixeldiff\._C was built {text}.* rebuild it with .*`make ext`", reason)
+    with pytest.raises(ImportError, match=text):
+        native.load()
+    assert native.build_info() is None
+    a = torch.ones(2, 3, 8)
+    assert dict(explain("swiglu", a, a))["cpu"] == reason
+    with pixeldiff.backend("reference"):
+        want = swiglu(a, a)
+    assert torch.equal(swiglu(a, a), want)
+
+
+def test_of_these_sources(built):
+    built(INTERFACE=native.INTERFACE)
+    assert native.why_not() is None
+
+
+def test_both_sides_have_one_number():
+    (number,) = re.findall(r"kInterface = (\d+);", (SOURCES / "interface.h").read_text())
+    assert int(number) == native.INTERFACE
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
+def test_functions_of_this_interface():
+    module = native.load()
+    found = {
+        name: len(re.findall(r"arg\d+:", getattr(module, name).__doc__))
+        for name in dir(module)
+        if name.endswith("_cpu")
+    }
+    assert found == FUNCTIONS
