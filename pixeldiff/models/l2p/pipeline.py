@@ -196,7 +196,8 @@ class L2PPipeline:
             generator: instead of seed: one for the batch, or one for each image, so that an image
                 does not depend on its batch. Its seed is reported if it is fresh.
             prompt_embeds, negative_prompt_embeds: embeddings (T, E), a list of them, one a prompt,
-                (B, T, E), or a `CaptionFile`. The text encoder is not loaded for them.
+                (B, T, E), or a `CaptionFile`. The text encoder is not loaded for them. The
+                negative prompt in a `CaptionFile` counts where no other is given.
             image: to start from: a picture, or (1 or B, 3, H, W) in [-1, 1].
             strength: in (0, 1], how much of `image` to give up; 1 is all of it.
             strength_rule, shift, time_dtype: as for `schedule`.
@@ -236,6 +237,9 @@ class L2PPipeline:
         copies = num_images_per_prompt
         if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
             raise ValueError(f"num_images_per_prompt must be an integer >= 1, got {copies!r}")
+        no_negative = negative_prompt is None and negative_prompt_embeds is None
+        if no_negative and isinstance(prompt_embeds, CaptionFile):
+            negative_prompt_embeds = prompt_embeds.negative
         self._check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, scale)
         batch = copies * _count(prompt, prompt_embeds)
         if image is not None and image.shape[0] not in (1, batch):
