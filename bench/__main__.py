@@ -11,7 +11,7 @@ from typing import Any
 import click
 import torch
 
-from pixeldiff.cli import clean_errors
+from pixeldiff.cli_errors import clean_errors
 from pixeldiff.models.devices import check_device
 from pixeldiff.models.pid.decoder import PRECISIONS
 from pixeldiff.out_files import check_out_path
