@@ -201,10 +201,12 @@ def generate(
             strength=strength,
             shift=shift,
             callback=callback,
+            output_type="pt",
         )
     if len(result.images) > 1:
         raise ValueError(f"{prompt_embeds} must hold one prompt, got {len(result.images)}")
-    out.print(str(save_png(output, result.images[0], result.metadata)), markup=False)
+    path = save_png(output, result.images[0], result.metadata, rounded=True)
+    out.print(str(path), markup=False)
 
 
 def _picture(path: Path, size: tuple[int, int] | None):

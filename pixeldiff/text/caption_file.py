@@ -126,7 +126,8 @@ def save_captions(
                 f"{tuple(other.embedding.shape)}"
             )
         result = replace(result, negative=other)
-        tensors[_NEGATIVE + "embedding"] = other.embedding
+        # One tensor may be given as both, and the format takes no two of one memory.
+        tensors[_NEGATIVE + "embedding"] = other.embedding.clone()
         metadata.update({_NEGATIVE + k: v for k, v in _texts_metadata(other).items()})
     metadata.update(format=FORMAT, format_version=str(FORMAT_VERSION))
     known = {"encoder": encoder_id, "encoder_family": family, "prefix_sha256": prefix_sha256}
