@@ -11,43 +11,17 @@ from typing import Any
 import click
 import torch
 
-from pixeldiff.cli import clean_errors
+from pixeldiff.cli_errors import clean_errors
 from pixeldiff.models.devices import check_device
 from pixeldiff.models.pid.decoder import PRECISIONS
 from pixeldiff.out_files import check_out_path
 
 from . import show
+from .l2p_commands import convert, local_decoder
 from .machine import DTYPES
+from .options import comma, json_option, threads_option
 from .recorder import Recorder
 from .variants import VARIANTS
-
-
-def comma(kind: Callable[[str], Any] = str, choices: tuple[str, ...] = ()) -> Callable:
-    """A click callback: values given several times, with commas, or both, as one tuple."""
-
-    def parse(_ctx, _param, value: tuple[str, ...]) -> tuple:
-        words = [w.strip() for v in value for w in v.split(",") if w.strip()]
-        for word in words:
-            if choices and word not in choices:
-                raise click.BadParameter(f"must be of {', '.join(choices)}, got {word!r}")
-        try:
-            return tuple(kind(w) for w in words)
-        except ValueError:
-            raise click.BadParameter(f"got {', '.join(words)}") from None
-
-    return parse
-
-
-def threads_option(f: Callable) -> Callable:
-    return click.option(
-        "--threads", type=click.IntRange(1), help="CPU threads of PyTorch and the CPU kernels"
-    )(f)
-
-
-def json_option(f: Callable) -> Callable:
-    return click.option(
-        "--json", "path", type=click.Path(path_type=Path), help="file to write, kept up to date"
-    )(f)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -322,6 +296,9 @@ def _finish(recorder: Recorder, measured, table: Callable) -> None:
         show.console.print("interrupted; the rows above are kept")
         sys.exit(130)
 
+
+main.add_command(local_decoder)
+main.add_command(convert)
 
 if __name__ == "__main__":
     main(prog_name="python -m bench")

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from .cli_errors import clean_errors
-
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+from .cli_l2p_train import train
+from .cli_options import err
 
 
 @click.group()
@@ -91,8 +90,8 @@ def _shown(report: Path | None, quiet: bool) -> Iterator[tuple[Callable, Callabl
     with Progress(
         *columns,
         TimeElapsedColumn(),
-        console=_err,
-        disable=quiet or not _err.is_terminal,
+        console=err,
+        disable=quiet or not err.is_terminal,
         transient=True,
     ) as bar:
         tasks: dict[str, int] = {}
@@ -113,5 +112,8 @@ def _shown(report: Path | None, quiet: bool) -> Iterator[tuple[Callable, Callabl
             yield progress, finish
         except KeyboardInterrupt:
             bar.stop()
-            _err.print("interrupted; run the same command again to go on from here")
+            err.print("interrupted; run the same command again to go on from here")
             sys.exit(130)
+
+
+l2p.add_command(train)

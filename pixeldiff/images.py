@@ -1,10 +1,14 @@
-"""Images between tensors, arrays, Pillow and PNG files."""
+"""Images between tensors, arrays, Pillow and PNG files.
+
+A picture of 10240 x 10240 is 1.3 GB in fp32: whatever is made of it is made a band of rows at a
+time.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,11 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from .out_files import check_out_path, written_whole
+from .png_stream import write_png
 
 OUTPUTS = ("pil", "pt", "np")
 PNG_KEY = "pixeldiff"
+_BAND = 1 << 18  # pixels of a band of rows: 3 MB in fp32
 
 
 def to_uint8(images: Tensor, *, rounded: bool = False) -> np.ndarray:
@@ -25,11 +31,25 @@ def to_uint8(images: Tensor, *, rounded: bool = False) -> np.ndarray:
     Values outside [-1, 1] are clamped first. Truncated toward zero, as PiD was released; `rounded`
     to the nearest, ties to even, as L2P was.
     """
-    if rounded:
-        scaled = (((images.float() + 1) / 2).clamp(0, 1) * 255).round()
-    else:
-        scaled = (images.float().clamp(-1, 1) + 1) * 127.5
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    batch, channels, height, width = images.shape
+    out = np.empty((batch, height, width, channels), np.uint8)
+    for picture, image in zip(out, images, strict=True):
+        first = 0
+        for band in uint8_bands(image, rounded=rounded):
+            picture[first : first + len(band)] = band
+            first += len(band)
+    return out
+
+
+def uint8_bands(image: Tensor, *, rounded: bool = False) -> Iterator[np.ndarray]:
+    """(3, H, W) in [-1, 1] -> (rows, W, 3) uint8 from top to bottom; see `to_uint8`."""
+    for band in image.split(max(1, _BAND // max(1, image.shape[2])), dim=1):
+        values = band.float()
+        if rounded:
+            values = (((values + 1) / 2).clamp_(0, 1) * 255).round_()
+        else:
+            values = (values.clamp(-1, 1) + 1) * 127.5
+        yield values.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
 def check_output(output: str) -> None:
@@ -84,30 +104,45 @@ def from_pil(image: Image.Image) -> Tensor:
 
 
 def save_png(
-    path: str | os.PathLike[str], image: Image.Image, metadata: dict[str, Any] | None = None
+    path: str | os.PathLike[str],
+    image: Image.Image | Tensor,
+    metadata: dict[str, Any] | None = None,
+    *,
+    rounded: bool = False,
 ) -> Path:
     """Write a PNG whole or not at all, with how it was made in its text metadata.
 
     Args:
         path: ends in .png; its directory must exist.
+        image: a picture, or (3, H, W) in [-1, 1] on any device, of which only bands of rows are
+            converted at a time.
         metadata: JSON-able; stored as JSON under the key "pixeldiff".
+        rounded: of a tensor; see `to_uint8`.
 
     Raises:
         ValueError: another suffix. OSError: the file cannot be written; nothing is left behind.
     """
-    return save_pngs([(path, image, metadata)])[0]
+    return save_pngs([(path, image, metadata)], rounded=rounded)[0]
 
 
 def save_pngs(
-    files: Sequence[tuple[str | os.PathLike[str], Image.Image, dict[str, Any] | None]],
+    files: Sequence[tuple[str | os.PathLike[str], Image.Image | Tensor, dict[str, Any] | None]],
+    *,
+    rounded: bool = False,
 ) -> list[Path]:
     """As `save_png` for several (path, image, metadata): either all of them are written or none."""
     paths = [check_png_path(path) for path, _, _ in files]
     with written_whole(paths) as partial:
         for target, (_, image, metadata) in zip(partial, files, strict=True):
+            texts = {} if metadata is None else {PNG_KEY: json.dumps(metadata)}
+            if isinstance(image, Tensor):
+                with target.open("wb") as file:
+                    size = image.shape[1], image.shape[2]
+                    write_png(file, size, uint8_bands(image, rounded=rounded), texts)
+                continue
             info = PngImagePlugin.PngInfo()
-            if metadata is not None:
-                info.add_text(PNG_KEY, json.dumps(metadata))
+            for key, text in texts.items():
+                info.add_text(key, text)
             image.save(target, "PNG", pnginfo=info)
     return paths
 

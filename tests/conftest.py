@@ -16,8 +16,6 @@ COMMITTED = Path(__file__).parent / "golden"
 # for it (HYPOTHESIS_PROFILE=default), not by somebody else's change turning red.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
-# Files of the L2P networks and their parts; the others state schedules, samples and conversions.
-L2P_NETWORK_FILES = ("comp_", "dec_", "net_", "naming_", "convert_p16_result", "merge_")
 
 
 def golden_root() -> Path:
@@ -59,7 +57,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             files = [p for p, kind in golden_files("pid").items() if _is_training(kind) == training]
             metafunc.parametrize(name, files, ids=[p.stem for p in files])
     if "l2p_golden" in metafunc.fixturenames:
-        files = [p for p in golden_files("l2p") if p.stem.startswith(L2P_NETWORK_FILES)]
+        files = list(golden_files("l2p"))
         metafunc.parametrize("l2p_golden", files, ids=[p.stem for p in files])
 
 

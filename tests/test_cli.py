@@ -18,6 +18,8 @@ from tiny_pid import CONFIG, save_net, tiny_caption, tiny_latent, tiny_net
 
 import pixeldiff
 from pixeldiff import cli, sources
+from pixeldiff.cli_errors import clean_errors
+from pixeldiff.cli_verify import _print_report
 from pixeldiff.images import read_png_metadata
 from pixeldiff.models.autoencoder import ConvAutoencoder
 from pixeldiff.models.pid import PiDNet, checkpoint_location
@@ -379,7 +381,7 @@ def test_a_bug_is_not_hidden(files, out, monkeypatch):
 def test_warnings_are_notes(capsys):
     import warnings
 
-    @cli.clean_errors
+    @clean_errors
     def work():
         warnings.warn("sizes [1, 2] are odd", UserWarning, stacklevel=1)
         warnings.warn("an internal matter", DeprecationWarning, stacklevel=1)
@@ -391,7 +393,7 @@ def test_warnings_are_notes(capsys):
 
 
 def test_a_closed_pipe_is_clicks_business():
-    @cli.clean_errors
+    @clean_errors
     def work():
         raise BrokenPipeError(32, "Broken pipe")
 
@@ -573,7 +575,7 @@ def test_names_in_golden_files_are_not_markup(capsys):
     from pixeldiff.verify import Comparison, Report
 
     report = Report(Path("a"), "[/red]", [Comparison("out.[bold]", 1.0, 0.5, "abs")])
-    assert cli._print_report(report, show_all=False) == 1
+    assert _print_report(report, show_all=False) == 1
     page = capsys.readouterr().out
     assert "[/red]: 0 of 1 tensors ok" in page
     assert "out.[bold]" in page

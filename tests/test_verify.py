@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pixeldiff.verify import NotUnderstood, verify_file
-from pixeldiff.verify.golden import compare, read_golden
+from pixeldiff.errors import IncompleteCheckpointError
+from pixeldiff.images import to_uint8
+from pixeldiff.models.l2p.conversion import ConversionPlan
+from pixeldiff.models.l2p.sampler import guided
+from pixeldiff.models.l2p.scheduler import schedule
+from pixeldiff.models.l2p.training import noised
+from pixeldiff.verify import NotUnderstood, l2p, l2p_checkpoints, l2p_networks, verify_file
+from pixeldiff.verify.golden import L2P, compare, read_golden
+from pixeldiff.verify.pid_components import COMPONENTS
+from pixeldiff.verify.pid_networks import NETWORKS
 
 
 @pytest.fixture
@@ -129,32 +139,64 @@ def test_foreign_safetensors(tmp_path):
     refuses(path, "^not a golden file: its metadata has no name, kind, tolerance$")
 
 
-def test_l2p_golden_of_another_sort(gates, rewritten, golden_dir):
+def test_l2p_golden_of_another_sort(gates, rewritten):
     def as_l2p(metadata):
         metadata["case"] = {}
         metadata["tolerance"] = {"max_abs_rel_to_peak": 1e-5}
 
-    refuses(rewritten(gates, metadata=as_l2p), "^an L2P golden file of an unknown sort; known are ")
-    weights = golden_dir / "l2p" / "weights_p16_A.safetensors"
-    refuses(weights, "^an L2P golden file of an unknown sort; known are .*network, local_decoder, ")
+    known = "known are .*network, sampling, schedules, local_decoder, .*text_encoder, .*conversion"
+    refuses(rewritten(gates, metadata=as_l2p), f"^an L2P golden file of an unknown sort; {known}, ")
 
 
-@pytest.mark.parametrize(
-    ("name", "key", "want"),
-    [
-        ("comp_block_mod", "y", "out.y"),
-        ("comp_rope", "real.sin", "out.real.sin"),
-        ("dec_p16_thin", "cap.dec3", "mid.dec3"),
-        ("net_p16_cap1_A", "net_out", "out.net_out"),
-        ("naming_fused_qkv", "split.layers.0.attention.to_v.weight", None),
-    ],
-)
+def test_l2p_golden_without_the_file_it_needs(golden_dir, tmp_path):
+    for name, needed in (
+        ("net_p16_cap1_A", "weights_p16_A"),
+        ("convert_p16_result", "convert_p16"),
+        ("convert_p16", "convert_p16_result"),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        shutil.copy(golden_dir / "l2p" / path.name, path)
+        refuses(path, f"^it needs {needed}.safetensors beside it: no such file$")
+        path.unlink()
+
+
+# One value of one tensor, of every sort of file.
+WRONG_VALUES = [
+    ("comp_block_mod", "y", "out.y"),
+    ("comp_patchify", "img_ids", "out.img_ids"),
+    ("comp_rope", "real.sin", "out.real.sin"),
+    ("comp_timestep", "freq_emb", "out.freq_emb"),
+    ("dec_p16_thin", "cap.dec3", "mid.dec3"),
+    ("net_p16_cap1_A", "net_out", "out.net_out"),
+    ("sample_p16_1step_A", "sigmas", "out.sigmas"),
+    ("sample_p16_1step_A", "image_uint8", "out.image_uint8"),
+    ("sample_p16_4step_cfg4_shift5_A", "x.2", "out.x.2"),
+    ("sample_p16_img2img_A", "x_start", "out.x_start"),
+    ("sample_p64_3step_cfg", "v.0", "out.v.0"),
+    ("sched_tables", "N6.shift5.strength0.6.timesteps", "out.N6.shift5.strength0.6.timesteps"),
+    ("text_encoder_tiny", "embedding.1", "out.embedding.1"),
+    ("naming_fused_qkv", "split.layers.0.attention.to_v.weight", None),
+    ("convert_p16_result", "result.layers.0.feed_forward.w2.weight", None),
+    ("merge_p16", "merged.local_decoder.out_conv.weight", None),
+    ("train_step_p16_A", "grad.local_decoder.dec1.0.weight", None),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "want"), WRONG_VALUES)
 def test_l2p_golden_with_one_wrong_value(golden_dir, tmp_path, name, key, want):
+    if name == "text_encoder_tiny":
+        pytest.importorskip("transformers", minversion="4.51")
+
     def change(tensors):
-        tensors[key].view(-1)[3] += tensors[key].abs().max() * 1e-3 + 1e-2
+        value = tensors[key].view(-1)[3 % tensors[key].numel()]
+        if value.dtype.is_floating_point:
+            value += tensors[key].abs().max() * 1e-3 + 1e-2
+        else:
+            value -= 1
 
     folder = golden_dir / "l2p"
-    shutil.copy(folder / "weights_p16_A.safetensors", tmp_path)
+    for other in ("weights_p16_A", "convert_p16"):
+        shutil.copy(folder / f"{other}.safetensors", tmp_path)
     path = tmp_path / f"{name}.safetensors"
     with safe_open(folder / path.name, "pt") as f:
         metadata, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
@@ -163,6 +205,117 @@ def test_l2p_golden_with_one_wrong_value(golden_dir, tmp_path, name, key, want):
     change(tensors)
     save_file(tensors, path, metadata=metadata)
     assert [r.key for r in verify_file(path).rows if not r.ok] == [want or f"out.{key}"]
+
+
+def test_l2p_weights_are_complete_and_read_as_they_are(golden_dir, rewritten, monkeypatch):
+    path = golden_dir / "l2p" / "weights_p16_A.safetensors"
+    report = verify_file(path)
+    with safe_open(path, "pt") as f:
+        assert {r.key for r in report.rows} == {f"out.{k}" for k in f.keys()}  # noqa: SIM118
+    assert all(r.error == 0 for r in report.rows)
+    broken = rewritten(path, tensors=lambda tensors: tensors.pop("layers.1.ffn_norm2.weight"))
+    with pytest.raises(IncompleteCheckpointError, match=r"layers\.1\.ffn_norm2\.weight"):
+        verify_file(broken)
+
+
+def test_the_inputs_of_a_conversion_are_held_against_its_result(golden_dir):
+    folder = golden_dir / "l2p"
+    both = [verify_file(folder / f"convert_p16{end}.safetensors") for end in ("", "_result")]
+    assert both[0] == both[1]
+    assert both[0].ok
+
+
+def _truncated(images, *, rounded):
+    return to_uint8(images)
+
+
+def _unshifted(steps, **options):
+    return schedule(steps, **{**options, "shift": 1.0})
+
+
+def _from_noise(noise, plan, image=None):
+    return noise
+
+
+def _unguided(net, positive, negative, size, **options):
+    return guided(net, positive, None, size, times=options["times"])
+
+
+def _reversed(x0, noise, sigma):
+    return noised(noise, x0, sigma)
+
+
+def _all_new(source, shapes, path):
+    return ConversionPlan({}, tuple(shapes), tuple(source))
+
+
+def _as_before(base, delta, path, **options):
+    return base, tuple(delta)
+
+
+# A mistake in the program, and the file and the first tensor that show it.
+MISTAKES = [
+    ("sched_tables", l2p_networks, "schedule", _unshifted, "N2.shift3.strength0.6.sigmas"),
+    ("sample_p16_1step_A", l2p_networks, "to_uint8", _truncated, "image_uint8"),
+    ("sample_p16_img2img_A", l2p_networks, "start", _from_noise, "x_start"),
+    ("sample_p64_3step_cfg", l2p_networks, "guided", _unguided, "v.0"),
+    ("train_step_p16_A", l2p_networks, "noised", _reversed, "x_t"),
+    ("convert_p16", l2p_checkpoints, "planned", _all_new, "result.layers.0.ffn_norm1.weight"),
+    ("merge_p16", l2p_checkpoints, "overlaid", _as_before, "merged.local_decoder.out_conv.bias"),
+]
+
+
+@pytest.mark.parametrize(("name", "module", "part", "wrong", "shows"), MISTAKES)
+def test_l2p_golden_shows_a_mistake(golden_dir, monkeypatch, name, module, part, wrong, shows):
+    path = golden_dir / "l2p" / f"{name}.safetensors"
+    monkeypatch.setattr(module, part, wrong)
+    assert f"out.{shows}" in [r.key for r in verify_file(path).rows if not r.ok]
+
+
+def test_text_encoder_golden_shows_another_layer(golden_dir, monkeypatch):
+    transformers = pytest.importorskip("transformers", minversion="4.51")
+    forward = transformers.Qwen3Model.forward
+
+    def one_further(*args, **options):
+        states = forward(*args, **options)
+        states.hidden_states = (*states.hidden_states, None)
+        return states
+
+    monkeypatch.setattr(transformers.Qwen3Model, "forward", one_further)
+    report = verify_file(golden_dir / "l2p" / "text_encoder_tiny.safetensors")
+    assert [r.ok for r in report.rows] == [False, False]
+
+
+def test_text_encoder_golden_without_transformers(golden_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"transformers >= 4.51 is needed; .*pixeldiff\[text\]"):
+        verify_file(golden_dir / "l2p" / "text_encoder_tiny.safetensors")
+
+
+# What L2P goldens hold beside their results. Whatever else a file holds must be a result, so that
+# no part of it goes unchecked.
+L2P_INPUTS = (
+    *("w.*", "cw.*", "x", "t", "t_emb", "feat", "ids", "mask", "input_ids", "caption*", "noise"),
+    *("x0", "image", "init_image", "real.ids", "real.q", "tiny.ids", "tiny.q", "fused.*", "base.*"),
+    *("delta.*", "split.*_norm[12].weight", "last_hidden_normed.0"),
+)
+NOT_RUN = {"training_step", "training_components"}  # PiD's training is not part of the package
+
+
+def test_no_golden_is_without_a_check(golden_dir):
+    files = sorted(golden_dir.glob("*/*.safetensors"))
+    assert {path.parent.name for path in files} == {"pid", "l2p"}
+    for path in files:
+        golden = read_golden(path)
+        if golden.kind != L2P:
+            known = golden.name in COMPONENTS or golden.kind in {*NETWORKS, *NOT_RUN}
+            assert known, path.name
+        elif l2p.CONVERTED not in golden.tensors:
+            kind = l2p.kind_of(golden)
+            held = {n for n in golden.tensors if not kind.states(n)}
+            unchecked = {n for n in held if not any(fnmatchcase(n, i) for i in L2P_INPUTS)}
+            assert not unchecked, path.name
+            assert held != set(golden.tensors), path.name
 
 
 def test_l2p_rows_beyond_a_caption_do_not_count(golden_dir, tmp_path):

@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,14 +21,19 @@ from pixeldiff.text.prefix import text_sha256
 FORMAT = "pixeldiff.caption"
 FORMAT_VERSION = 1
 
+_MODELS = {"Gemma-2": "pid", "Qwen3": "l2p"}  # by family of their text encoder
+_NEGATIVE = "negative_"  # before the names of tensor and metadata
 _PICKLED = (".pt", ".pth", ".bin")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class CaptionEncoder(Protocol):
-    """What `bake_caption` needs. `encoder_id` and `prefix_sha256` are recorded where they exist."""
+    """What `bake_caption` needs: B texts to (B, T, E), or to a list of B tensors (T_b, E).
 
-    def encode(self, captions: list[str]) -> Tensor: ...
+    `encoder_id`, `family` and `prefix_sha256` are recorded where they exist.
+    """
+
+    def encode(self, captions: list[str]) -> Tensor | list[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class CaptionFile:
         caption_sha256: B SHA-256 sums of the UTF-8 texts.
         encoder_id: name or path of the text encoder.
         prefix_sha256: SHA-256 of the instruction prefix that stood before each caption.
+        family: kind of text encoder, "Gemma-2" or "Qwen3".
+        negative: the negative caption that goes with them, one embedding, its tokens its own.
     """
 
     embedding: Tensor
@@ -48,6 +55,8 @@ class CaptionFile:
     caption_sha256: tuple[str, ...] | None = None
     encoder_id: str | None = None
     prefix_sha256: str | None = None
+    family: str | None = None
+    negative: CaptionFile | None = None
 
     @property
     def is_null(self) -> tuple[bool, ...] | None:
@@ -55,6 +64,16 @@ class CaptionFile:
         if self.caption_sha256 is None:
             return None
         return tuple(sha256 == text_sha256("") for sha256 in self.caption_sha256)
+
+    def check_family(self, what: str, family: str) -> None:
+        """Raises ValueError if these are known to come from another kind of text encoder."""
+        if self.family not in (None, family):
+            command = f"bake-caption --for {_MODELS[family]}"
+            raise ValueError(
+                f"{what} must hold embeddings of a {family}, which this model was trained with, "
+                f"got those of a {self.family} ({self.encoder_id}); `pixeldiff {command}` writes "
+                "the right ones"
+            )
 
 
 def save_captions(
@@ -64,20 +83,23 @@ def save_captions(
     *,
     encoder_id: str | None = None,
     prefix_sha256: str | None = None,
+    family: str | None = None,
+    negative: tuple[Tensor, str] | None = None,
     store_text: bool = True,
     dtype: torch.dtype = torch.bfloat16,
 ) -> CaptionFile:
     """Write caption embeddings to a `.safetensors` file, whole or not at all.
 
     The file holds one tensor, `embedding`, and as metadata the format and its version, the texts
-    and their SHA-256 sums, the encoder's name and the prefix's SHA-256. An existing file is
-    replaced.
+    and their SHA-256 sums, the encoder's name and family and the prefix's SHA-256. A negative
+    caption adds `negative_embedding` and its text. An existing file is replaced.
 
     Args:
         path: file to write, ending in `.safetensors`.
         embedding: (B, T, E) floating point, finite, any device.
         captions: B texts; "" is the null caption.
-        encoder_id, prefix_sha256: facts to record.
+        encoder_id, prefix_sha256, family: facts to record.
+        negative: embedding (1, T', E) and text of the negative caption.
         store_text: False records the SHA-256 sums alone.
         dtype: dtype in the file. bf16 loses nothing of a bf16 encoder's output.
 
@@ -91,8 +113,39 @@ def save_captions(
     path = check_out_path(path, ".safetensors")
     if dtype not in _DTYPES:
         raise TypeError(f"save_captions: dtype must be one of {_names(_DTYPES)}, got {dtype}")
-    _check_embedding("save_captions: embedding", embedding)
+    facts = {"encoder_id": encoder_id, "prefix_sha256": prefix_sha256, "family": family}
     texts = _as_texts("save_captions", captions)
+    result = _made("save_captions: embedding", embedding, texts, store_text, dtype, facts)
+    tensors, metadata = {"embedding": result.embedding}, _texts_metadata(result)
+    if negative is not None:
+        what = "save_captions: negative"
+        other = _made(what, negative[0], [negative[1]], store_text, dtype, facts)
+        if other.embedding.shape[2] != embedding.shape[2]:
+            raise ValueError(
+                f"{what} must have the width of embedding, {embedding.shape[2]}, got "
+                f"{tuple(other.embedding.shape)}"
+            )
+        result = replace(result, negative=other)
+        # One tensor may be given as both, and the format takes no two of one memory.
+        tensors[_NEGATIVE + "embedding"] = other.embedding.clone()
+        metadata.update({_NEGATIVE + k: v for k, v in _texts_metadata(other).items()})
+    metadata.update(format=FORMAT, format_version=str(FORMAT_VERSION))
+    known = {"encoder": encoder_id, "encoder_family": family, "prefix_sha256": prefix_sha256}
+    metadata.update({k: v for k, v in known.items() if v is not None})
+    with written_whole([path]) as (partial,):
+        partial.write_bytes(save(tensors, metadata))
+    return result
+
+
+def _made(
+    what: str,
+    embedding: Tensor,
+    texts: list[str],
+    store_text: bool,
+    dtype: torch.dtype,
+    facts: dict[str, str | None],
+) -> CaptionFile:
+    _check_embedding(what, embedding)
     if len(texts) != embedding.shape[0]:
         raise ValueError(
             f"save_captions: captions must hold one text per embedding, B = {embedding.shape[0]}, "
@@ -100,29 +153,19 @@ def save_captions(
         )
     stored = embedding.detach().to("cpu", dtype).contiguous()
     # Casting down can overflow (fp16) or flush everything to zero.
-    _check_values(f"save_captions: embedding as {dtype}", stored)
-    result = CaptionFile(
-        embedding=stored,
-        captions=tuple(texts) if store_text else None,
-        caption_sha256=tuple(text_sha256(text) for text in texts),
-        encoder_id=encoder_id,
-        prefix_sha256=prefix_sha256,
-    )
+    _check_values(f"{what} as {dtype}", stored)
+    sums = tuple(text_sha256(text) for text in texts)
+    return CaptionFile(stored, tuple(texts) if store_text else None, sums, **facts)
+
+
+def _texts_metadata(captions: CaptionFile) -> dict[str, str]:
     metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "caption_sha256": json.dumps(result.caption_sha256),
-        "null_caption": json.dumps(result.is_null),
+        "caption_sha256": json.dumps(captions.caption_sha256),
+        "null_caption": json.dumps(captions.is_null),
     }
-    if store_text:
-        metadata["captions"] = json.dumps(texts)
-    if encoder_id is not None:
-        metadata["encoder"] = encoder_id
-    if prefix_sha256 is not None:
-        metadata["prefix_sha256"] = prefix_sha256
-    with written_whole([path]) as (partial,):
-        partial.write_bytes(save({"embedding": stored}, metadata))
-    return result
+    if captions.captions is not None:
+        metadata["captions"] = json.dumps(captions.captions)
+    return metadata
 
 
 def load_caption(
@@ -154,6 +197,8 @@ def load_caption(
         raise ValueError(f"load_caption: {path} must end in .safetensors, {', '.join(_PICKLED)}")
     embedding = result.embedding
     _check_embedding(f"load_caption: {path}", embedding)
+    if result.negative is not None:
+        _check_embedding(f"load_caption: negative of {path}", result.negative.embedding)
     if expected_embed_dim is not None and embedding.shape[2] != expected_embed_dim:
         raise ValueError(
             f"load_caption: {path} must hold embeddings of width {expected_embed_dim}, got "
@@ -174,6 +219,7 @@ def bake_caption(
     captions: str | Sequence[str] | None,
     encoder: CaptionEncoder,
     *,
+    negative: str | None = None,
     store_text: bool = True,
     dtype: torch.dtype = torch.bfloat16,
 ) -> CaptionFile:
@@ -182,23 +228,34 @@ def bake_caption(
     Args:
         path: file to write, ending in `.safetensors`; checked before anything is encoded.
         captions: one text or several; None is the null caption, the empty text after the prefix.
-        encoder: for example a `GemmaCaptionEncoder`.
+        encoder: a `GemmaCaptionEncoder`, a `Qwen3PromptEncoder`, or the like.
+        negative: text to encode beside them, for guidance.
         store_text, dtype: see `save_captions`.
 
     Returns:
         What the file holds, on the CPU.
 
     Raises:
-        As `save_captions` and the encoder.
+        As `save_captions` and the encoder. ValueError: texts of different numbers of tokens, where
+        the encoder does not pad them to one length.
     """
     check_out_path(path, ".safetensors")
     texts = _as_texts("bake_caption", "" if captions is None else captions)
+    rows = list(encoder.encode(texts if negative is None else [*texts, negative]))
+    lengths = sorted({len(row) for row in rows[: len(texts)]})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"bake_caption: the captions have {', '.join(map(str, lengths))} tokens, and a file "
+            "holds embeddings of one length; bake each to its own file"
+        )
     return save_captions(
         path,
-        encoder.encode(texts),
+        torch.stack(rows[: len(texts)]),
         texts,
         encoder_id=getattr(encoder, "encoder_id", None) or type(encoder).__name__,
         prefix_sha256=getattr(encoder, "prefix_sha256", None),
+        family=getattr(encoder, "family", None),
+        negative=None if negative is None else (rows[-1][None], negative),
         store_text=store_text,
         dtype=dtype,
     )
@@ -208,35 +265,48 @@ def _load_safetensors(path: Path) -> CaptionFile:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            names = list(file.keys())
-            if len(names) == 1:
-                embedding = file.get_tensor(names[0])
+            names = set(file.keys())
+            ours = metadata.get("format") == FORMAT
+            pair = {"embedding", _NEGATIVE + "embedding"}
+            if len(names) == 1 or (ours and names == pair):
+                tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(
             f"load_caption: {path} is not a safetensors file, or is cut off: {error}"
         ) from error
-    if len(names) != 1:
-        raise ValueError(
-            f"load_caption: {path} must hold one tensor, got {len(names)}"
-            f"{': ' + ', '.join(sorted(names)[:3]) if names else ''}; this is not a caption file"
-        )
-    if metadata.get("format") != FORMAT:
-        return CaptionFile(embedding)
     version = metadata.get("format_version", "")
-    if version != str(FORMAT_VERSION):
+    if ours and version != str(FORMAT_VERSION):
         raise ValueError(
             f"load_caption: {path} has caption format version {version!r}, this pixeldiff reads "
             f"{FORMAT_VERSION}; update pixeldiff or bake the caption again"
         )
-    captions = _texts_entry(path, metadata, "captions")
-    sha256 = _texts_entry(path, metadata, "caption_sha256")
+    if len(names) != 1 and not (ours and names == pair):
+        raise ValueError(
+            f"load_caption: {path} must hold one tensor, got {len(names)}"
+            f"{': ' + ', '.join(sorted(names)[:3]) if names else ''}; this is not a caption file"
+        )
+    if not ours:
+        return CaptionFile(*tensors.values())
+    facts = metadata.get("encoder"), metadata.get("prefix_sha256"), metadata.get("encoder_family")
+    negative = tensors.pop(_NEGATIVE + "embedding", None)
+    other = None
+    if negative is not None:
+        other = CaptionFile(negative, *_texts_of(path, metadata, _NEGATIVE), *facts)
+    (embedding,) = tensors.values()
+    return CaptionFile(embedding, *_texts_of(path, metadata, ""), *facts, other)
+
+
+def _texts_of(
+    path: Path, metadata: dict[str, str], start: str
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Texts and their SHA-256 sums, which belong together."""
+    captions = _texts_entry(path, metadata, start + "captions")
+    sha256 = _texts_entry(path, metadata, start + "caption_sha256")
     if captions is not None and sha256 != tuple(text_sha256(text) for text in captions):
         raise ValueError(
             f"load_caption: {path}: the SHA-256 sums do not belong to the captions; bake it again"
         )
-    return CaptionFile(
-        embedding, captions, sha256, metadata.get("encoder"), metadata.get("prefix_sha256")
-    )
+    return captions, sha256
 
 
 def _texts_entry(path: Path, metadata: dict[str, str], key: str) -> tuple[str, ...] | None:

@@ -54,6 +54,8 @@ class GemmaCaptionEncoder(LanguageModel):
     Source: PiD, arXiv 2605.23902, released text conditioning.
     """
 
+    family = "Gemma-2"
+
     def __init__(
         self,
         model: PreTrainedModel,

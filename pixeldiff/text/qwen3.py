@@ -52,6 +52,8 @@ class Qwen3PromptEncoder(LanguageModel):
     Source: L2P, arXiv 2605.12013, released text conditioning, which is Z-Image's.
     """
 
+    family = "Qwen3"
+
     def __init__(
         self,
         model: PreTrainedModel,

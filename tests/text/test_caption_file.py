@@ -288,3 +288,82 @@ def test_bake_checks_the_path_before_encoding(tmp_path):
         bake_caption(tmp_path / "none" / "x.safetensors", None, Costly())
     with pytest.raises(TypeError, match="bake_caption: captions must be"):
         bake_caption(tmp_path / "x.safetensors", 3, Costly())
+
+
+# ---- A negative caption, and which encoder -----------------------------------------------------
+
+
+class RaggedEncoder:
+    """One tensor a caption, as long as it is, plus one; as the encoder of L2P."""
+
+    encoder_id, family = "some/qwen3", "Qwen3"
+
+    def encode(self, captions):
+        return [torch.full((len(c) + 1, 8), len(c) + 1.0) for c in captions]
+
+
+def test_a_negative_caption_in_the_same_file(path):
+    saved = bake_caption(path, "a fox", RaggedEncoder(), negative="blurry")
+    loaded = load_caption(path, expected_embed_dim=8)
+    for result in (saved, loaded):
+        assert (result.captions, result.encoder_id, result.family) == (
+            *(("a fox",), "some/qwen3", "Qwen3"),
+        )
+        assert torch.equal(result.embedding, torch.full((1, 6, 8), 6.0).bfloat16())
+        negative = result.negative
+        assert (negative.captions, negative.family) == (("blurry",), "Qwen3")
+        assert torch.equal(negative.embedding, torch.full((1, 7, 8), 7.0).bfloat16())
+        assert negative.negative is None
+    empty = bake_caption(path, "a fox", RaggedEncoder(), negative="").negative
+    assert empty.is_null == (True,)
+    secret = bake_caption(path, "a fox", RaggedEncoder(), negative="secret", store_text=False)
+    assert secret.negative.captions is None
+    assert b"secret" not in path.read_bytes()
+    assert load_caption(path).negative.caption_sha256 == secret.negative.caption_sha256
+
+
+def test_captions_of_different_lengths(path):
+    assert bake_caption(path, ["ab", "cd"], RaggedEncoder()).embedding.shape == (2, 3, 8)
+    with pytest.raises(ValueError, match=r"have 3, 4 tokens, and a file holds .* its own file"):
+        bake_caption(path, ["ab", "abc"], RaggedEncoder())
+
+
+def test_negatives_that_are_none(path):
+    y = embeddings()
+    with pytest.raises(ValueError, match=r"negative must have the width of embedding, 16, got \("):
+        save_captions(path, y, "a", negative=(embeddings(dim=8), ""))
+    with pytest.raises(ValueError, match=r"negative must be finite, got NaN"):
+        save_captions(path, y, "a", negative=(y / 0 * 0, ""))
+    with pytest.raises(ValueError, match=r"one text per embedding, B = 2, got 1"):
+        save_captions(path, y, "a", negative=(embeddings(2), ""))
+    assert not path.exists()
+    save_captions(path, y, "a", negative=(y, "b"))
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    metadata["negative_captions"] = json.dumps(["c"])
+    save_file({"embedding": y, "negative_embedding": y.clone()}, path, metadata=metadata)
+    with pytest.raises(ValueError, match="sums do not belong to the captions"):
+        load_caption(path)
+    metadata.pop("negative_captions")
+    save_file({"embedding": y, "negative_embedding": y * torch.inf}, path, metadata=metadata)
+    with pytest.raises(ValueError, match=r"negative of .* must be finite"):
+        load_caption(path)
+    save_file({"embedding": y, "negative_embedding": y.clone()}, path)
+    with pytest.raises(ValueError, match=r"must hold one tensor, got 2"):
+        load_caption(path)
+
+
+def test_embeddings_of_another_encoder_are_refused(path):
+    ours = bake_caption(path, "a fox", RaggedEncoder())
+    ours.check_family("caption", "Qwen3")
+    save_captions(path, embeddings(), "a")
+    load_caption(path).check_family("caption", "Gemma-2")  # nothing is known of it
+    with pytest.raises(ValueError, match=r"^fox must hold embeddings of a Gemma-2, which this mo"):
+        ours.check_family("fox", "Gemma-2")
+    other = save_captions(path, embeddings(), "a", family="Gemma-2", encoder_id="google/gemma")
+    text = (
+        r"^fox must hold embeddings of a Qwen3, .* got those of a Gemma-2 \(google/gemma\); "
+        r"`pixeldiff bake-caption --for l2p` writes the right ones$"
+    )
+    with pytest.raises(ValueError, match=text):
+        other.check_family("fox", "Qwen3")

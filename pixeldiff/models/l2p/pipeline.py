@@ -196,7 +196,8 @@ class L2PPipeline:
             generator: instead of seed: one for the batch, or one for each image, so that an image
                 does not depend on its batch. Its seed is reported if it is fresh.
             prompt_embeds, negative_prompt_embeds: embeddings (T, E), a list of them, one a prompt,
-                (B, T, E), or a `CaptionFile`. The text encoder is not loaded for them.
+                (B, T, E), or a `CaptionFile`. The text encoder is not loaded for them. The
+                negative prompt in a `CaptionFile` counts where no other is given.
             image: to start from: a picture, or (1 or B, 3, H, W) in [-1, 1].
             strength: in (0, 1], how much of `image` to give up; 1 is all of it.
             strength_rule, shift, time_dtype: as for `schedule`.
@@ -236,6 +237,9 @@ class L2PPipeline:
         copies = num_images_per_prompt
         if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
             raise ValueError(f"num_images_per_prompt must be an integer >= 1, got {copies!r}")
+        no_negative = negative_prompt is None and negative_prompt_embeds is None
+        if no_negative and isinstance(prompt_embeds, CaptionFile):
+            negative_prompt_embeds = prompt_embeds.negative
         self._check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, scale)
         batch = copies * _count(prompt, prompt_embeds)
         if image is not None and image.shape[0] not in (1, batch):
@@ -271,13 +275,15 @@ class L2PPipeline:
                 callback=callback,
                 replace=None if callback_on_step_end is None else self._on(callback_on_step_end),
             )
-            if not torch.isfinite(result).all():
+            # A picture may be as large as 1.3 GB: no flags for every value, no copy to clamp it in.
+            low, high = result.aminmax()  # NaN wins
+            if not torch.isfinite(low) & torch.isfinite(high):
                 raise ArithmeticError(
                     f"the network returned NaN or infinity at {size[0]} x {size[1]} in "
                     f'{self.precision}; try precision="fp32" or backend("reference"), and prompt '
                     f"embeddings of its own text encoder"
                 )
-            result = result.clamp(-1, 1)
+            result = result.clamp_(-1, 1) if callback_on_step_end is None else result.clamp(-1, 1)
         metadata = {
             "model": self.name,
             "pixeldiff": __version__,
@@ -299,7 +305,7 @@ class L2PPipeline:
         if time_dtype != "fp32":
             metadata["time_dtype"] = time_dtype
         if image is not None:
-            data = image.cpu().contiguous().numpy().tobytes()
+            data = image.cpu().contiguous().numpy()
             metadata["image"] = f"pixels, sha256 {hashlib.sha256(data).hexdigest()}"
             metadata["strength"] = strength
             metadata["strength_rule"] = strength_rule

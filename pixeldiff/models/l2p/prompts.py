@@ -61,8 +61,10 @@ class PromptSource:
 
     def checked(self, name: str, given: Embeddings) -> list[Tensor]:
         """Embeddings a caller gave, one tensor (T, E) a prompt."""
+        encoder = None
         if isinstance(given, CaptionFile):
-            given = given.embedding
+            given.check_family(name, Qwen3PromptEncoder.family)
+            given, encoder = given.embedding, given.encoder_id
         if isinstance(given, Tensor):
             given = [given] if given.dim() == 2 else list(given) if given.dim() == 3 else given
         if not isinstance(given, list | tuple) or not all(isinstance(y, Tensor) for y in given):
@@ -77,7 +79,8 @@ class PromptSource:
             if y.dim() != 2 or y.shape[1] != self.embed_dim or y.shape[0] == 0:
                 raise ValueError(
                     f"{name} must be embeddings (T, {self.embed_dim}), got {tuple(y.shape)} for "
-                    f"prompt {i}; they come from the text encoder the network was trained with"
+                    f"prompt {i}{f', made by {encoder}' if encoder else ''}; they come from the "
+                    f"text encoder the network was trained with"
                 )
             if not y.is_floating_point():
                 raise ValueError(f"{name} must be floating-point embeddings, got {y.dtype}")

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...images import to_rgb
-from ...text import load_caption, save_captions
+from ...text import Qwen3PromptEncoder, load_caption, save_captions
 from ...text.prefix import text_sha256
 from .config import L2PConfig
 
@@ -163,12 +163,16 @@ def _encoded(texts: dict[Path, str], encoder, folder: Path | None) -> Iterator[t
         if known != (text_sha256(text),):
             source = source or encoder()
             name = getattr(source, "encoder_id", None) or type(source).__name__
-            save_captions(target, source.encode([text])[0][None], text, encoder_id=name)
+            family = getattr(source, "family", None)
+            y = source.encode([text])[0][None]
+            save_captions(target, y, text, encoder_id=name, family=family)
         yield path, target
 
 
 def _check_embedding(path: Path, config: L2PConfig) -> None:
-    shape = tuple(load_caption(path, expected_embed_dim=config.cap_feat_dim).embedding.shape)
+    held = load_caption(path, expected_embed_dim=config.cap_feat_dim)
+    held.check_family(f"l2p train: {path}", Qwen3PromptEncoder.family)
+    shape = tuple(held.embedding.shape)
     if shape[0] != 1:
         raise ValueError(
             f"l2p train: {path} must hold the embedding of one caption, (1, T, "

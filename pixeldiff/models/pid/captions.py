@@ -16,6 +16,7 @@ from ...text import CaptionFile, load_caption
 from ...text.tiny import TinyTextEmbedder
 
 GEMMA = "google/gemma-2-2b-it"
+FAMILY = "Gemma-2"
 
 
 class CaptionSource:
@@ -61,6 +62,7 @@ class CaptionSource:
             if isinstance(null_caption, str | os.PathLike):
                 null_caption = load_caption(null_caption, expected_embed_dim=embed_dim)
             if isinstance(null_caption, CaptionFile):
+                null_caption.check_family("null_caption", FAMILY)
                 null_caption = null_caption.embedding
             self._null = self._checked("null_caption", null_caption)
             if self._null.shape[0] != 1:
@@ -90,6 +92,7 @@ class CaptionSource:
         if isinstance(caption, Tensor):
             return self._checked(name, caption)
         if isinstance(caption, CaptionFile):
+            caption.check_family(name, FAMILY)
             return self._checked(name, caption.embedding)
         return self.encode(caption, name=name)
 

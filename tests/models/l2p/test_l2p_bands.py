@@ -17,7 +17,7 @@ from pixeldiff.models.l2p.config import DECODERS
 from pixeldiff.models.l2p.local_decoder import LocalDecoder
 from pixeldiff.models.l2p.sampler import guided
 from pixeldiff.verify.golden import read_golden
-from pixeldiff.verify.l2p import _decoder, _input, _load, _weights
+from pixeldiff.verify.l2p_inputs import decoder_config, given, load_weights, weights
 
 DIM = 10
 CELL = {"1k": 16, "4k": 64, "8k": 128, "10k": 64}
@@ -153,9 +153,9 @@ def test_goldens(golden_dir):
         g = read_golden(path)
         c = g.meta["config"]
         form = {16: "1k", 64: "4k", 128: "8k", 160: "10k"}[c["patch_size"]]
-        net = LocalDecoder(_decoder(form, c["decoder_widths"]), c["dim"], c["in_channels"])
-        _load(net, {k.removeprefix("local_decoder."): t for k, t in _weights(g).items()})
-        x, features = _input(g, "x"), g.tensors["feat"].float().permute(0, 2, 3, 1)
+        net = LocalDecoder(decoder_config(form, c["decoder_widths"]), c["dim"], c["in_channels"])
+        load_weights(net, {k.removeprefix("local_decoder."): t for k, t in weights(g).items()})
+        x, features = given(g, "x"), g.tensors["feat"].float().permute(0, 2, 3, 1)
         for k in (2, len(net.config.levels)):
             side = max(CELL[form] // 2, 1 << k)
             u = bands.decode(net, x, features, Tiling(k, side, side))

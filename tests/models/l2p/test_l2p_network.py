@@ -23,6 +23,8 @@ def _no_gradients():
 
 
 def test_golden(l2p_golden):
+    if l2p_golden.stem.startswith("text_encoder"):
+        pytest.importorskip("transformers", minversion="4.51")
     report = verify_file(l2p_golden)
     misses = [f"{r.key}: {r.error:.3g} > {r.tolerance:.3g}" for r in report.rows if not r.ok]
     assert report.ok, misses

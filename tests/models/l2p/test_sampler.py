@@ -7,12 +7,11 @@ import torch
 from tiny_l2p import captions, config, draw, network, relative
 
 from pixeldiff.images import to_uint8
-from pixeldiff.models.l2p import L2PNet
 from pixeldiff.models.l2p.sampler import guided, sample, start
 from pixeldiff.models.l2p.scheduler import schedule
 from pixeldiff.models.steps import Interrupted
-from pixeldiff.verify import l2p as golden_l2p
 from pixeldiff.verify.golden import read_golden
+from pixeldiff.verify.l2p_inputs import stated_network
 
 SAMPLES = (
     *("sample_p16_1step_A", "sample_p16_4step_A", "sample_p16_4step_cfg4_shift5_A"),
@@ -28,9 +27,7 @@ def test_goldens(golden_dir, name, together):
         pytest.skip("not among the files that are committed")
     g = read_golden(path)
     case, bound = g.meta["case"], g.tolerance("")["relative_to_max"]
-    net = L2PNet(golden_l2p._config(g.meta["config"]))
-    net.load_state_dict(golden_l2p._weights(g))
-    net.requires_grad_(False)
+    net = stated_network(g).requires_grad_(False)
     plan = schedule(case["steps"], shift=case["shift"], strength=case["strength"])
     assert torch.equal(torch.tensor(plan.sigmas[:-1]), g.tensors["sigmas"])
     assert torch.equal(torch.tensor(plan.timesteps), g.tensors["timesteps"])
