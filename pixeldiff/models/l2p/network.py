@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from ... import ops
 from ...ops.registry import needs_grad
-from ..pid.layers import SwiGLU
+from ..feed_forward import SwiGLU
 from . import bands
 from .bands import DECODER_MEMORY
 from .block import Block, SelfAttention
