@@ -1,8 +1,8 @@
-"""One L2P network call: pixeldiff with CUDA graphs and without, plain PyTorch eager and compiled, and
-the latent transformer that the network was converted from at the same output size.
+"""One L2P network call: pixeldiff with CUDA graphs and without, plain PyTorch eager and compiled,
+and the latent transformer that the network was converted from at the same output size.
 
-All in one process, as the networks are large: the pixel variants share their weights. Each is called
-alone first, which gives its peak of memory; then they take turns.
+All in one process, as the networks are large: the pixel variants share their weights. Each is
+called alone first, which gives its peak of memory; then they take turns.
 """
 
 from __future__ import annotations
@@ -223,11 +223,9 @@ def _prepare(plan: Plan, v: _Variant) -> None:
     elif name in ("pixeldiff-no-graphs", SOURCE):
         v.call = lambda x: prediction(x, t)
     else:
-        step = (
-            torch.compile(net.step, dynamic=False, fullgraph=True)
-            if name == "compile"
-            else net.step
-        )
+        step = net.step
+        if name == "compile":
+            step = torch.compile(step, dynamic=False, fullgraph=True)
         given = {"guidance": prediction.guidance, "decoder_memory": plan.decoder_memory}
         v.call = lambda x: step(x, t, prediction.conditions[0], **given)
         v.around = lambda: pixeldiff.backend("reference")

@@ -16,7 +16,6 @@ from torch.nn.functional import linear, silu
 from torch.utils.checkpoint import checkpoint
 
 from ... import ops
-from ...ops.registry import upcast
 from .config import Level, LocalDecoderConfig
 
 Trace = Callable[[str, Tensor], None]
@@ -107,7 +106,7 @@ class LocalDecoder(nn.Module):
             h = self.up(level, h, skip)
             if trace:
                 trace(f"dec{level.name}", h)
-        return self.pixels(h, guidance).contiguous()
+        return self.pixels(h, guidance)
 
     def down(self, level: Level, h: Tensor) -> tuple[Tensor, Tensor]:
         """A level's way down: (S, H, W, C) -> its skip tensor and the next level's input."""
@@ -122,15 +121,13 @@ class LocalDecoder(nn.Module):
         return self._level(ops.local_decoder_up, h, skip, *weights)
 
     def pixels(self, h: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """(B, H, W, C) of the last level -> (B, 3, H, W) fp32, a view of channels last.
+        """(B, H, W, C) of the last level -> (B, 3, H, W) fp32.
 
         Under guidance g, a tensor (), the first half of h is positive, the second negative, and the
         result (B/2, 3, H, W) is u_neg + g (u_pos - u_neg), in fp32.
         """
-        if guidance is not None:  # one half at a time: a copy of both in fp32 is large
-            return mixed(*(self.pixels(half) for half in h.chunk(2)), guidance)
-        weight, bias = self.out_conv.weight.flatten(1), self.out_conv.bias
-        return linear(upcast(h), upcast(weight), upcast(bias)).permute(0, 3, 1, 2)
+        weight = self.out_conv.weight.flatten(1)
+        return ops.local_decoder_pixels(h, weight, self.out_conv.bias, guidance)
 
     def narrowed(self, h: Tensor) -> Tensor:
         """The image's share of the bottleneck, bias included, before the activation."""
@@ -151,11 +148,6 @@ class LocalDecoder(nn.Module):
         weight = self.bottleneck[0].weight.flatten(1)[:, -features.shape[-1] :]
         y = nearest(linear(features, weight), image.shape[1:3])
         return silu((y.unflatten(0, (-1, image.shape[0])) + image).flatten(0, 1))
-
-
-def mixed(positive: Tensor, negative: Tensor, guidance: Tensor) -> Tensor:
-    """negative + guidance * (positive - negative), exact where both are equal."""
-    return torch.lerp(negative, positive, guidance.to(negative.dtype))
 
 
 def nearest(x: Tensor, grid: tuple[int, int]) -> Tensor:

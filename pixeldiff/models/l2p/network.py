@@ -23,7 +23,7 @@ from .bands import DECODER_MEMORY
 from .block import Block, SelfAttention
 from .config import SEQ_MULTIPLE, L2PConfig
 from .layers import CaptionEmbedder, FinalLayer, TimeEmbedder
-from .local_decoder import LocalDecoder, mixed
+from .local_decoder import LocalDecoder
 from .positions import Rope, caption_positions, image_positions, rope_3d, time_frequencies
 from .sizes import check_size
 
@@ -253,7 +253,10 @@ class L2PNet(nn.Module):
             trace("feat_map", features.permute(0, 3, 1, 2))
         if self.config.local_decoder is None:
             u = self._unpatchified(rows, mod, condition)
-            return u if guidance is None else mixed(*u.chunk(2), guidance)
+            if guidance is None:
+                return u
+            positive, negative = u.chunk(2)
+            return torch.lerp(negative, positive, guidance.to(u.dtype))
         if trace:
             encoded = self.local_decoder.encode(x, trace=trace)
             return self.local_decoder.decode(encoded, features, guidance, trace=trace)
