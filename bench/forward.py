@@ -112,6 +112,7 @@ class _Variant:
     call: Callable[[Tensor], Tensor] | None = None
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     first_ms: float | None = None
+    captured: bool = False
 
     def candidate(self) -> Candidate:
         return Candidate(self.row.backend, lambda x: self.call(x), self.around)
@@ -169,8 +170,9 @@ def _alone(plan: Plan, v: _Variant, clock: Clock) -> Tensor:
         weights = sum(p.numel() * p.element_size() for p in v.net.parameters())
         # What other variants hold is there too: its own, and what its calls added.
         used = max(0, meter.peak() - before)
+        given = 0 if v.captured else x.numel() * x.element_size()  # else in the graph's own state
         v.row.memory = Memory(
-            peak_bytes=weights + x.numel() * x.element_size() + used,
+            peak_bytes=weights + given + used,
             activation_bytes=used,
             weight_bytes=weights,
             source=meter.source,
@@ -217,6 +219,7 @@ def _prepare(plan: Plan, v: _Variant) -> None:
 
         def call(x: Tensor) -> Tensor:
             (steps,) = running
+            v.captured = steps.state is not None
             return steps.predict(x if steps.state is None else steps.state, t)
 
         v.call, v.around = call, around

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from bench import forward, schema
+from bench import forward, report, schema
 from bench.forward import CHOICES, NETWORKS, Plan, flops, run
 from pixeldiff.models.l2p import VARIANTS, L2PNet
 from pixeldiff.ops.registry import forced_backend
@@ -46,6 +46,10 @@ def test_the_variants_agree_and_are_whole_rows(guided, tmp_path):
     assert rows["reference"].speedup_eager == 1
     schema.save(tmp_path / "r.json", list(rows.values()), "test")
     assert len(schema.load(tmp_path / "r.json")) == 4
+    page = report.page(list(rows.values()), [], [])
+    kind = "tiny, guided" if guided else "tiny"
+    for name in rows:
+        assert f"| {kind} | 32x32 | fp32 | {name} |" in page
 
 
 def test_a_result_that_is_not_the_references_is_no_time(monkeypatch):

@@ -132,6 +132,21 @@ def test_steps_schedule_scale_and_prompts_are_of_one_kind(pair):
     assert pair.captured == 1
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_which_caption_is_the_longer_may_change(pair, together):
+    """Positions and masks of the same shapes. One after the other, the longer one comes first."""
+    lengths = [(40, 9), (9, 40)] if together else [(40, 9), (60, 20)]
+    for seed, (positive, negative) in enumerate(2 * lengths):
+        pair.check(
+            seed,
+            guidance_scale=3.0,
+            guidance_together=together,
+            prompt_embeds=draw(positive, 20, seed=seed),
+            negative_prompt_embeds=draw(negative, 20, seed=seed),
+        )
+    assert pair.captured == 1
+
+
 def test_kinds(pair):
     kinds = [
         {},
