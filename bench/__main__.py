@@ -17,6 +17,7 @@ from pixeldiff.models.pid.decoder import PRECISIONS
 from pixeldiff.out_files import check_out_path
 
 from . import show
+from .forward import CHOICES
 from .l2p_commands import convert, local_decoder
 from .machine import DTYPES
 from .options import comma, json_option, threads_option
@@ -147,6 +148,47 @@ def decode(
         **options,
     )
     _finish(Recorder(path), run(plan), show.decodes)
+
+
+@main.command()
+@click.option("--config", default="tiny", show_default=True, help="tiny, 1k, 4k, 8k or 10k")
+@click.option("--size", "side", default=0, help="pixels of a side; default: the network's own")
+@click.option("--device", help="cpu or cuda; default: cuda where there is one")
+@click.option("--precision", type=click.Choice(("fp32", "bf16")), help="default: bf16 on CUDA")
+@click.option(
+    "--compare",
+    "variants",
+    multiple=True,
+    default=("pixeldiff-no-graphs,reference,compile,source",),
+    show_default=True,
+    callback=comma(choices=CHOICES),
+    help="beside pixeldiff",
+)
+@click.option("--guided", is_flag=True, help="both branches of guidance in one call")
+@click.option("--caption", default=128, show_default=True, help="tokens of a caption")
+@click.option("--batch", default=1, show_default=True)
+@click.option("--decoder-memory", type=float, default=4.0, show_default=True, help="GB; 0: whole")
+@click.option("--rounds", type=click.IntRange(3), default=7, show_default=True)
+@click.option("--seconds", default=20.0, show_default=True, help="no round starts after them")
+@threads_option
+@json_option
+@clean_errors
+def forward(device: str | None, precision: str | None, path: Path | None, **options: Any) -> None:
+    """One network call of an L2P model, with random weights: time and memory, side by side.
+
+    "reference" and "compile" are the same network in plain PyTorch, "source" is the latent
+    transformer it was converted from at the same size of image, without its VAE.
+    """
+    from .forward import Plan, run
+
+    where, memory = check_device(device), options.pop("decoder_memory")
+    plan = Plan(
+        device=where,
+        precision=precision or ("bf16" if where.type == "cuda" else "fp32"),
+        decoder_memory=int(memory * 1e9) or None,
+        **options,
+    )
+    _finish(Recorder(path), run(plan), show.forwards)
 
 
 @main.command()

@@ -60,6 +60,7 @@ def page(rows: Sequence[Row], files: Iterable[Path], figures: Sequence[str]) -> 
         lines += _ceilings(own)
         lines += _kernel_tables([r for r in own if r.kind == "kernel"])
         lines += _decode_tables([r for r in own if r.kind == "decode"])
+        lines += _forward_tables([r for r in own if r.kind == "forward"])
     lines += [line for name in figures for line in (f"![{Path(name).stem}]({name})", "")]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -104,6 +105,7 @@ def readme_block(rows: Sequence[Row]) -> str:
     for machine, own in _by_machine(measured):
         lines += [f"**{machine.device_name}** ({_versions(own)})", ""]
         lines += _decode_tables([r for r in own if r.kind == "decode"], heading=False)
+        lines += _forward_tables([r for r in own if r.kind == "forward"], heading=False)
         fused = [r for r in own if r.kind == "kernel" and r.backend not in (EAGER, COMPILED)]
         if fused:
             lines += _table(
@@ -223,6 +225,34 @@ def _decode_cells(r: Row) -> tuple[str, ...]:
         times(r.speedup_eager),
         times(r.speedup_compiled),
         psnr,
+    )
+
+
+def _forward_tables(rows: Sequence[Row], *, heading: bool = True) -> list[str]:
+    if not rows:
+        return []
+    columns = (
+        *("network", "size", "", "variant", "call ms", "host ms", "TFLOP/s", "peak", "weights"),
+        *("activations", "x eager", "x compiled"),
+    )
+    lines = ["### One network call of L2P", ""] if heading else []
+    lines += _table(columns, [_forward_cells(r) for r in rows if r.status == "measured"])
+    return lines + (_others(rows) if heading else [])
+
+
+def _forward_cells(r: Row) -> tuple[str, ...]:
+    t, m = r.timing, r.memory
+    return (
+        r.name + (f", {r.site}" if r.site else ""),
+        f"{r.shape['width']}x{r.shape['height']}",
+        r.dtype,
+        r.backend,
+        number(t.median_ms),
+        "" if t.host_ms is None else number(t.host_ms),
+        number(r.rates.tflop_s),
+        *(("", "", "") if m is None else _memory_cells(r)),
+        times(r.speedup_eager),
+        times(r.speedup_compiled),
     )
 
 

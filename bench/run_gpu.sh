@@ -5,9 +5,11 @@
 #                                     bench/results
 #   bash bench/run_gpu.sh --more      instead: torch.compile, the ops at 1024 and 4096, decodes of other
 #                                     networks, precisions and sizes
+#   bash bench/run_gpu.sh --l2p       instead: a network call of L2P at 1024, 4096, 8192 and 10240, and of the
+#                                     latent model it comes from
 #   bash bench/run_gpu.sh --tune      instead: measures the tiles of the Triton kernels and puts the
 #                                     rewritten tables, triton_kernels/*.json, into $OUT/tables too
-#   bash bench/run_gpu.sh --dry-run   the stages of the first two on a CPU at tiny sizes, to rehearse them
+#   bash bench/run_gpu.sh --dry-run   the stages of the first three on a CPU at tiny sizes, to rehearse them
 #
 # Every stage has a time limit of its own and a log; a stage that fails or hangs costs its own
 # results only, and those it had measured so far are kept. PYTHON chooses the interpreter, BACKEND
@@ -15,13 +17,14 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-DRY=0 TUNE=0 MORE=0
+DRY=0 TUNE=0 MORE=0 L2P=0
 case "${1:-}" in
   "") ;;
   --dry-run) DRY=1 ;;
   --tune) TUNE=1 ;;
   --more) MORE=1 ;;
-  *) echo "usage: bash bench/run_gpu.sh [--more | --tune | --dry-run]" >&2; exit 2 ;;
+  --l2p) L2P=1 ;;
+  *) echo "usage: bash bench/run_gpu.sh [--more | --l2p | --tune | --dry-run]" >&2; exit 2 ;;
 esac
 # Not installed, only on the path: the package then finds its Triton kernels through a link.
 if [ "$DRY" -eq 0 ] && [ ! -e pixeldiff/triton_kernels ]; then
@@ -106,6 +109,7 @@ export PYTHON DRY
 kernels() { stage "kernels-$1" "$2" "$PYTHON" -m bench kernels --json "$OUT/kernels-$1.json" "${@:3}"; }
 decode() { stage "decode-$1" "$2" "$PYTHON" -m bench decode --json "$OUT/decode-$1.json" \
   ${BACKEND:+--backend "$BACKEND"} "${@:3}"; }
+forward() { stage "forward-$1" "$2" "$PYTHON" -m bench forward --json "$OUT/forward-$1.json" "${@:3}"; }
 
 stage environment 60 bash -c environment
 if [ "$DRY" -eq 1 ]; then
@@ -115,6 +119,8 @@ if [ "$DRY" -eq 1 ]; then
   kernels full 240 --device cpu --quick --no-compile --dtype bf16 --limit 40
   decode short 240 --device cpu --config demo --size 64 --new-size 0 --images 2 --steps 1 --compare reference
   decode full 240 --device cpu --config demo --size 128 --images 2 --steps 1 --compare reference,upstream
+  forward tiny 240 --device cpu --config tiny --size 64 --guided --rounds 3 --seconds 5 \
+    --compare pixeldiff-no-graphs,reference,source
 elif [ "$TUNE" -eq 1 ]; then
   stage build 120 bash -c build
   stage tune 380 "$PYTHON" -m bench tune --seconds 0.4 --sizes 2048,4096 --limit 360 --json "$OUT/tune.json"
@@ -131,6 +137,20 @@ elif [ "$MORE" -eq 1 ]; then
     --compare reference --timeout 40
   decode 4096 60 --device cuda --config flux-v1.5 --size 4096 --new-size 0 --images 2 \
     --compare reference --timeout 40
+elif [ "$L2P" -eq 1 ]; then
+  stage build 120 bash -c build
+  # 4096 and 8192 have goals: 120 and 150 ms, and 16 GB, which leave the decoder 1.5.
+  forward 4k 60 --device cuda --config 4k --compare pixeldiff-no-graphs,reference --seconds 10 \
+    --decoder-memory 1.5
+  forward 8k 60 --device cuda --config 8k --compare pixeldiff-no-graphs,reference --seconds 10 \
+    --decoder-memory 1.5
+  forward 4k-guided 45 --device cuda --config 4k --guided --compare pixeldiff-no-graphs --seconds 8
+  forward 1k 40 --device cuda --config 1k --compare pixeldiff-no-graphs,reference --seconds 5
+  forward 10k 60 --device cuda --config 10k --compare pixeldiff-no-graphs,reference --seconds 10
+  # The source takes seconds a call at 4096: 49 times the work.
+  forward source 90 --device cuda --config 4k --compare source --rounds 3 --seconds 5
+  # Compiling the whole network takes a minute or more: last, so that it can only lose itself.
+  forward compile 170 --device cuda --config 4k --compare reference,compile --seconds 8
 else
   stage build 120 bash -c build
   # Most of the time is compilation: on as many processes as the memory of the largest tests allows.
@@ -144,7 +164,7 @@ else
 fi
 
 shopt -s nullglob
-results=("$OUT"/kernels-*.json "$OUT"/decode-*.json)
+results=("$OUT"/kernels-*.json "$OUT"/decode-*.json "$OUT"/forward-*.json)
 echo
 if [ "${#results[@]}" -gt 0 ]; then
   "$PYTHON" -m bench summary "${results[@]}" 2>&1 | tee "$OUT/summary.log"

@@ -18,7 +18,7 @@ from typing import Any
 from pixeldiff.out_files import written_whole
 
 VERSION = 1
-KINDS = ("ceiling", "kernel", "decode", "tile")
+KINDS = ("ceiling", "kernel", "decode", "forward", "tile")
 # refused: the implementation says it cannot take the call; failed: it raised; skipped: not tried.
 STATUSES = ("measured", "refused", "failed", "skipped")
 DTYPES = ("fp32", "bf16", "fp16", "fp8")
@@ -132,6 +132,7 @@ class Row:
     decode: Decode | None = None
     speedup_eager: float | None = None
     speedup_compiled: float | None = None
+    reference_error: float | None = None
 
 
 def to_dict(rows: list[Row], command: str) -> dict[str, Any]:

@@ -89,6 +89,7 @@ SYSTEMS: dict[str, System] = {
             "qk_norm_rope": _TRUNK,
             "joint_attention": _TRUNK,
             "local_decoder_down": {"full": {}},
+            "local_decoder_pixels": {"full": {}, "guided": {"guided": True}},
             "local_decoder_up": {"full": {}},
         },
         patches={1024: 16, 4096: 64, 8192: 128, 10240: 160},

@@ -90,6 +90,29 @@ def decodes(rows: list[Row]) -> None:
     _table(title, ("variant", *names), rows, decode_cells)
 
 
+def forwards(rows: list[Row]) -> None:
+    if rows:
+        side = rows[0].shape["height"]
+        title = f"{rows[0].name} {rows[0].site} {side}x{side}, one network call, {rows[0].dtype}"
+        names = ("call ms", "range", "host ms", "TFLOP/s", "peak", "first ms", "x eager", "x comp")
+        _table(title, ("variant", *names), rows, forward_cells)
+
+
+def forward_cells(row: Row) -> tuple[str, ...]:
+    t, m = row.timing, row.memory
+    return (
+        row.backend,
+        number(t.median_ms),
+        f"{number(t.min_ms)} to {number(t.max_ms)}",
+        "" if t.host_ms is None else number(t.host_ms),
+        number(row.rates.tflop_s),
+        "" if m is None else gigabytes(m.peak_bytes),
+        "" if t.first_ms is None else number(t.first_ms),
+        times(row.speedup_eager),
+        times(row.speedup_compiled),
+    )
+
+
 def decode_cells(row: Row) -> tuple[str, ...]:
     t, m, d = row.timing, row.memory, row.decode
     return (

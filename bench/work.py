@@ -106,6 +106,18 @@ def _up_flops(args: Args) -> int:
     return pixels * (x.shape[0] * (first + second) + skip.shape[0] * 18 * skip.shape[3] * out)
 
 
+def _pixels_bytes(args: Args) -> int:
+    x, weight, guidance = args[0], args[1], args[3]
+    pixels = x.shape[0] * x.shape[1] * x.shape[2] // (1 if guidance is None else 2)
+    return size(*args) + 4 * pixels * weight.shape[0]
+
+
+def _pixels_flops(args: Args) -> int:
+    x, weight, guidance = args[0], args[1], args[3]
+    mixed, mix = (x.numel(), 0) if guidance is None else (x.numel() // 2, 3)
+    return mixed * (2 * weight.shape[0] + mix)
+
+
 def _qk_channels(args: Args) -> int:
     return sum(t.numel() for t in (args[0], args[5]) if t is not None) * 2 // 3
 
@@ -255,6 +267,7 @@ WORK: dict[str, Work] = {
         flops=lambda a: 18 * a[0].numel() * a[1].shape[0],
         rule=TWICE_EAGER,
     ),
+    "local_decoder_pixels": Work(bytes=_pixels_bytes, flops=_pixels_flops, rule=TWICE_EAGER),
     "local_decoder_up": Work(bytes=_up_bytes, flops=_up_flops, rule=TWICE_EAGER),
     "pixel_embed": Work(
         bytes=_image_bytes,

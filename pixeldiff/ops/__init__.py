@@ -8,6 +8,7 @@ from .gated_residual_norm_fp8 import gated_residual_norm_fp8
 from .joint_attention import joint_attention
 from .joint_attention_fp8 import joint_attention_fp8
 from .local_decoder_down import local_decoder_down
+from .local_decoder_pixels import local_decoder_pixels
 from .local_decoder_up import local_decoder_up
 from .patchify import patchify, unpatchify
 from .pixel_adaln_compress import pixel_adaln_compress
@@ -38,6 +39,7 @@ __all__ = [
     "joint_attention",
     "joint_attention_fp8",
     "local_decoder_down",
+    "local_decoder_pixels",
     "local_decoder_up",
     "patchify",
     "pixel_adaln_compress",

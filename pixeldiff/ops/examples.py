@@ -27,6 +27,7 @@ class Geometry:
         gates: K of `sigma_gate` and `sigma_gate_norm`, D or 1; None is D.
         patch, pixel: P pixels a side of a patch, p channels of a pixel.
         attn: A, width of the attention over compressed patches.
+        guided: two pictures for `local_decoder_pixels` to mix, instead of one.
     """
 
     grid: tuple[int, int] = (2, 2)
@@ -39,6 +40,7 @@ class Geometry:
     patch: int = 16
     pixel: int = 16
     attn: int = 144
+    guided: bool = False
 
     @property
     def tokens(self) -> int:
@@ -164,6 +166,12 @@ def _local_decoder_up(t: Draw, g: Geometry) -> tuple[Any, ...]:
     return (x, skip, *up, *dec)
 
 
+def _local_decoder_pixels(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    height, width = (side * g.patch for side in g.grid)
+    guidance = t(dtype=torch.float32) if g.guided else None
+    return (t(1 + g.guided, height, width, g.pixel), _matrix(t, 3, g.pixel), t(3), guidance)
+
+
 def _rows(t: Draw, g: Geometry) -> Tensor:
     return t(1, g.tokens, g.width)
 
@@ -214,6 +222,7 @@ _ARGUMENTS: dict[str, Callable[[Draw, Geometry], tuple[Any, ...]]] = {
     "sigma_gate_norm": _sigma_gate_norm,
     "sigma_gate_norm_fp8": _sigma_gate_norm,
     "local_decoder_down": _local_decoder_down,
+    "local_decoder_pixels": _local_decoder_pixels,
     "local_decoder_up": _local_decoder_up,
     "pixel_embed": _pixel_embed,
     "pixel_adaln_compress": _pixel_compress,

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
 from .. import ops
+from ..models.feed_forward import SwiGLU
 from ..models.pid.config import PiDConfig
-from ..models.pid.layers import SwiGLU, TimeEmbedder
+from ..models.pid.layers import TimeEmbedder
 from ..models.pid.lq_projection import LQProjection, SigmaGate
 from ..models.pid.mmdit_block import MMDiTBlock
 from ..models.pid.pit_block import PiTBlock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import schema
+from bench.forward import NETWORKS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "run_gpu.sh"
 
@@ -28,11 +30,11 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stderr
     for stage in ("environment", "tests", "kernels-short", "kernels-full", "decode-short"):
         assert (tmp_path / f"{stage}.log").exists()
-    for name in ("kernels-short", "kernels-full", "decode-short", "decode-full"):
+    for name in ("kernels-short", "kernels-full", "decode-short", "decode-full", "forward-tiny"):
         rows = schema.load(tmp_path / f"{name}.json")
         assert any(r.status == "measured" for r in rows), name
     assert "summary" in done.stdout
-    assert done.stdout.rstrip().splitlines()[-1].strip().startswith(("report", "decode-full"))
+    assert done.stdout.rstrip().splitlines()[-1].strip().startswith(("report", "forward-tiny"))
     assert "failed" not in done.stdout.split("stages,")[1], done.stdout
 
 
@@ -48,6 +50,20 @@ def test_a_stage_that_hangs_costs_only_itself(tmp_path):
     assert "stopped at 14 s" in table
     assert "skipped: the whole limit of 14 s is used up" in table
     assert "no stage measured anything" in done.stdout
+
+
+def test_every_part_asks_for_commands_that_exist():
+    """What only a GPU runs: its options are parsed here, and rejected if they are misspelt."""
+    from bench.__main__ import main
+
+    lines = SCRIPT.read_text().replace("\\\n", " ").splitlines()
+    calls = [shlex.split(line) for line in lines if line.startswith("  forward ")]
+    assert len(calls) == 8
+    command = main.commands["forward"]
+    for _, name, seconds, *options in calls:
+        assert 0 < int(seconds) <= 240, name
+        context = command.make_context("forward", options)
+        assert context.params["config"] in NETWORKS
 
 
 def test_wrong_usage(tmp_path):

@@ -328,28 +328,35 @@ def spans(side: int, step: int, margin: int) -> Iterator[tuple[Span, Span]]:
         yield (first, end), (max(0, first - margin), min(side, end + margin))
 
 
-def decode(decoder: LocalDecoder, x: Tensor, features: Tensor, tiling: Tiling) -> Tensor:
-    """`decoder(x, features)`, cut as `tiling` says. Inference only.
+def decode(
+    decoder: LocalDecoder,
+    x: Tensor,
+    features: Tensor,
+    tiling: Tiling,
+    guidance: Tensor | None = None,
+) -> Tensor:
+    """`decoder(x, features, guidance)`, cut as `tiling` says. Inference only.
 
     Args:
         x: (S, 3, H, W), any float dtype. H and W are multiples of 2^levels of the decoder.
         features: (B, h, w, D), S a divisor of B.
 
     Returns:
-        (B, 3, H, W), fp32.
+        (B, 3, H, W), fp32; half as many under guidance.
 
     Raises:
         ValueError: a tile whose sides are not positive multiples of 2^(levels of the tiling).
     """
     k, all_levels = tiling.levels, decoder.config.levels
     if k == 0:
-        return decoder(x, features)
+        return decoder(x, features, guidance)
     _check(tiling, len(all_levels))
     outer, inner = all_levels[:k], all_levels[k:]
     image = x.permute(0, 2, 3, 1)
     _, height, width, _ = image.shape
     weight = decoder.out_conv.weight
-    u = upcast(weight.new_empty(0)).new_empty((len(features), weight.shape[0], height, width))
+    results = len(features) if guidance is None else len(features) // 2
+    u = upcast(weight.new_empty(0)).new_empty((results, weight.shape[0], height, width))
     h = weight.new_empty((len(x), height >> k, width >> k, outer[-1].skip))
     for own, seen in _tiles(height, width, tiling, margin_down(k)):
         piece = _cut(image, seen)
@@ -367,7 +374,7 @@ def decode(decoder: LocalDecoder, x: Tensor, features: Tensor, tiling: Tiling) -
         h = decoder.up(level, h, skips.pop())
     for own, seen in _tiles(height, width, tiling, margin_up(k)):
         piece = _outer(decoder, outer, _cut(image, seen), _cut(h, seen, k))
-        piece = decoder.pixels(_inside(piece, own, seen))
+        piece = decoder.pixels(_inside(piece, own, seen), guidance)
         _cut(u, own, axis=2).copy_(piece)
         del piece
     return u

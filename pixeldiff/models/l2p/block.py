@@ -11,7 +11,8 @@ from torch.nn.functional import linear
 
 from ... import ops
 from ...ops.registry import needs_grad, upcast
-from ..pid.layers import SwiGLU, follows
+from ..feed_forward import SwiGLU
+from ..packing import follows
 from .layers import Gain
 from .positions import Rope
 

@@ -36,10 +36,11 @@ class TimeEmbedder(nn.Module):
             nn.Linear(TIME_HIDDEN, width, **factory),
         )
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, frequencies: Tensor | None = None) -> Tensor:
         first, last = self.mlp[0], self.mlp[2]
         weight = upcast(first.weight)
-        h = silu(linear(time_embedding(t).to(weight.dtype), weight, upcast(first.bias)))
+        waves = time_embedding(t, frequencies).to(weight.dtype)
+        h = silu(linear(waves, weight, upcast(first.bias)))
         return linear(h, upcast(last.weight), upcast(last.bias))
 
 

@@ -16,7 +16,6 @@ from torch.nn.functional import linear, silu
 from torch.utils.checkpoint import checkpoint
 
 from ... import ops
-from ...ops.registry import upcast
 from .config import Level, LocalDecoderConfig
 
 Trace = Callable[[str, Tensor], None]
@@ -66,18 +65,20 @@ class LocalDecoder(nn.Module):
             below = level.out
         self.out_conv = conv(below, channels, 1)
 
-    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+    def forward(self, x: Tensor, features: Tensor, guidance: Tensor | None = None) -> Tensor:
         """The network output at the noisy image.
 
         Args:
             x: (S, 3, H, W), any float dtype.
             features: (B, h, w, D), S a divisor of B: features b belong to image b % S. H and W are
                 multiples of h and w, and of 2^levels.
+            guidance: (), mixes the outputs of the first and second half of the features, see
+                `pixels`.
 
         Returns:
-            (B, 3, H, W), fp32.
+            (B, 3, H, W), fp32; half as many under guidance.
         """
-        return self.decode(self.encode(x), features)
+        return self.decode(self.encode(x), features, guidance)
 
     def encode(self, x: Tensor, *, trace: Trace | None = None) -> Encoded:
         """The half that sees the image only; images that differ in their features share it."""
@@ -89,7 +90,14 @@ class LocalDecoder(nn.Module):
                 trace(f"enc{level.name}", skip)
         return Encoded(skips, self.narrowed(h))
 
-    def decode(self, encoded: Encoded, features: Tensor, *, trace: Trace | None = None) -> Tensor:
+    def decode(
+        self,
+        encoded: Encoded,
+        features: Tensor,
+        guidance: Tensor | None = None,
+        *,
+        trace: Trace | None = None,
+    ) -> Tensor:
         """The half that joins in the features; arguments and result as in `forward`."""
         h = self.join(encoded.bottleneck, features)
         if trace:
@@ -98,7 +106,7 @@ class LocalDecoder(nn.Module):
             h = self.up(level, h, skip)
             if trace:
                 trace(f"dec{level.name}", h)
-        return self.pixels(h).contiguous()
+        return self.pixels(h, guidance)
 
     def down(self, level: Level, h: Tensor) -> tuple[Tensor, Tensor]:
         """A level's way down: (S, H, W, C) -> its skip tensor and the next level's input."""
@@ -112,10 +120,14 @@ class LocalDecoder(nn.Module):
         weights = (up.weight, up.bias, dec.weight, dec.bias)
         return self._level(ops.local_decoder_up, h, skip, *weights)
 
-    def pixels(self, h: Tensor) -> Tensor:
-        """(B, H, W, C) of the last level -> (B, 3, H, W) fp32, a view of channels last."""
-        weight, bias = self.out_conv.weight.flatten(1), self.out_conv.bias
-        return linear(upcast(h), upcast(weight), upcast(bias)).permute(0, 3, 1, 2)
+    def pixels(self, h: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """(B, H, W, C) of the last level -> (B, 3, H, W) fp32.
+
+        Under guidance g, a tensor (), the first half of h is positive, the second negative, and the
+        result (B/2, 3, H, W) is u_neg + g (u_pos - u_neg), in fp32.
+        """
+        weight = self.out_conv.weight.flatten(1)
+        return ops.local_decoder_pixels(h, weight, self.out_conv.bias, guidance)
 
     def narrowed(self, h: Tensor) -> Tensor:
         """The image's share of the bottleneck, bias included, before the activation."""

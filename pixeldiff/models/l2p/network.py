@@ -17,14 +17,14 @@ from torch.nn.functional import pad
 
 from ... import ops
 from ...ops.registry import needs_grad
-from ..pid.layers import SwiGLU
+from ..feed_forward import SwiGLU
 from . import bands
 from .bands import DECODER_MEMORY
 from .block import Block, SelfAttention
 from .config import SEQ_MULTIPLE, L2PConfig
 from .layers import CaptionEmbedder, FinalLayer, TimeEmbedder
 from .local_decoder import LocalDecoder
-from .positions import Rope, caption_positions, image_positions, rope_3d
+from .positions import Rope, caption_positions, image_positions, rope_3d, time_frequencies
 from .sizes import check_size
 
 Trace = Callable[[str, Tensor], None]
@@ -64,6 +64,7 @@ class L2PCondition:
         image_rope: tables of the image rows, (B*N', head_dim/2) each; N' is N padded.
         joint_rope: tables of image and caption rows, (B*(N'+T), head_dim/2) each.
         key_mask: (B, N'+T), or None where all captions are equally long.
+        frequencies: of the time embedding, for times that come with a step.
         modulations: by time.
     """
 
@@ -74,6 +75,7 @@ class L2PCondition:
     image_rope: Rope
     joint_rope: Rope
     key_mask: Tensor | None
+    frequencies: Tensor
     modulations: dict[float, StepModulation] = field(default_factory=dict)
 
     @property
@@ -198,6 +200,7 @@ class L2PNet(nn.Module):
         if min(lengths) != longest:
             ends = torch.tensor(lengths, device="cpu")
             valid = (torch.arange(longest, device="cpu") < ends[:, None]).to(self.device)
+        frequencies = time_frequencies().to(self.device)
         return L2PCondition(
             size=tuple(size),
             grid=grid,
@@ -206,12 +209,16 @@ class L2PNet(nn.Module):
             image_rope=self._rope([where[:rows] for where in joint]),
             joint_rope=self._rope(joint),
             key_mask=None if valid is None else pad(valid, (rows, 0), value=True),
-            modulations=self._modulations(times),
+            frequencies=frequencies,
+            modulations=self._modulations(times, frequencies),
         )
 
-    def modulation(self, t: Tensor) -> StepModulation:
-        """The time vector and every block's modulation vectors for times t (B,) in [0, 1]."""
-        e = self.t_embedder(t.to(self.device).float() * self.config.t_scale)
+    def modulation(self, t: Tensor, frequencies: Tensor | None = None) -> StepModulation:
+        """The time vector and every block's modulation vectors for times t (B,) in [0, 1].
+
+        `frequencies` are those of a condition: with them nothing is copied to the device.
+        """
+        e = self.t_embedder(t.to(self.device).float() * self.config.t_scale, frequencies)
         blocks = (*self.noise_refiner, *self.layers)
         return StepModulation(e, torch.stack([block.modulation(e) for block in blocks], 1))
 
@@ -221,18 +228,23 @@ class L2PNet(nn.Module):
         t: Tensor | float,
         condition: L2PCondition,
         *,
+        guidance: Tensor | None = None,
         trace: Trace | None = None,
         decoder_memory: int | None = DECODER_MEMORY,
     ) -> Tensor:
         """One network call of the sampling loop; arguments and result as in `forward`.
 
-        `decoder_memory` as in `decoded`; a trace, and gradients, run the local decoder whole.
+        `guidance` and `decoder_memory` as in `decoded`; a trace, and gradients, run the local
+        decoder whole.
 
-        A float t that `prepare` was given as a time costs nothing here. Where captions share an
-        image, its patches are embedded once, the noise refiner runs once (if t is one for all and
-        the image needs no padding), and so does the half of the decoder that sees the image only.
+        A float t that `prepare` was given as a time costs nothing here; no t that is a float, or
+        lies on the device, makes the host wait for it. Where captions share an image, its patches
+        are embedded once, the noise refiner runs once (if t is one for all and the image needs no
+        padding), and so does the half of the decoder that sees the image only.
         """
         mod = self._modulation_for(x, t, condition)
+        if guidance is not None:
+            _check_halves(condition.batch, x.shape[0])
         if trace:
             trace("t_emb", mod.time)
         rows = self._trunk(x, mod, condition, trace)
@@ -240,24 +252,36 @@ class L2PNet(nn.Module):
         if trace:
             trace("feat_map", features.permute(0, 3, 1, 2))
         if self.config.local_decoder is None:
-            return self._unpatchified(rows, mod, condition)
+            u = self._unpatchified(rows, mod, condition)
+            if guidance is None:
+                return u
+            positive, negative = u.chunk(2)
+            return torch.lerp(negative, positive, guidance.to(u.dtype))
         if trace:
             encoded = self.local_decoder.encode(x, trace=trace)
-            return self.local_decoder.decode(encoded, features, trace=trace)
-        return self.decoded(x, features, decoder_memory=decoder_memory)
+            return self.local_decoder.decode(encoded, features, guidance, trace=trace)
+        return self.decoded(x, features, guidance=guidance, decoder_memory=decoder_memory)
 
     def features(self, x: Tensor, t: Tensor | float, condition: L2PCondition) -> Tensor:
         """The trunk's rows of the image, (B, N, D): what the local decoder joins with the image."""
         return self._trunk(x, self._modulation_for(x, t, condition), condition)
 
     def decoded(
-        self, x: Tensor, features: Tensor, *, decoder_memory: int | None = DECODER_MEMORY
+        self,
+        x: Tensor,
+        features: Tensor,
+        *,
+        guidance: Tensor | None = None,
+        decoder_memory: int | None = DECODER_MEMORY,
     ) -> Tensor:
         """The network output from the noisy image and the trunk's features.
 
         Args:
             x: (S, 3, H, W).
             features: (B, h, w, D), S a divisor of B; features b belong to image b % S.
+            guidance: () g on the device: the first half of the features is of positive captions,
+                the second of negative ones, and the result is u_neg + g (u_pos - u_neg), in fp32.
+                S is then a divisor of B / 2. None is none.
             decoder_memory: bytes that the local decoder may hold beside x, the features and the
                 result. It runs whole where that suffices, else tile by tile, which is exact: the
                 results differ by rounding, as convolutions of another shape may. How it is cut
@@ -265,14 +289,17 @@ class L2PNet(nn.Module):
                 is whole.
 
         Returns:
-            (B, 3, H, W) fp32.
+            (B, 3, H, W) fp32, or half as many under guidance.
 
         Raises:
-            ValueError: a number too small for any tile; names the least one.
+            ValueError: a number too small for any tile, names the least one; guidance, and no
+            negative for each positive.
         """
         decoder, height, width = self.local_decoder, x.shape[2], x.shape[3]
+        if guidance is not None:
+            _check_halves(features.shape[0], x.shape[0])
         if decoder_memory is None or needs_grad(x, features, *decoder.parameters()):
-            return decoder(x, features)
+            return decoder(x, features, guidance)
         if isinstance(decoder_memory, bool) or not isinstance(decoder_memory, int):
             raise TypeError(
                 f"L2PNet: decoder_memory must be a number of bytes or None, got {decoder_memory!r}"
@@ -281,7 +308,7 @@ class L2PNet(nn.Module):
         tiling = bands.plan_for(
             decoder, size, x.shape[0], batch, self.dtype.itemsize, decoder_memory
         )
-        return bands.decode(decoder, x, features, tiling)
+        return bands.decode(decoder, x, features, tiling, guidance)
 
     def _trunk(
         self,
@@ -359,10 +386,12 @@ class L2PNet(nn.Module):
         c = self.config
         return rope_3d(torch.cat(positions), c.axes_dims, theta=c.rope_theta, device=self.device)
 
-    def _modulations(self, times: Sequence[float]) -> dict[float, StepModulation]:
+    def _modulations(
+        self, times: Sequence[float], frequencies: Tensor
+    ) -> dict[float, StepModulation]:
         if not times:
             return {}
-        every = self.modulation(torch.tensor(times, dtype=torch.float32))
+        every = self.modulation(torch.tensor(times, dtype=torch.float32), frequencies)
         return {t: every.row(i) for i, t in enumerate(times)}
 
     def _modulation_for(
@@ -379,13 +408,13 @@ class L2PNet(nn.Module):
             prepared = condition.modulations.get(t)
             if prepared is not None:
                 return prepared
-            t = torch.tensor(t, dtype=torch.float32)
+            t = torch.full((), t, dtype=torch.float32, device=self.device)  # copies nothing there
         if tuple(t.shape) not in ((), (batch,)):
             raise ValueError(
                 f"L2PNet.step: t must be a float, or a tensor () or (B,) = ({batch},), got "
                 f"{tuple(t.shape)}"
             )
-        return self.modulation(t.reshape(-1))
+        return self.modulation(t.reshape(-1), condition.frequencies)
 
     def _checked(self, captions: Captions) -> list[Tensor]:
         c, captions = self.config, list(captions)
@@ -408,6 +437,14 @@ class L2PNet(nn.Module):
 def _repeated(h: Tensor, batch: int) -> Tensor:
     """h (S, N, D) for `batch` images: image b is h[b % S]."""
     return h if h.shape[0] == batch else h.repeat(batch // h.shape[0], 1, 1)
+
+
+def _check_halves(batch: int, images: int) -> None:
+    if batch % (2 * images):
+        raise ValueError(
+            f"L2PNet: guidance takes as many negative captions as positive ones, of each of the "
+            f"{images} images, got {batch} captions"
+        )
 
 
 def _padded(rows: int) -> int:

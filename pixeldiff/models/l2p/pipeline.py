@@ -18,15 +18,17 @@ from ... import __version__, images
 from ...text import CaptionFile
 from ...text.qwen3 import EMBED_DIM, QWEN3
 from ..devices import PRECISIONS, check_device, no_autocast
+from ..graphs import Graphs, graph_limit
 from ..noise import noise_source
 from ..provenance import describe, forced_backends
 from ..steps import Callback, Interrupted
 from .bands import DECODER_MEMORY
 from .checkpoint import net_from, read_checkpoint
 from .config import L2PConfig, Variant
+from .graphs import Trajectory
 from .network import L2PNet
 from .prompts import Embeddings, PromptSource
-from .sampler import guided, sample, start
+from .sampler import Steps, guided, sample, start
 from .scheduler import SHIFT, schedule
 from .sizes import check_size
 
@@ -72,6 +74,12 @@ class L2PPipeline:
         variant: the released network this is, or None.
         sampling: used where a call says nothing; default: the variant's, else 8 steps unguided.
         name: recorded in the metadata of images.
+        cuda_graphs: how many kinds of image (size, batch, padded caption length, guidance or not)
+            to keep their step of as a CUDA graph, True for 2; False or 0 for none. Same pixels,
+            less work for the host, which shows where images are small. The second image of its
+            kind is captured, with any prompt, schedule and guidance scale. Only a network whose
+            parameters require no gradients, on CUDA. Memory is kept: that of the largest step once,
+            and two images each; `release_graphs` frees it.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class L2PPipeline:
         variant: Variant | None = None,
         sampling: Sampling | None = None,
         name: str = "custom",
+        cuda_graphs: bool | int = True,
     ) -> None:
         if net.config.local_decoder is None:
             raise ValueError(
@@ -93,6 +102,7 @@ class L2PPipeline:
         self.variant = variant
         self.sampling = sampling or SAMPLING.get(variant.name if variant else "", UNKNOWN)
         self.name = name
+        self.graphs: Graphs[Steps] = Graphs(graph_limit(cuda_graphs))
 
     @classmethod
     def from_pretrained(
@@ -104,6 +114,7 @@ class L2PPipeline:
         text_encoder: Any = None,
         config: L2PConfig | None = None,
         sampling: Sampling | None = None,
+        cuda_graphs: bool | int = True,
     ) -> L2PPipeline:
         """Read a checkpoint.
 
@@ -115,13 +126,14 @@ class L2PPipeline:
             text_encoder: folder or hub id of a Qwen3, or an object with `encode(list of str)`. It
                 is not loaded before a text is given. Default "Qwen/Qwen3-4B", 8 GB.
             config: as for `read_checkpoint`.
-            sampling: see the class.
+            sampling, cuda_graphs: see the class.
 
         Raises:
             CheckpointError: what is wrong with the file (see `pixeldiff.errors`); nothing stays
                 loaded. ValueError: precision or device. TypeError: text_encoder.
         """
         device = check_device(device)
+        graph_limit(cuda_graphs)
         if precision is None:
             precision = "bf16" if device.type == "cuda" else "fp32"
         if precision not in PRECISIONS:
@@ -136,7 +148,14 @@ class L2PPipeline:
         if device.type == "cuda":
             net.pack_()
         name = f"L2P {loaded.variant.name}" if loaded.variant else Path(path).name
-        return cls(net, prompts=prompts, variant=loaded.variant, sampling=sampling, name=name)
+        return cls(
+            net,
+            prompts=prompts,
+            variant=loaded.variant,
+            sampling=sampling,
+            name=name,
+            cuda_graphs=cuda_graphs,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -154,6 +173,10 @@ class L2PPipeline:
     def release_text_encoder(self) -> None:
         """Free the text encoder's memory. It is loaded again if a text is given again."""
         self.prompts.release()
+
+    def release_graphs(self) -> None:
+        """Free the memory of captured CUDA graphs. Waits for an image that is using one."""
+        self.graphs.release()
 
     def __call__(
         self,
@@ -213,7 +236,7 @@ class L2PPipeline:
 
         Returns:
             Images and metadata. Nothing else that shows is kept or changed, so a pipeline may be
-            used from several threads at once.
+            used from several threads at once; CUDA graphs serve one of them at a time.
 
         Raises:
             ValueError, TypeError: an argument the network cannot take; checked before any work.
@@ -258,7 +281,7 @@ class L2PPipeline:
             if len(negative) == 1:
                 negative = negative * len(positive)
         with torch.no_grad(), no_autocast(self.device):
-            predict = guided(
+            prediction = guided(
                 self.net,
                 _repeated(positive, copies),
                 None if negative is None else _repeated(negative, copies),
@@ -268,22 +291,27 @@ class L2PPipeline:
                 together=guidance_together,
                 decoder_memory=decoder_memory,
             )
-            result = sample(
-                predict,
-                start(draw((batch, self.net.config.in_channels, *size)), plan, image),
-                plan,
-                callback=callback,
-                replace=None if callback_on_step_end is None else self._on(callback_on_step_end),
-            )
-            # A picture may be as large as 1.3 GB: no flags for every value, no copy to clamp it in.
-            low, high = result.aminmax()  # NaN wins
-            if not torch.isfinite(low) & torch.isfinite(high):
-                raise ArithmeticError(
-                    f"the network returned NaN or infinity at {size[0]} x {size[1]} in "
-                    f'{self.precision}; try precision="fp32" or backend("reference"), and prompt '
-                    f"embeddings of its own text encoder"
+            shape = (batch, self.net.config.in_channels, *size)
+            with self.graphs.run(self.net, Trajectory(prediction, shape)) as running:
+                result = sample(
+                    running.predict,
+                    start(draw(shape), plan, image),
+                    plan,
+                    callback=callback,
+                    replace=callback_on_step_end and self._on(callback_on_step_end),
+                    state=running.state,
                 )
-            result = result.clamp_(-1, 1) if callback_on_step_end is None else result.clamp(-1, 1)
+                # A picture may be as large as 1.3 GB: no flags for every value, and clamped where
+                # it lies, unless a graph or the caller's callback holds it.
+                low, high = result.aminmax()  # NaN wins
+                if not torch.isfinite(low) & torch.isfinite(high):
+                    raise ArithmeticError(
+                        f"the network returned NaN or infinity at {size[0]} x {size[1]} in "
+                        f'{self.precision}; try precision="fp32" or backend("reference"), and '
+                        f"prompt embeddings of its own text encoder"
+                    )
+                ours = running.state is None and callback_on_step_end is None
+                result = result.clamp_(-1, 1) if ours else result.clamp(-1, 1)
         metadata = {
             "model": self.name,
             "pixeldiff": __version__,

@@ -56,10 +56,19 @@ def rope_3d(
     return angle.cos().to(device), angle.sin().to(device)
 
 
-def time_embedding(t: Tensor) -> Tensor:
-    """(B,) scaled times (1000 t) -> (B, 256) fp32, cosines first."""
+def time_frequencies() -> Tensor:
+    """(128,) fp32, on the CPU."""
     half = TIME_CHANNELS // 2
     slots = torch.arange(half, dtype=torch.float32, device="cpu")
-    frequencies = torch.exp(-math.log(TIME_MAX_PERIOD) * slots / half)
-    angle = t.float()[:, None] * frequencies.to(t.device)
+    return torch.exp(-math.log(TIME_MAX_PERIOD) * slots / half)
+
+
+def time_embedding(t: Tensor, frequencies: Tensor | None = None) -> Tensor:
+    """(B,) scaled times (1000 t) -> (B, 256) fp32, cosines first.
+
+    Args:
+        frequencies: `time_frequencies` on the device of t; None copies them there.
+    """
+    frequencies = time_frequencies().to(t.device) if frequencies is None else frequencies
+    angle = t.float()[:, None] * frequencies
     return torch.cat((angle.cos(), angle.sin()), -1)

@@ -8,17 +8,54 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..steps import Callback, fp32, report
 from .bands import DECODER_MEMORY
-from .network import L2PNet
+from .network import L2PCondition, L2PNet
 from .scheduler import Schedule
 
 Predict = Callable[[Tensor, float], Tensor]
 Replace = Callable[[int, float, Tensor, Tensor], Tensor]
+
+
+class Steps(NamedTuple):
+    """What makes the steps of one image: predict(x, t) -> u, and where its x lies, if anywhere."""
+
+    predict: Predict
+    state: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """predict(x, t) -> u, guided or not, from what `guided` prepared.
+
+    Args:
+        conditions: of all captions, or of the positive and the negative ones apart, to be run one
+            after the other.
+        guidance: () g on the network's device, or None for none.
+        decoder_memory: see `L2PNet.decoded`.
+    """
+
+    net: L2PNet
+    conditions: tuple[L2PCondition, ...]
+    guidance: Tensor | None
+    decoder_memory: int | None
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """u (B, 3, H, W) fp32, the negative velocity, at x (B, 3, H, W)."""
+        kept = {"guidance": self.guidance, "decoder_memory": self.decoder_memory}
+        if len(self.conditions) == 1:
+            return self.net.step(x, t, self.conditions[0], **kept)
+        # The features are small: both trunks run before the decoder's large tensors exist.
+        rows = [self.net.features(x, t, condition) for condition in self.conditions]
+        features = torch.cat(rows).unflatten(1, self.conditions[0].grid)
+        del rows
+        return self.net.decoded(x, features, **kept)
 
 
 def guided(
@@ -31,7 +68,7 @@ def guided(
     times: Sequence[float] = (),
     together: bool = True,
     decoder_memory: int | None = DECODER_MEMORY,
-) -> Predict:
+) -> Prediction:
     """predict(x, t) -> u with classifier-free guidance: u = u_neg + g (u_pos - u_neg), in fp32.
 
     What depends neither on x nor on t is computed here, once.
@@ -59,7 +96,7 @@ def guided(
     """
     if guidance_scale == 1:
         condition = net.prepare(positive, size, times=times)
-        return lambda x, t: net.step(x, t, condition, decoder_memory=decoder_memory)
+        return Prediction(net, (condition,), None, decoder_memory)
     if negative is None:
         raise ValueError(
             f"guidance_scale = {guidance_scale} needs the negative prompt's embeddings; pass them, "
@@ -70,32 +107,14 @@ def guided(
             f"negative captions must be as many as the positive ones, {len(positive)}, got "
             f"{len(negative)}"
         )
+    g = torch.full((), guidance_scale, dtype=torch.float32, device=net.device)
     if together:
-        both = net.prepare([*positive, *negative], size, times=times)
-
-        def predict(x: Tensor, t: float) -> Tensor:
-            u = net.step(x, t, both, decoder_memory=decoder_memory)
-            return _mixed(*u.chunk(2), guidance_scale)
-
-        return predict
-
-    first = net.prepare(positive, size, times=times)
-    second = net.prepare(negative, size)
-    second = dataclasses.replace(second, modulations=first.modulations)
-
-    def predict_in_turn(x: Tensor, t: float) -> Tensor:
-        # The features are small: both trunks run before the decoder's large tensors exist.
-        rows = [net.features(x, t, condition) for condition in (first, second)]
-        features = torch.cat(rows).unflatten(1, first.grid)
-        del rows
-        u = net.decoded(x, features, decoder_memory=decoder_memory)
-        return _mixed(*u.chunk(2), guidance_scale)
-
-    return predict_in_turn
-
-
-def _mixed(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-    return torch.lerp(negative, positive, scale)  # exact where both are equal
+        conditions = (net.prepare([*positive, *negative], size, times=times),)
+    else:
+        first = net.prepare(positive, size, times=times)
+        second = dataclasses.replace(net.prepare(negative, size), modulations=first.modulations)
+        conditions = (first, second)
+    return Prediction(net, conditions, g, decoder_memory)
 
 
 def start(noise: Tensor, schedule: Schedule, image: Tensor | None = None) -> Tensor:
@@ -118,6 +137,7 @@ def sample(
     *,
     callback: Callback | None = None,
     replace: Replace | None = None,
+    state: Tensor | None = None,
 ) -> Tensor:
     """Euler steps: x <- x - (sigma' - sigma) u, all in fp32.
 
@@ -128,22 +148,25 @@ def sample(
         callback: told after each step (`StepInfo`); returning False stops.
         replace: (step, timestep, x, x0) -> the state to go on with, after each step; step counts
             from 0, timestep is 1000 sigma of the step just made.
+        state: (B, 3, H, W) fp32, where to keep x instead of anew in every step; see `Steps`.
 
     Returns:
-        (B, 3, H, W) fp32, unclamped.
+        (B, 3, H, W) fp32, unclamped; `state` where that is given and nothing replaced it.
 
     Raises:
         Interrupted: the callback returned False.
     """
     wanted = callback is not None or replace is not None
     timesteps = schedule.timesteps
+    if state is not None:
+        x = state.copy_(x)
     for i, (sigma, after) in enumerate(itertools.pairwise(schedule.sigmas)):
         u = predict(x, schedule.times[i])
         x0 = torch.add(x, u, alpha=sigma) if wanted else None
-        x = torch.add(x, u, alpha=fp32(sigma - after))
+        x = torch.add(x, u, alpha=fp32(sigma - after), out=state)
         del u
-        if replace is not None:
-            x = replace(i, timesteps[i], x, x0)
+        if replace is not None:  # to be kept: the next step writes over the state
+            x = replace(i, timesteps[i], x if state is None else x.clone(), x0)
         report(callback, i + 1, schedule.steps, sigma, x0)
         del x0  # it would last through the next network call
     return x

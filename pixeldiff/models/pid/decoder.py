@@ -19,16 +19,18 @@ from ...alignment import aligned
 from ...text import CaptionFile, load_caption
 from .. import devices, fp8
 from ..devices import check_device, no_autocast
+from ..graphs import Graphs, graph_limit
 from ..noise import NoiseSource, noise_source
 from ..provenance import Caption, describe, forced_backends
+from ..recent import Recent
 from ..steps import Callback, Interrupted, StepInfo
 from .captions import CaptionSource
 from .checkpoint import LoadedCheckpoint, net_from, read_checkpoint
 from .config import PiDConfig
-from .graphs import Graphs, Student
+from .graphs import Student
 from .network import PiDNet, Tables
-from .recent import Recent
 from .samplers import (
+    Advance,
     dynamic_shift,
     network_time,
     run_student,
@@ -41,7 +43,6 @@ from .variants import LICENCE_NOTE, SamplingSettings, Variant
 
 # What weights are held in; in "fp8" the network's linear layers are then quantised.
 PRECISIONS = {**devices.PRECISIONS, "fp8": torch.bfloat16}
-GRAPHS = 2  # kinds of decode kept as CUDA graphs
 KEPT_TABLES = 4  # 9 MB each at 2048 x 2048
 STATE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 STUDENT = SamplingSettings(steps=4, times=None, stochastic=True, cfg_scale=1.0)
@@ -111,7 +112,7 @@ class PiDDecoder:
         self.sampling = sampling or (variant.sampling if variant else STUDENT)
         self.name = name
         self.low_memory = low_memory
-        self.graphs = Graphs(_graph_limit(cuda_graphs))
+        self.graphs: Graphs[Advance] = Graphs(graph_limit(cuda_graphs))
         self._tables: Recent[Tables] = Recent(KEPT_TABLES)
 
     @classmethod
@@ -163,7 +164,7 @@ class PiDDecoder:
         device = check_device(device)
         if precision is None:
             precision = "bf16" if device.type == "cuda" else "fp32"
-        _graph_limit(cuda_graphs)
+        graph_limit(cuda_graphs)
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         check_precision(precision, device)
@@ -472,14 +473,6 @@ def ready(net: PiDNet, precision: str) -> PiDNet:
     if precision == "fp8":
         net.quantize_()
     return net.pack_() if net.device.type == "cuda" else net
-
-
-def _graph_limit(cuda_graphs: bool | int) -> int:
-    if isinstance(cuda_graphs, bool):
-        return GRAPHS if cuda_graphs else 0
-    if not isinstance(cuda_graphs, int) or cuda_graphs < 0:
-        raise ValueError(f"cuda_graphs must be a bool or an integer >= 0, got {cuda_graphs!r}")
-    return cuda_graphs
 
 
 def _shortest(sigma: Tensor) -> float | list[float]:

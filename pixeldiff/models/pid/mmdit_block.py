@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ... import ops
+from ..feed_forward import SwiGLU
 from ..fp8 import Fp8Linear, Rows
-from .layers import RMSNorm, SwiGLU
+from .layers import RMSNorm
 from .residual import Stream
 
 Rope = tuple[Tensor, Tensor]
@@ -118,4 +119,4 @@ class MMDiTBlock(nn.Module):
     @staticmethod
     def _feed_forward(stream, mod, norm, mlp):
         h = stream.norm(norm.weight, scale=mod[:, 4], shift=mod[:, 3], fp8=mlp.fp8)
-        mlp.add_to(stream, mod[:, 5], h)
+        stream.feed(mlp, mod[:, 5], h)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ... import ops
+from ..feed_forward import SwiGLU
 from ..fp8 import Fp8Linear, quantize_
 from .config import PiDConfig
-from .layers import CaptionEmbedder, FinalLayer, Projection, SwiGLU, TimeEmbedder
+from .layers import CaptionEmbedder, FinalLayer, Projection, TimeEmbedder
 from .lq_projection import LQProjection, SigmaGate
 from .mmdit_block import MMDiTBlock, Rope, Trace
 from .pit_block import PiTBlock

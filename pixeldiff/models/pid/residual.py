@@ -6,7 +6,12 @@ from torch import Tensor
 
 from ... import ops
 from ...ops.registry import needs_grad
+from ..feed_forward import SwiGLU
 from ..fp8 import Rows
+
+# Devices on which a piece of the feed-forward is added to the stream at once, while it is in the
+# caches. Elsewhere the next norm adds all of it.
+ADD_EACH_PIECE = ("cpu",)
 
 
 class Stream:
@@ -27,6 +32,13 @@ class Stream:
         """x + gate * y for y (B, N, D) and gate (B, D)."""
         self._settle()
         self._branch = (y, gate)
+
+    def feed(self, mlp: SwiGLU, gate: Tensor, h: Tensor | Rows) -> None:
+        """x + gate * mlp(h) for h (B, N, D) and gate (B, D)."""
+        if h.device.type in ADD_EACH_PIECE:
+            self.x = mlp.add_gated(self.x, gate, h)
+        else:
+            self.add(gate, mlp(h))
 
     def inject(self, feature: Tensor, weight: Tensor, lq_logit: Tensor) -> None:
         """x + sigmoid(weight x + lq_logit) * feature, see `pixeldiff.ops.sigma_gate`."""

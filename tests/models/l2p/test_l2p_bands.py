@@ -129,11 +129,15 @@ def test_banded_equals_whole(form, dtype, tolerance):
 
 
 @each_form
-def test_features_share_an_image_in_bands(form):
+def test_features_share_an_image_in_bands(form, monkeypatch):
     net = decoder(form)
     unit = 320 if form == "10k" else CELL[form]
     x, features = inputs(form, (unit, 2 * unit), images=2, batch=4)
-    banded = bands.decode(net, x, features, Tiling(2, unit // 2, unit))
+    seen, down = [], LocalDecoder.down
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalDecoder, "down", lambda *a: seen.append(len(a[2])) or down(*a))
+        banded = bands.decode(net, x, features, Tiling(2, unit // 2, unit))
+    assert set(seen) == {2}  # never once for each feature
     assert relative(banded, net(x, features)) < 1e-12
 
 

@@ -8,6 +8,7 @@ from tiny_l2p import PATCHES, WIDTHS, draw, fill, relative
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, max_pool2d, silu
 
+from pixeldiff.models.l2p import local_decoder
 from pixeldiff.models.l2p.config import DECODERS
 from pixeldiff.models.l2p.local_decoder import LocalDecoder, nearest
 
@@ -69,6 +70,19 @@ def test_is_its_definition(form):
     """In fp64: the split concatenations and the product before the resize are rounding apart."""
     net, given = decoder(form), inputs(form, batch=2)
     assert relative(net(*given), plain(form, net, *given)) < 1e-12
+
+
+def test_features_are_narrowed_before_they_are_resized(monkeypatch):
+    """In the 10K form their own grid has 64^2 cells of the bottleneck's 160^2."""
+    net, (x, features), resized = decoder("10k"), inputs("10k"), []
+
+    def counted(y, grid):
+        resized.append((tuple(y.shape[1:]), grid))
+        return nearest(y, grid)
+
+    monkeypatch.setattr(local_decoder, "nearest", counted)
+    net(x, features)
+    assert resized == [((2, 4, WIDTHS[512]), (5, 10))]
 
 
 def test_feature_rows_are_resized_as_pytorch_does():

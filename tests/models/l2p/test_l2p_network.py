@@ -8,9 +8,11 @@ from tiny_l2p import LATENT, captions, config, draw, network, relative
 from torch.nn import functional
 
 from pixeldiff.errors import SizeError
-from pixeldiff.models.l2p import VARIANTS, L2PNet
+from pixeldiff.models.l2p import VARIANTS, L2PNet, bands
 from pixeldiff.models.l2p.block import Block
 from pixeldiff.models.l2p.positions import caption_positions, image_positions, rope_3d
+from pixeldiff.models.l2p.sampler import guided, sample
+from pixeldiff.models.l2p.scheduler import schedule
 from pixeldiff.verify import verify_file
 
 TINY = config()
@@ -197,8 +199,108 @@ def test_shared_work_is_done_once(size, rows, monkeypatch):
         return encode(x, **kwargs)
 
     monkeypatch.setattr(net.local_decoder, "encode", counted)
+    embedded = count_rows(net.all_x_embedder["16-1"])
     net.step(draw(1, 3, *size), 0.3, net.prepare(captions(5, 40), size))
     assert batches == [rows, 1]
+    assert embedded == [1]
+
+
+def count_rows(module: torch.nn.Module) -> list[int]:
+    """Filled with the batch of every call of it."""
+    calls: list[int] = []
+    module.register_forward_pre_hook(lambda _, given: calls.append(given[0].shape[0]))
+    return calls
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_a_schedule_needs_once_is_made_once(together):
+    """Captions, and all modulation vectors for all steps in one pass over their weights."""
+    net, plan = network(TINY), schedule(4)
+    blocks = (*net.noise_refiner, *net.layers)
+    refined = count_rows(net.context_refiner[0])
+    embedded, times = count_rows(net.cap_embedder), count_rows(net.t_embedder)
+    made = []
+    for block in blocks:
+        project = block.modulation
+        block.modulation = lambda e, project=project: made.append(len(e)) or project(e)
+    predict = guided(
+        net,
+        *(captions(5), captions(9), (32, 48)),
+        guidance_scale=2.0,
+        times=plan.times,
+        together=together,
+    )
+    sample(predict, draw(1, 3, 32, 48), plan)
+    assert refined == ([2] if together else [1, 1])
+    assert embedded == [1, 1]
+    assert times == [4]
+    assert made == [4] * len(blocks)
+
+
+# ---- Guidance ----------------------------------------------------------------------------------
+
+
+def halves(net, x, condition, g: float, **options) -> torch.Tensor:
+    positive, negative = net.step(x, 0.3, condition, **options).chunk(2)
+    return negative + g * (positive - negative)
+
+
+@pytest.mark.parametrize("size", [(64, 128), (80, 112)], ids=["32-tokens", "35-tokens"])
+def test_guidance_inside_a_step_is_that_outside(size):
+    """Whole, in tiles, and traced: two images, their positive captions, then their negative."""
+    net = network(TINY, dtype=torch.float64)
+    x, y = draw(2, 3, *size).double(), captions(5, 9, 40, 70)
+    condition, g = net.prepare(y, size), torch.tensor(3.5)
+    want = halves(net, x, condition, 3.5)
+    what = bands.Load(TINY.local_decoder, 3, size, 2, 4, 8)
+    tiles = {"decoder_memory": what.memory(bands.Tiling(0, *size)) // 2}
+    assert bands.plan(what, tiles["decoder_memory"]).levels > 0
+    for options in ({}, tiles, {"trace": lambda name, value: None}, {"decoder_memory": None}):
+        u = net.step(x, 0.3, condition, guidance=g, **options)
+        assert u.shape == x.shape
+        assert u.is_contiguous()
+        assert relative(u, want) < 1e-12
+
+
+def test_guidance_of_the_latent_model():
+    net = network(LATENT, dtype=torch.float64)
+    x, condition = draw(1, 16, 8, 12).double(), net.prepare(captions(5, 40), (8, 12))
+    u = net.step(x, 0.3, condition, guidance=torch.tensor(3.5))
+    assert relative(u, halves(net, x, condition, 3.5)) < 1e-6  # its result is fp32 in any case
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_guidance_is_mixed_in_fp32(dtype):
+    """Held against the mixture, in fp64, of what the network gives without it."""
+    net, size = network(TINY, dtype=dtype), (64, 128)
+    x, condition = draw(1, 3, *size), net.prepare(captions(5, 9), size)
+    positive, negative = net.step(x, 0.3, condition).double().chunk(2)
+    u = net.step(x, 0.3, condition, guidance=torch.tensor(7.5))
+    want = negative + 7.5 * (positive - negative)
+    bound = 20 * torch.finfo(torch.float32).eps * torch.maximum(positive.abs(), negative.abs())
+    assert u.dtype == torch.float32
+    assert ((u - want).abs() <= bound).all()
+
+
+def test_guidance_between_equal_captions_is_none():
+    net = network(TINY)
+    y = captions(5)
+    condition = net.prepare([*y, *y], (32, 48))
+    x, g = draw(1, 3, 32, 48), torch.tensor(7.5)
+    both = net.step(x, 0.3, condition)
+    assert torch.equal(net.step(x, 0.3, condition, guidance=g), both[:1])
+
+
+def test_guidance_wants_a_negative_for_each_positive():
+    net, g = network(TINY), torch.tensor(2.0)
+    for images, count in ((1, 3), (2, 2)):
+        condition = net.prepare(captions(*range(5, 5 + count)), (32, 48))
+        x = draw(images, 3, 32, 48)
+        message = rf"as many negative captions as positive ones, of each of the {images} images, "
+        with pytest.raises(ValueError, match=f"^L2PNet: guidance takes {message}got {count} "):
+            net.step(x, 0.3, condition, guidance=g)
+        with pytest.raises(ValueError, match=f"^L2PNet: guidance takes {message}got {count} "):
+            net.decoded(x, draw(count, 2, 3, 48), guidance=g)
 
 
 # ---- What the output depends on ----------------------------------------------------------------

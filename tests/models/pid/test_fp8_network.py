@@ -13,9 +13,9 @@ from tiny_networks import CONFIGS, inputs, network
 import pixeldiff
 from bench import models
 from pixeldiff import ops
-from pixeldiff.models import fp8
+from pixeldiff.models import feed_forward, fp8
 from pixeldiff.models.fp8 import Fp8Linear
-from pixeldiff.models.pid import PiDDecoder, PiDNet, layers
+from pixeldiff.models.pid import PiDDecoder, PiDNet, residual
 from pixeldiff.models.pid import decoder as decoder_module
 
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -92,8 +92,8 @@ def test_norms_that_add_quantise_the_same(config, packed, monkeypatch):
     want = low(**kw)
     if packed:
         low.pack_()
-    monkeypatch.setattr(layers, "ADD_EACH_PIECE", ())
-    monkeypatch.setitem(layers.FEED_FORWARD_PIECE, "cpu", 3)
+    monkeypatch.setattr(residual, "ADD_EACH_PIECE", ())
+    monkeypatch.setitem(feed_forward.FEED_FORWARD_PIECE, "cpu", 3)
     fused = ops.gated_residual_norm_fp8
     monkeypatch.setattr(ops, "gated_residual_norm_fp8", lambda *a: calls.append(a) or fused(*a))
     torch.testing.assert_close(low(**kw), want, rtol=2e-3, atol=2e-3 * want.abs().max().item())
@@ -105,7 +105,9 @@ def test_norms_that_add_quantise_the_same(config, packed, monkeypatch):
 
 def layers_packed(net) -> set[bool]:
     return {
-        m._packed(m.w1.weight) is not None for m in net.modules() if isinstance(m, layers.SwiGLU)
+        m._packed(m.w1.weight) is not None
+        for m in net.modules()
+        if isinstance(m, feed_forward.SwiGLU)
     }
 
 

@@ -14,11 +14,12 @@ from tiny_networks import V1, network
 from tiny_pid import tiny_caption, tiny_latent, tiny_net
 
 import pixeldiff
+from pixeldiff.models.graphs import GRAPHS
 from pixeldiff.models.pid import PiDNet
-from pixeldiff.models.pid.decoder import GRAPHS, Interrupted, PiDDecoder
-from pixeldiff.models.pid.recent import Recent
+from pixeldiff.models.pid.decoder import Interrupted, PiDDecoder
 from pixeldiff.models.pid.samplers import STUDENT_T_LIST
 from pixeldiff.models.pid.variants import SamplingSettings
+from pixeldiff.models.recent import Recent
 
 
 class Pair:

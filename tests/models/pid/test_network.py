@@ -13,7 +13,8 @@ from tiny_networks import CONFIGS, PLAIN, TINY, V1, V15, inputs, network
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pixeldiff.models.pid import PiDConfig, PiDNet, layers
+from pixeldiff.models import feed_forward
+from pixeldiff.models.pid import PiDConfig, PiDNet
 from pixeldiff.models.pid.lq_projection import LQProjection, SigmaGate
 from pixeldiff.models.pid.samplers import network_time, student_times
 from pixeldiff.ops.pixel_head_step import update
@@ -404,8 +405,8 @@ def test_rgb_head_only_where_there_is_one():
 @pytest.mark.parametrize("batch", [1, 3])
 def test_feed_forward_in_pieces(piece, batch, monkeypatch):
     """Any piece gives x + gate * w2(silu(w1 h) * w3 h), written into x and nowhere else."""
-    monkeypatch.setitem(layers.FEED_FORWARD_PIECE, "cpu", piece)
-    mlp = layers.SwiGLU(12, 20).double()
+    monkeypatch.setitem(feed_forward.FEED_FORWARD_PIECE, "cpu", piece)
+    mlp = feed_forward.SwiGLU(12, 20).double()
     x, h, gate = torch.randn(batch, 7, 12), torch.randn(batch, 7, 12), torch.randn(batch, 12)
     x, h, gate = x.double(), h.double(), gate.double()
     a, b = h @ mlp.w1.weight.T, h @ mlp.w3.weight.T
@@ -419,7 +420,7 @@ def test_feed_forward_in_pieces(piece, batch, monkeypatch):
 
 
 def test_feed_forward_with_gradients_keeps_its_input():
-    mlp, (x, h), gate = layers.SwiGLU(12, 20), torch.randn(2, 1, 7, 12), torch.randn(1, 12)
+    mlp, (x, h), gate = feed_forward.SwiGLU(12, 20), torch.randn(2, 1, 7, 12), torch.randn(1, 12)
     before = x.clone()
     with torch.enable_grad():
         y = mlp.add_gated(x, gate, h)

@@ -11,7 +11,8 @@ from tiny_networks import CONFIGS, inputs, network
 
 import pixeldiff
 from pixeldiff import ops
-from pixeldiff.models.pid import layers
+from pixeldiff.models import feed_forward
+from pixeldiff.models.pid import residual
 from pixeldiff.models.pid.residual import Stream
 
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -92,8 +93,8 @@ def test_norms_that_add_are_the_network(config, batch, monkeypatch):
     """As on a GPU: feed-forward in pieces into one buffer, added by the next block's norm."""
     net, kw = network(config, dtype=torch.float64), inputs(batch)
     want, calls = net(**kw), []
-    monkeypatch.setattr(layers, "ADD_EACH_PIECE", ())
-    monkeypatch.setitem(layers.FEED_FORWARD_PIECE, "cpu", 3)
+    monkeypatch.setattr(residual, "ADD_EACH_PIECE", ())
+    monkeypatch.setitem(feed_forward.FEED_FORWARD_PIECE, "cpu", 3)
     for name in ("gated_residual_norm", "sigma_gate_norm", "rms_norm_modulate", "sigma_gate"):
         fused = getattr(ops, name)
         monkeypatch.setattr(
@@ -115,7 +116,7 @@ def test_gradients_where_norms_add(config, monkeypatch):
     net, kw = network(config, dtype=torch.float64), inputs()
     slopes = []
     for add_each_piece in (("cpu",), ()):
-        monkeypatch.setattr(layers, "ADD_EACH_PIECE", add_each_piece)
+        monkeypatch.setattr(residual, "ADD_EACH_PIECE", add_each_piece)
         with torch.enable_grad():
             net.zero_grad()
             net(**kw).square().mean().backward()
@@ -129,8 +130,8 @@ def test_gradients_where_norms_add(config, monkeypatch):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("piece", [1, 4, 100])
 def test_feed_forward_pieces_into_one_buffer(batch, piece, monkeypatch):
-    monkeypatch.setitem(layers.FEED_FORWARD_PIECE, "cpu", piece)
-    mlp, h = layers.SwiGLU(12, 20).double(), draw(batch, 7, 12)
+    monkeypatch.setitem(feed_forward.FEED_FORWARD_PIECE, "cpu", piece)
+    mlp, h = feed_forward.SwiGLU(12, 20).double(), draw(batch, 7, 12)
     a, b = h @ mlp.w1.weight.T, h @ mlp.w3.weight.T
     want = (a * a.sigmoid() * b) @ mlp.w2.weight.T
     torch.testing.assert_close(mlp(h), want)
@@ -142,7 +143,9 @@ def test_feed_forward_pieces_into_one_buffer(batch, piece, monkeypatch):
 
 def is_packed(net) -> set[bool]:
     return {
-        m._packed(m.w1.weight) is not None for m in net.modules() if isinstance(m, layers.SwiGLU)
+        m._packed(m.w1.weight) is not None
+        for m in net.modules()
+        if isinstance(m, feed_forward.SwiGLU)
     }
 
 
@@ -198,7 +201,7 @@ def test_what_moves_weights_ends_the_packing(change):
         net.load_state_dict(state, assign=True)
     else:
         for module in net.modules():
-            if isinstance(module, layers.SwiGLU):
+            if isinstance(module, feed_forward.SwiGLU):
                 w3 = module.w3.weight
                 half = torch.cat((w3, w3)).chunk(2)[1]  # begins where a packed one does
                 w3.data = w3.data.clone() if change == "data" else half
@@ -208,7 +211,7 @@ def test_what_moves_weights_ends_the_packing(change):
 
 
 def test_swapped_halves_are_not_taken_for_packed():
-    mlp = layers.SwiGLU(12, 20)
+    mlp = feed_forward.SwiGLU(12, 20)
     both = torch.cat((mlp.w3.weight, mlp.w1.weight))
     mlp.w3.weight.data, mlp.w1.weight.data = both.chunk(2)
     h = torch.randn(1, 7, 12)
