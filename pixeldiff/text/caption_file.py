@@ -196,20 +196,14 @@ def load_caption(
     else:
         raise ValueError(f"load_caption: {path} must end in .safetensors, {', '.join(_PICKLED)}")
     embedding = result.embedding
-    _check_embedding(f"load_caption: {path}", embedding)
+    _check_held(f"load_caption: {path}", result)
     if result.negative is not None:
-        _check_embedding(f"load_caption: negative of {path}", result.negative.embedding)
+        _check_held(f"load_caption: negative of {path}", result.negative)
     if expected_embed_dim is not None and embedding.shape[2] != expected_embed_dim:
         raise ValueError(
             f"load_caption: {path} must hold embeddings of width {expected_embed_dim}, got "
             f"{embedding.shape[2]} (shape {tuple(embedding.shape)}); it was made with another "
             f"text encoder{f' ({result.encoder_id})' if result.encoder_id else ''}"
-        )
-    count = len(result.caption_sha256) if result.caption_sha256 is not None else None
-    if count is not None and count != embedding.shape[0]:
-        raise ValueError(
-            f"load_caption: {path} must hold one caption per embedding, got {count} captions and "
-            f"{embedding.shape[0]} embeddings"
         )
     return result
 
@@ -354,6 +348,16 @@ def _check_embedding(what: str, embedding: Tensor) -> None:
     if embedding.dtype not in _DTYPES:
         raise TypeError(f"{what} must be one of {_names(_DTYPES)}, got {embedding.dtype}")
     _check_values(what, embedding)
+
+
+def _check_held(what: str, file: CaptionFile) -> None:
+    _check_embedding(what, file.embedding)
+    count = None if file.caption_sha256 is None else len(file.caption_sha256)
+    if count not in (None, file.embedding.shape[0]):
+        raise ValueError(
+            f"{what} must hold one caption per embedding, got {count} captions and "
+            f"{file.embedding.shape[0]} embeddings"
+        )
 
 
 def _check_values(what: str, embedding: Tensor) -> None:
