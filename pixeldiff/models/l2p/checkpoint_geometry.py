@@ -43,7 +43,7 @@ def stated_config(metadata: Mapping[str, str], path: Path) -> L2PConfig | None:
         return L2PConfig.from_dict(loads(metadata["config"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointFormatError(
-            f"read_checkpoint: metadata 'config' of {path} is not an L2PConfig: {error}"
+            f"read_checkpoint: metadata 'config' of {path} is not an L2PConfig: {str(error)[:300]}"
         ) from error
 
 

@@ -158,6 +158,11 @@ class L2PConfig:
                 f"L2PConfig: axes_dims must be three even numbers whose sum is dim / n_heads = "
                 f"{self.head_dim}, got {dims}"
             )
+        decoder = self.local_decoder
+        if decoder is not None and not isinstance(decoder, LocalDecoderConfig):
+            raise ValueError(
+                f"L2PConfig: local_decoder must be a LocalDecoderConfig or None, got {decoder!r}"
+            )
         if len(lens) != 3 or not all(_is_integer(n, 1) for n in lens):
             raise ValueError(f"L2PConfig: axes_lens must be three positive integers, got {lens}")
 
@@ -183,7 +188,9 @@ class L2PConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> L2PConfig:
-        """The inverse of `to_dict`. Raises ValueError for an unknown field."""
+        """The inverse of `to_dict`. Raises ValueError, TypeError, KeyError: not what it gives."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"L2PConfig: must be given a mapping, got {type(values).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:

@@ -212,8 +212,10 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             length = int.from_bytes(stream.read(8), "little")
             if length > MAX_HEADER:
                 raise ValueError(f"its header would take {length} bytes")
-            with safe_open(file, framework="pt", device="cpu"):
-                pass  # it checks every offset, and the length of the file
+            # Checks every offset and the file's length. Not "pt": its mapping of the file must fit
+            # into memory.
+            with safe_open(file, framework="np"):
+                pass
             header = json.loads(stream.read(length), object_pairs_hook=_each_once)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointFormatError(

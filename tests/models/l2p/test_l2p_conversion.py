@@ -577,7 +577,7 @@ def test_a_written_file_is_its_network(latent, checked):
     name = "layers.0.feed_forward.w2.weight"
     lacking = {n: t for n, t in latent.items() if n != name}
     turned = {**lacking, name: latent[name].T.contiguous()}
-    for other in (lacking, {**latent, "more": latent[name]}, turned):
+    for other in (lacking, {**latent, "more": latent[name].clone()}, turned):
         with pytest.raises(errors.CheckpointError, match="does not hold the tensors of its netw"):
             checked(other)
 

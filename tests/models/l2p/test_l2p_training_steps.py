@@ -57,7 +57,9 @@ def by_hand(base, batches, accumulate, dtype, *, lr, weight_decay, clip):
     Yields (loss, norm of the gradient before it is clipped, weights in fp32) after each step.
     """
     stored = load_file(base)
-    net = L2PNet(CONFIG).to(dtype)
+    net = L2PNet(CONFIG).to(dtype).requires_grad_(False)
+    for name, p in net.named_parameters():
+        p.requires_grad_(name.startswith(LEARNING))
     masters = {n: stored[n].clone() for n in stored if n.startswith(LEARNING)}
     optimiser = torch.optim.AdamW(masters.values(), weight_decay=weight_decay)
     for step in range(len(batches) // accumulate):
@@ -92,6 +94,7 @@ def test_a_step_is_what_is_written_out(base, pictures, tmp_path, given, precisio
         measured.append(one.step())
         states.append({n: m.detach().clone() for n, m in one.masters.items()})
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    start = load_file(base)
     assert len(given) == 21
     for got, state, want in zip(measured, states, by_hand(base, given, 3, dtype, **settings),
                                 strict=True):  # fmt: skip
@@ -101,7 +104,8 @@ def test_a_step_is_what_is_written_out(base, pictures, tmp_path, given, precisio
         assert norm > 2 * settings["clip"]
         assert state.keys() == masters.keys()
         for name in state:
-            torch.testing.assert_close(state[name], masters[name], rtol=1e-4, atol=1e-6)
+            moved = (masters[name] - start[name]).norm()
+            assert (state[name] - masters[name]).norm() < 1e-3 * moved, name
     now = weights(one)
     for name, master in one.masters.items():
         assert torch.equal(now[name], master.to(dtype)), name
