@@ -7,7 +7,6 @@ none.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointFormatError
 from ..meta import owning
 from ..pid.checkpoint_format import read_tensors
 from ..pid.checkpoint_geometry import check_shapes
 from ..pid.checkpoint_location import resolve
 from ..pid.checkpoint_values import check_dtype, converted
-from .checkpoint_geometry import identify, network_shapes, signature
+from .checkpoint_geometry import identify, shapes_within, signature, stated_config
 from .checkpoint_keys import FINAL_LAYER, is_fused, split_names, without_prefix
 from .config import VARIANTS, L2PConfig, Variant
 from .network import L2PNet
@@ -129,10 +127,10 @@ def read_checkpoint(
         if final:
             ignored["final layer of the latent model"] = len(final)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    config = config or _stated_config(metadata, file)
+    config = config or stated_config(metadata, file)
     if config is None:
         config = identify(shapes, file).config
-    expected = network_shapes(config)
+    expected = shapes_within(config, shapes, file)
     check_shapes(shapes, expected, file)
     stored = Counter(str(t.dtype).removeprefix("torch.") for t in state.values())
     rounded: list[str] = []
@@ -160,14 +158,3 @@ def load_net(path: str | Path, **options) -> L2PNet:
 def net_from(checkpoint: LoadedCheckpoint) -> L2PNet:
     """The network that owns the tensors of a checkpoint; see `pixeldiff.models.meta.owning`."""
     return owning(L2PNet(checkpoint.config, device="meta"), checkpoint.state_dict)
-
-
-def _stated_config(metadata: dict[str, str], file: Path) -> L2PConfig | None:
-    if "config" not in metadata:
-        return None
-    try:
-        return L2PConfig.from_dict(json.loads(metadata["config"]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointFormatError(
-            f"read_checkpoint: metadata 'config' of {file} is not an L2PConfig: {error}"
-        ) from error

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from ...errors import UnknownGeometryError
+from ...errors import CheckpointFormatError, UnknownGeometryError
 from ..meta import tensor_shapes
+from ..pid.checkpoint_format import loads
 from ..pid.checkpoint_geometry import Shapes, incomplete
 from .config import VARIANTS, L2PConfig, Variant
 from .network import L2PNet
@@ -27,6 +29,42 @@ _TELLING = {
 def network_shapes(config: L2PConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor name and shape of `L2PNet(config)`. Allocates nothing."""
     return tensor_shapes(L2PNet(config, device="meta"))
+
+
+def stated_config(metadata: Mapping[str, str], path: Path) -> L2PConfig | None:
+    """The geometry a file states, or None.
+
+    Raises:
+        CheckpointFormatError: its metadata "config" is not one.
+    """
+    if "config" not in metadata:
+        return None
+    try:
+        return L2PConfig.from_dict(loads(metadata["config"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointFormatError(
+            f"read_checkpoint: metadata 'config' of {path} is not an L2PConfig: {str(error)[:300]}"
+        ) from error
+
+
+def shapes_within(config: L2PConfig, held: Shapes, path: Path) -> dict[str, tuple[int, ...]]:
+    """`network_shapes` of a geometry that a file states, which is no larger than the file.
+
+    Raises:
+        CheckpointFormatError: it is, or no network can be so.
+    """
+    try:
+        decoder = config.local_decoder
+        parts = config.n_layers + config.n_refiner_layers + (len(decoder.levels) if decoder else 0)
+        if parts > len(held):
+            raise ValueError(f"{parts} blocks and levels")
+        return network_shapes(config)
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointFormatError(
+            f"read_checkpoint: {path}, of {len(held)} tensors, cannot be the network that its "
+            f"config describes: {reason}"
+        ) from error
 
 
 def signature(shapes: Shapes) -> str:
@@ -72,11 +110,11 @@ def _facts(shapes: Shapes) -> dict[str, int]:
         for field, (name, axis) in _TELLING.items()
         if len(shapes.get(name, ())) > axis
     }
-    for field, pattern in (("n_layers", r"layers\.(\d+)\."), ("patch_size", _EMBEDDER)):
+    for field, pattern in (("n_layers", r"layers\.(\d{1,9})\."), ("patch_size", _EMBEDDER)):
         found = [int(m[1]) for m in map(re.compile(pattern).match, shapes) if m]
         if found:
             facts[field] = max(found) + (field == "n_layers")
     return facts
 
 
-_EMBEDDER = r"all_x_embedder\.(\d+)-1\.weight"
+_EMBEDDER = r"all_x_embedder\.(\d{1,9})-1\.weight"

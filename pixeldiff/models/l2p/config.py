@@ -17,6 +17,11 @@ TIME_HIDDEN = 1024
 MAX_ADALN_WIDTH = 256
 
 
+def _is_integer(value: object, least: int) -> bool:
+    """Below 2^31, as sizes of tensors are in kernels."""
+    return type(value) is int and least <= value < 2**31
+
+
 @dataclass(frozen=True)
 class Level:
     """One resolution of the local decoder: its way down (`enc`) and its way up (`up`, `dec`).
@@ -44,6 +49,16 @@ class LocalDecoderConfig:
 
     levels: tuple[Level, ...]
     bottleneck: int = 512
+
+    def __post_init__(self) -> None:
+        counts = [v for level in self.levels for v in (level.skip, level.up, level.out)]
+        if not all(_is_integer(v, 1) for v in (*counts, self.bottleneck)):
+            raise ValueError(
+                f"LocalDecoderConfig: channels must be integers >= 1, got {counts} and bottleneck "
+                f"{self.bottleneck!r}"
+            )
+        if not all(isinstance(level.name, str) for level in self.levels):
+            raise ValueError("LocalDecoderConfig: the name of a level must be a text")
 
     @property
     def pixels_per_cell(self) -> int:
@@ -112,29 +127,43 @@ class L2PConfig:
     local_decoder: LocalDecoderConfig | None = DECODERS["1k"]
 
     def __post_init__(self) -> None:
-        if self.ffn_hidden is None:
-            object.__setattr__(self, "ffn_hidden", int(self.dim / 3 * 8))
         for name in ("axes_dims", "axes_lens"):  # lists, where they come from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in (
             *("patch_size", "in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads"),
             *("ffn_hidden", "cap_feat_dim"),
         ):
+            if name == "ffn_hidden" and self.ffn_hidden is None:
+                object.__setattr__(self, "ffn_hidden", int(self.dim / 3 * 8))
             value = getattr(self, name)
             least = 0 if name == "n_refiner_layers" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not _is_integer(value, least):
                 raise ValueError(f"L2PConfig: {name} must be an integer >= {least}, got {value!r}")
+        for name in ("rope_theta", "t_scale", "norm_eps"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value < math.inf:
+                raise ValueError(f"L2PConfig: {name} must be a positive number, got {value!r}")
         if self.dim % self.n_heads:
             raise ValueError(
                 f"L2PConfig: dim must be divisible by n_heads = {self.n_heads}, got {self.dim}"
             )
         dims, lens = self.axes_dims, self.axes_lens
-        if len(dims) != 3 or any(d < 2 or d % 2 for d in dims) or sum(dims) != self.head_dim:
+        if (
+            len(dims) != 3
+            or any(not _is_integer(d, 2) or d % 2 for d in dims)
+            or sum(dims) != self.head_dim
+        ):
             raise ValueError(
                 f"L2PConfig: axes_dims must be three even numbers whose sum is dim / n_heads = "
                 f"{self.head_dim}, got {dims}"
             )
-        if len(lens) != 3 or min(lens) < 1:
+        decoder = self.local_decoder
+        if decoder is not None and not isinstance(decoder, LocalDecoderConfig):
+            raise ValueError(
+                f"L2PConfig: local_decoder must be a LocalDecoderConfig or None, got {decoder!r}"
+            )
+        if len(lens) != 3 or not all(_is_integer(n, 1) for n in lens):
             raise ValueError(f"L2PConfig: axes_lens must be three positive integers, got {lens}")
 
     @property
@@ -159,7 +188,9 @@ class L2PConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> L2PConfig:
-        """The inverse of `to_dict`. Raises ValueError for an unknown field."""
+        """The inverse of `to_dict`. Raises ValueError, TypeError, KeyError: not what it gives."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"L2PConfig: must be given a mapping, got {type(values).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:

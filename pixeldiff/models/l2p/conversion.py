@@ -32,9 +32,10 @@ from ...errors import (
     UnknownNameError,
 )
 from ...out_files import check_out_path
+from ..pid.checkpoint_format import read_json
 from ..pid.checkpoint_geometry import check_shapes
 from . import resumable_file
-from .checkpoint_geometry import identify, network_shapes
+from .checkpoint_geometry import identify, network_shapes, shapes_within, stated_config
 from .checkpoint_keys import split_names, without_prefix
 from .config import SOURCE, VARIANTS, L2PConfig
 from .resumable_file import Piece, Progress
@@ -224,7 +225,7 @@ def geometry(
         nothing says what network it is.
     """
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    config = stated or _config_in_metadata(files)
+    config = stated or stated_config(files.metadata, files.path)
     if config is None:
         try:
             config = identify(shapes, files.path).config
@@ -232,7 +233,7 @@ def geometry(
             config = _config_of_diffusers(files.path)
             if config is None:
                 raise
-    expected = network_shapes(config)
+    expected = shapes_within(config, shapes, files.path)
     # More than the network's own is no reason to refuse: it is dropped, and the report says so.
     check_shapes({n: s for n, s in shapes.items() if n in expected}, expected, files.path)
     return config
@@ -343,24 +344,13 @@ def _bytes(values: Tensor) -> bytes:
     return values.view(torch.uint8).numpy().tobytes()
 
 
-def _config_in_metadata(files: StoredFiles) -> L2PConfig | None:
-    if "config" not in files.metadata:
-        return None
-    try:
-        return L2PConfig.from_dict(json.loads(files.metadata["config"]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointFormatError(
-            f"metadata 'config' of {files.path} is not an L2PConfig: {error}"
-        ) from error
-
-
 def _config_of_diffusers(path: Path) -> L2PConfig | None:
     """Geometry of a latent model from the config.json beside it, if it is diffusers' Z-Image."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         if values.get("_class_name") != "ZImageTransformer2DModel":
             return None
         names = ("in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads", "cap_feat_dim")

@@ -10,7 +10,6 @@ Source: L2P (arXiv 2605.12013), whose deltas replace tensors; there is no scale.
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -120,7 +119,7 @@ def merge(
     resumed = resumable_file.write(
         output,
         pieces,
-        {**files.metadata, "config": json.dumps(config.to_dict())},
+        files.metadata,
         identity=files.identity + changes.identity,
         check=lambda part: verified(part, expected, merged),
         progress=progress,

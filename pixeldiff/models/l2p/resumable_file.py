@@ -2,7 +2,7 @@
 
 The header of a safetensors file follows from names, types and shapes alone, so it is written first
 and no tensor has to wait in memory for the others. Until the file is complete it is called
-`NAME.part`, and beside it `NAME.journal` holds one line for each finished tensor with its SHA-256.
+`NAME.part`, and beside it `NAME.journal` holds the SHA-256 of each finished tensor, one a line.
 A later run of the same plan reads back what the journal claims, keeps what still has its checksum,
 and goes on behind it; so a process killed at any instruction costs at most one tensor.
 """
@@ -129,40 +129,28 @@ def _finished(
 ) -> list[str]:
     """Checksums of the leading pieces that an earlier run finished and that are still so."""
     try:
-        claims = _claims(journal, key)
+        own, *claims = journal.read_text(encoding="utf-8", errors="replace").split("\n")
         with part.open("rb") as file:
-            if file.read(len(header)) != header:
+            if own != key or file.read(len(header)) != header:
                 return []
             good: list[str] = []
-            for piece, (name, digest) in zip(pieces, claims, strict=False):
-                if name != piece.name or _digest(file, piece.nbytes) != digest:
+            # A line that was cut off while it was written is no checksum.
+            for piece, claim in zip(pieces, claims, strict=False):
+                if _digest(file, piece.nbytes) != claim:
                     break
-                good.append(digest)
+                good.append(claim)
             return good
     except FileNotFoundError:
         return []
 
 
-def _claims(journal: Path, key: str) -> list[tuple[str, str]]:
-    lines = journal.read_text(encoding="utf-8", errors="replace").split("\n")
-    if lines[0] != key:
-        return []
-    claims = []
-    for line in lines[1:-1]:  # what follows the last newline was cut off while it was written
-        digest, _, name = line.partition(" ")
-        claims.append((name, digest))
-    return claims
-
-
 def _digest(file: BinaryIO, length: int) -> str:
+    """SHA-256 of the next `length` bytes, or of as many as there are."""
     sha = hashlib.sha256()
-    while length:
-        data = file.read(min(length, CHUNK))
-        if not data:
-            break
+    while length and (data := file.read(min(length, CHUNK))):
         sha.update(data)
         length -= len(data)
-    return sha.hexdigest() if not length else ""
+    return sha.hexdigest()
 
 
 def _check_space(path: Path, needed: int, part: Path | None) -> None:
@@ -192,9 +180,8 @@ def _continue(
     """Append the missing pieces, each followed by its line in the journal; extends `digests`."""
     done = sum(p.nbytes for p in pieces[: len(digests)])
     # The journal never claims more than the part holds: it is cut first and grows last.
-    lines = [key, *(f"{d} {p.name}" for p, d in zip(pieces, digests, strict=False))]
     fresh = journal.with_name(journal.name + ".new")
-    fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    fresh.write_text("\n".join([key, *digests]) + "\n", encoding="utf-8")
     os.replace(fresh, journal)
     with part.open("r+b" if digests else "wb") as file, journal.open("a", encoding="utf-8") as log:
         if not digests:
@@ -214,7 +201,7 @@ def _continue(
                 raise RuntimeError(f"{piece.name} gave {length} bytes, not {piece.nbytes}")
             digests.append(sha.hexdigest())
             file.flush()
-            log.write(f"{digests[-1]} {piece.name}\n")
+            log.write(digests[-1] + "\n")
             log.flush()
         file.flush()
         os.fsync(file.fileno())

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -20,6 +21,7 @@ from ...errors import (
     CheckpointNotFoundError,
     IncompleteCheckpointError,
 )
+from ..pid.checkpoint_format import MAX_HEADER, read_weight_map
 from ..pid.checkpoint_location import INDEX_SUFFIX
 
 CHUNK = 8 << 20
@@ -167,13 +169,13 @@ def _shards_in(folder: Path) -> tuple[Path, ...]:
 
 def _index(path: Path) -> dict[str, str]:
     try:
-        table = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        table = read_weight_map(path)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointFormatError(
             f"{path} is no safetensors index (JSON with a weight_map): {error!r}"
         ) from error
     for shard in set(table.values()):
-        if not isinstance(shard, str) or PurePosixPath(shard).name != shard:
+        if PurePosixPath(shard).name != shard:
             raise CheckpointFormatError(f"{path} names a shard outside its directory: {shard!r}")
         if not (path.parent / shard).is_file():
             raise IncompleteCheckpointError(
@@ -203,14 +205,18 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Tensors and text metadata of one safetensors file.
 
     Raises:
-        CheckpointFormatError: damaged, cut short, or another format.
+        CheckpointFormatError: damaged, cut short, a tensor listed twice, or another format.
     """
     try:
-        with safe_open(file, framework="pt", device="cpu"):  # checks every offset and the length
-            pass
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            if length > MAX_HEADER:
+                raise ValueError(f"its header would take {length} bytes")
+            # Checks every offset and the file's length. Not "pt": its mapping of the file must fit
+            # into memory.
+            with safe_open(file, framework="np"):
+                pass
+            header = json.loads(stream.read(length), object_pairs_hook=_each_once)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointFormatError(
             f"{file} ({file.stat().st_size} bytes) is no safetensors file, damaged or cut short "
@@ -223,6 +229,14 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         shape = tuple(entry["shape"])
         tensors[name] = StoredTensor(file, 8 + length + begin, entry["dtype"], shape, end - begin)
     return tensors, metadata
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a name that comes twice, JSON takes the last without a word."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("its header lists a name twice")
+    return entries
 
 
 def check_types(tensors: Mapping[str, StoredTensor], path: Path) -> None:

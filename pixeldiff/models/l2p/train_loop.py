@@ -191,18 +191,19 @@ class Trainer:
         p.average_gradients(self.masters.values())
         norm = nn.utils.clip_grad_norm_(self.masters.values(), s.clip or math.inf).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.optimiser.zero_grad()
             raise ArithmeticError(
                 f"l2p train: loss {loss} and gradient norm {norm} in step {self.steps_done + 1}: "
                 f"the run diverged, or a picture's embedding is damaged. Nothing of this step is "
                 f"kept; resume with a lower --lr"
             )
+        rate = s.rate(self.steps_done)
         for group in self.optimiser.param_groups:
-            group["lr"] = s.rate(self.steps_done)
+            group["lr"] = rate
         self.optimiser.step()
         self.optimiser.zero_grad()
         self._round_into_network()
         self.steps_done += 1
-        rate = s.rate(self.steps_done - 1)
         return {"loss": loss, "lr": rate, "grad_norm": norm, "sigma": sum(sigmas) / len(sigmas)}
 
     def _examples(self, begin: int) -> tuple[Tensor, float]:

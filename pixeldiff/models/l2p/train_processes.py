@@ -1,13 +1,14 @@
 """The processes that train one network together: one alone, or those a launcher started.
 
 Several are for several GPUs: each takes its share of every step's examples and holds the whole
-network; gradients are averaged. `accelerate launch` starts them.
+network; gradients are averaged. `torchrun` or `accelerate launch` starts them.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,31 +16,30 @@ from torch import Tensor
 
 from ..devices import check_device
 
+# The others wait while the first one encodes texts or makes pictures; where a process dies, its
+# launcher ends the rest.
+PATIENCE = timedelta(days=1)
+
 
 class Processes:
     """This process among those that train together.
 
     Args:
-        device: of a process alone; several take the device accelerate gives each.
-
-    Raises:
-        ImportError: several processes were launched, and accelerate is not installed.
+        device: of a process alone. Of several each takes a CUDA device of its own, or the CPU where
+            that is asked for or there is no CUDA.
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
-        self.index, self.count = 0, 1
+        self.index, self.count, self.device = 0, 1, check_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            self.device = check_device(device)
             return
-        try:
-            from accelerate import PartialState
-        except ImportError as e:
-            raise ImportError(
-                "l2p train: several processes were launched, which takes accelerate; "
-                "pip install pixeldiff[train], or start one process"
-            ) from e
-        state = PartialState(cpu=device is not None and torch.device(device).type == "cpu")
-        self.index, self.count, self.device = state.process_index, state.num_processes, state.device
+        cuda = self.device.type == "cuda"
+        if cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        self.index, self.count = dist.get_rank(), dist.get_world_size()
 
     @property
     def first(self) -> bool:

@@ -25,6 +25,8 @@ from ...errors import (
 )
 from .checkpoint_location import EXTENSIONS, INDEX_SUFFIX
 
+MAX_HEADER = 8 << 20  # of a safetensors file or an index; those of a released network take 80 kB
+
 # Entries of a training checkpoint that hold a network, and the prefix that says which copy it is.
 _NESTED = {
     "state_dict": "",
@@ -82,6 +84,10 @@ def _refuse_other_content(path: Path) -> None:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER:
+            raise ValueError(f"its header would take {length} bytes")
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
@@ -90,8 +96,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_sharded(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        shard_of = dict(index["weight_map"])
+        shard_of = read_weight_map(path)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointFormatError(
             f"read_checkpoint: {path} is no safetensors index (JSON with a weight_map): {error!r}"
@@ -119,6 +124,30 @@ def _read_sharded(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors.update(held)
         metadata.update(text)
     return tensors, metadata
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Of an index, the file of each tensor. Raises ValueError, KeyError, TypeError: it is none."""
+    table = dict(read_json(path)["weight_map"])
+    for shard in table.values():
+        if not isinstance(shard, str) or not 0 < len(shard.encode()) < 256:
+            raise ValueError(f"{str(shard)[:99]!r} is no name of a file")
+    return table
+
+
+def read_json(path: Path) -> Any:
+    """A small file. Raises ValueError: no JSON, or far larger than what it is to hold."""
+    if (size := path.stat().st_size) > MAX_HEADER:
+        raise ValueError(f"it has {size} bytes")
+    return loads(path.read_text(encoding="utf-8"))
+
+
+def loads(text: str) -> Any:
+    """Raises ValueError: no JSON, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:

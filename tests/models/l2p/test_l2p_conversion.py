@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ from pixeldiff.models.l2p import (
 from pixeldiff.models.l2p.checkpoint_geometry import network_shapes
 from pixeldiff.models.l2p.config import DECODERS
 from pixeldiff.models.l2p.conversion import RESOLUTIONS, convert, planned
-from pixeldiff.models.l2p.stored_tensors import StoredTensor
+from pixeldiff.models.l2p.stored_tensors import StoredTensor, stored_files
 
 HERE = Path("model.safetensors")
 TARGET = config("1k")
@@ -123,8 +124,17 @@ def test_between_pixel_networks_the_rule_is_per_tensor(start, end, copied, redra
     shapes, expected = (network_shapes(VARIANTS[v].config) for v in (start, end))
     plan = planned(places(shapes), expected, HERE)
     assert len(plan.copied) == copied
+    # What has a name in both and another shape is in the report on either side.
+    assert set(plan.dropped) == set(shapes) - set(plan.copied)
     both = [n.removeprefix("local_decoder.") for n in plan.new if n in shapes]
     assert sorted(both) == redrawn
+
+
+def test_a_trunk_is_never_made_up():
+    shapes = network_shapes(LATENT)
+    lacking = {n: s for n, s in shapes.items() if n != "layers.1.feed_forward.w2.weight"}
+    with pytest.raises(errors.CheckpointFormatError, match=r"has no layers\.1\.feed_forward\.w2"):
+        planned(places(lacking), network_shapes(TARGET), HERE)
 
 
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
@@ -381,6 +391,30 @@ def test_another_plan_starts_from_nothing(latent, source, out):
     assert_converted(out, changed)
 
 
+def test_what_makes_a_source_another_one(latent, tmp_path, out):
+    """Values of the same size, a size at the same time, a name; and so of every shard."""
+    given = sharded(latent, tmp_path / "given", index=False)
+    seen = {stored_files(given).identity}
+
+    def changed() -> bool:
+        identity = stored_files(given).identity
+        new = identity not in seen
+        seen.add(identity)
+        return new
+
+    assert not changed()
+    for shard in sorted(given.iterdir()):
+        times = shard.stat().st_atime_ns, shard.stat().st_mtime_ns
+        os.utime(shard, ns=(times[0], times[1] + 1))
+        assert changed()
+        save_file(load_file(shard), shard, {**STATED, "longer": ""})
+        os.utime(shard, ns=times)
+        assert changed()
+    for shard in sorted(given.iterdir()):
+        shard.rename(given / shard.name.replace("diffusion", "fusion"))
+    assert changed()
+
+
 # ---- Memory ------------------------------------------------------------------------------------
 
 MEASURED = """
@@ -481,6 +515,8 @@ def test_damaged_and_incomplete_sources(latent, source, tmp_path, out):
 def test_a_target_with_another_trunk(source, out):
     refuses(ValueError, r"^convert: n_layers of the target must be the source's 2, got 3; only",
             source, out, config("1k", n_layers=3))  # fmt: skip
+    refuses(ValueError, "^convert: the target has no local decoder", source, out,
+            dataclasses.replace(LATENT, patch_size=4))  # fmt: skip
 
 
 def test_disk_too_small_and_disk_full(source, out, monkeypatch):
@@ -520,6 +556,44 @@ def test_a_wrong_byte_is_found_before_the_file_gets_its_name(source, out, monkey
             source, out, TARGET)  # fmt: skip
     assert not out.exists()
     assert leftovers(out) == []
+
+
+@pytest.fixture
+def checked(latent, source, tmp_path, monkeypatch):
+    """checked(tensors): `verified` of a file with these tensors, as a copy of the source."""
+    monkeypatch.setattr(stored_tensors, "CHUNK", 64)
+    origin = stored_files(source).tensors
+    shapes = {n: tuple(t.shape) for n, t in latent.items()}
+
+    def check(tensors: dict[str, Tensor]) -> None:
+        save_file(tensors, tmp_path / "written.safetensors")
+        conversion.verified(tmp_path / "written.safetensors", shapes, origin)
+
+    return check
+
+
+def test_a_written_file_is_its_network(latent, checked):
+    checked(latent)
+    name = "layers.0.feed_forward.w2.weight"
+    lacking = {n: t for n, t in latent.items() if n != name}
+    turned = {**lacking, name: latent[name].T.contiguous()}
+    for other in (lacking, {**latent, "more": latent[name].clone()}, turned):
+        with pytest.raises(errors.CheckpointError, match="does not hold the tensors of its netw"):
+            checked(other)
+
+
+def test_copies_have_the_type_and_every_byte_of_the_source(latent, checked):
+    name = "layers.0.feed_forward.w2.weight"
+    for other in (torch.float16, torch.float32):  # the same bytes, the same values
+        other = latent[name].view(other) if other.itemsize == 2 else latent[name].to(other)
+        with pytest.raises(errors.CheckpointError, match=f"^{name} in .* differs from .*source"):
+            checked({**latent, name: other})
+    count = latent[name].numel()
+    for place in (0, 31, 32, count // 2, count - 1):  # in the first, a middle and the last chunk
+        wrong = latent[name].clone()
+        wrong.view(torch.int16).view(-1)[place] ^= 256
+        with pytest.raises(errors.CheckpointError, match=f"^{name} in .* differs from .*source"):
+            checked({**latent, name: wrong})
 
 
 def test_a_disk_that_forgets(source, out, monkeypatch):

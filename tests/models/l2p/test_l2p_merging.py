@@ -16,7 +16,7 @@ from pixeldiff import cli, errors
 from pixeldiff.models.l2p import read_checkpoint
 from pixeldiff.models.l2p.merging import delta_tensors, merge, overlaid
 from pixeldiff.models.l2p.resumable_file import Piece, write
-from pixeldiff.models.l2p.stored_tensors import read_header
+from pixeldiff.models.l2p.stored_tensors import StoredTensor, read_header
 
 TINY = config()
 STATED = {"format": "pt", "config": json.dumps(TINY.to_dict())}
@@ -147,6 +147,8 @@ def test_refusals(base, delta, state, trained, out, tmp_path):
         merge(tmp_path / "z.safetensors", change, out)
     with pytest.raises(ValueError, match="is one of the files to be merged"):
         merge(base, change, base, overwrite=True)
+    with pytest.raises(ValueError, match="is one of the files to be merged"):
+        merge(base, change, change, overwrite=True)
     lacking = {k: v for k, v in state.items() if k != "local_decoder.out_conv.bias"}
     save_file(lacking, tmp_path / "part.safetensors", STATED)
     with pytest.raises(errors.IncompleteCheckpointError, match=r"local_decoder\.out_conv\.bias"):
@@ -161,6 +163,61 @@ def test_refusals(base, delta, state, trained, out, tmp_path):
     out.touch()
     with pytest.raises(FileExistsError, match=r"^merge: .*--force"):
         merge(base, delta(trained), out)
+
+
+def test_names_that_only_some_have_are_no_prefix(base, delta, trained, out):
+    """A delta of two kinds of names is not understood, rather than half."""
+    mixed = delta({f"transformer.{n}" if i else n: t for i, (n, t) in enumerate(trained.items())})
+    with pytest.raises(errors.ForeignCheckpointError, match=r"has transformer\..*\(and 3 more\)"):
+        merge(base, mixed, out)
+
+
+def test_what_the_base_says_of_itself_stays(base, delta, state, trained, out):
+    said = {**STATED, "conversion": '{"seed": 7}'}
+    save_file(state, base, said)
+    merge(base, delta(trained), out)
+    assert read_header(out)[1] == said
+
+
+@pytest.mark.parametrize("which", ["base", "delta"])
+def test_a_change_while_it_is_interrupted_starts_from_nothing(
+    base, delta, state, trained, out, which
+):
+    def stop(phase, done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    given, calls = {"base": state, "delta": trained}, {"base": base, "delta": delta(trained)}
+    for changed in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            merge(**calls, output=out, overwrite=True, progress=stop)
+        if changed:
+            given[which] = {k: v + 1 for k, v in given[which].items()}
+            save_file(given[which], calls[which], STATED if which == "base" else None)
+        report = merge(**calls, output=out, overwrite=True)
+        assert (report.resumed_bytes == 0) == changed
+    want = {**given["base"], **given["delta"]}
+    merged = load_file(out)
+    assert all(torch.equal(merged[n], want[n]) for n in want)
+
+
+@pytest.mark.parametrize("which", ["base", "delta"])
+def test_a_wrong_byte_of_either_is_found(base, delta, trained, out, monkeypatch, which):
+    """What is written is not what is stored, once: its checksum is right, its value is not."""
+    real, change = StoredTensor.chunks, delta(trained)
+    wanted, armed = {"base": base, "delta": change}[which], [True]
+
+    def wrong(self):
+        for data in real(self):
+            flip = self.file == wanted and bool(armed)
+            if flip:
+                armed.clear()
+            yield bytes([data[0] ^ 1]) + data[1:] if flip else data
+
+    monkeypatch.setattr(StoredTensor, "chunks", wrong)
+    with pytest.raises(errors.CheckpointError, match=f"differs from {wanted}; the file was del"):
+        merge(base, change, out)
+    assert not out.exists()
 
 
 def test_command(base, delta, trained, out, tmp_path):

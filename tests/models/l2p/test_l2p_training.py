@@ -76,11 +76,11 @@ def own(pictures, tmp_path) -> Path:
     return Path(shutil.copytree(pictures, tmp_path / "own"))
 
 
-def trainer(base, pictures, out, **changes) -> Trainer:
+def trainer(base, pictures, out, *, processes=None, **changes) -> Trainer:
     settings = SETTINGS.__class__(**{**vars(SETTINGS), **changes})
     out.mkdir(exist_ok=True)
     data = PictureFolder(pictures_of(pictures, CONFIG), settings.size)
-    return Trainer(read_checkpoint(base, dtype=None), data, settings, out)
+    return Trainer(read_checkpoint(base, dtype=None), data, settings, out, processes)
 
 
 def weights(one: Trainer) -> dict[str, torch.Tensor]:
