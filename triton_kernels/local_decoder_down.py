@@ -1,0 +1,216 @@
+"""skip = silu(conv3x3(x) + bias) and its 2x2 maximum, each written once, in Triton.
+
+head
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import arithmetic, configs, convolution
+from .convolution import Config
+
+OP = "local_decoder_down"
+MAX_SQUARES = (32, 64)  # channels read and made, in the form of squares
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def down_squares_kernel(
+    x_ptr,  # (B, 2*rows, 2*columns, CI)
+    weight_ptr,  # (CO, 3, 3, CI) contiguous
+    bias_ptr,  # (CO,)
+    skip_ptr,  # (B, 2*rows, 2*columns, CO) contiguous
+    pooled_ptr,  # (B, rows, columns, CO) contiguous
+    rows,
+    columns,
+    x_stride_b,
+    x_stride_h,
+    x_stride_w,
+    x_stride_c,
+    CI: tl.constexpr,
+    CO: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+    BLOCK_CO: tl.constexpr,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,  # squares of a tile
+    COLUMNS: tl.constexpr,
+):
+    dtype = weight_ptr.dtype.element_ty
+    image, first_row, first_column = convolution.tile(
+        tl.program_id(0), rows, columns, ROWS, COLUMNS
+    )
+    square = tl.arange(0, ROWS * COLUMNS)
+    row = first_row + square // COLUMNS
+    column = first_column + square % COLUMNS
+    sums = tl.zeros((ROWS * COLUMNS, BLOCK_CO), tl.float32)
+    x_ptr += image * x_stride_b
+    n = tl.arange(0, BLOCK_CO)
+    bias = convolution.vector(bias_ptr, n, CO)
+    if PACKED:  # a pixel of the squares after the other: only one has sums at a time
+        values = convolution.around(
+            x_ptr, row, column, 2 * rows, 2 * columns, x_stride_h, x_stride_w, x_stride_c, dtype, CI
+        )
+        weight = convolution.packed_weight(weight_ptr, 9 * CI, CI, CI, CO, BLOCK_CI, BLOCK_CO)
+        y00 = arithmetic.dot(convolution.packed_taps(values, 0, 0, CI, BLOCK_CI), weight, sums)
+        y01 = arithmetic.dot(convolution.packed_taps(values, 0, 1, CI, BLOCK_CI), weight, sums)
+    else:
+        y00, y01, y10, y11 = convolution.add_squares(
+            sums, sums, sums, sums, x_ptr, row, column, 2 * rows, 2 * columns,
+            x_stride_h, x_stride_w, x_stride_c, weight_ptr, 9 * CI, CI,
+            dtype, CI, CO, BLOCK_CI, BLOCK_CO,
+        )  # fmt: skip
+    inside = (row < rows) & (column < columns)
+    pixels = image * rows * columns
+    skip_ptr += pixels * (4 * CO)
+    y00 = arithmetic.rounded(convolution.silu(y00 + bias, dtype), dtype)
+    y01 = arithmetic.rounded(convolution.silu(y01 + bias, dtype), dtype)
+    convolution.store_row(skip_ptr, y00, y01, row, column, inside, columns, 0, CO, BLOCK_CO)
+    pooled = convolution.larger(y00, y01)
+    if PACKED:
+        y10 = arithmetic.dot(convolution.packed_taps(values, 1, 0, CI, BLOCK_CI), weight, sums)
+        y11 = arithmetic.dot(convolution.packed_taps(values, 1, 1, CI, BLOCK_CI), weight, sums)
+    y10 = arithmetic.rounded(convolution.silu(y10 + bias, dtype), dtype)
+    y11 = arithmetic.rounded(convolution.silu(y11 + bias, dtype), dtype)
+    convolution.store_row(skip_ptr, y10, y11, row, column, inside, columns, 1, CO, BLOCK_CO)
+    pooled = convolution.larger(pooled, convolution.larger(y10, y11))
+    at = (row * columns.to(tl.int64) + column)[:, None] * CO + n[None, :]
+    tl.store(pooled_ptr + pixels * CO + at, pooled, mask=inside[:, None] & (n < CO)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def down_pixels_kernel(
+    x_ptr,  # (B, 2*rows, 2*columns, CI)
+    weight_ptr,  # (CO, 3, 3, CI) contiguous
+    bias_ptr,  # (CO,)
+    skip_ptr,  # (B, 2*rows, 2*columns, CO) contiguous
+    pooled_ptr,  # (B, rows, columns, CO) contiguous
+    rows,
+    columns,
+    x_stride_b,
+    x_stride_h,
+    x_stride_w,
+    x_stride_c,
+    CI: tl.constexpr,
+    CO: tl.constexpr,
+    ROWS: tl.constexpr,  # squares of a tile
+    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    SQUARES: tl.constexpr = ROWS * COLUMNS
+    GROUPS: tl.constexpr = SQUARES // 8
+    BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
+    dtype = weight_ptr.dtype.element_ty
+    image, first_row, first_column = convolution.tile(
+        tl.program_id(0) // BLOCKS, rows, columns, ROWS, COLUMNS
+    )
+    n = tl.program_id(0) % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+    # The order of the pixels puts a square's four where the tensor cores leave them to one thread
+    # or at least to one warp: bit 3 of an accumulator's row is in a thread's registers, and so is
+    # the highest when a warp has more than 16 rows.
+    m = tl.arange(0, 4 * SQUARES)
+    square = m // 16 % GROUPS * 8 + m % 8
+    row = first_row + square // COLUMNS
+    column = first_column + square % COLUMNS
+    y = 2 * row + m // (2 * SQUARES)
+    x = 2 * column + m // 8 % 2
+    sums = tl.zeros((4 * SQUARES, BLOCK_N), tl.float32)
+    sums = convolution.add_pixels(
+        sums, x_ptr + image * x_stride_b, y - 1, x - 1, 2 * rows, 2 * columns,
+        x_stride_h, x_stride_w, x_stride_c, weight_ptr, n, 9 * CI, CI,
+        dtype, 3, CI, CO, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    skip = convolution.silu(sums + convolution.vector(bias_ptr, n, CO), dtype)
+    pixels = image * rows * columns
+    at = (y * (2 * columns.to(tl.int64)) + x)[:, None] * CO + n[None, :]
+    inside = ((row < rows) & (column < columns))[:, None] & (n < CO)[None, :]
+    tl.store(skip_ptr + pixels * (4 * CO) + at, arithmetic.rounded(skip, dtype), mask=inside)
+
+    pooled = skip.reshape(2, GROUPS, 2, 8, BLOCK_N).permute(1, 3, 4, 0, 2)
+    left, right = pooled.split()
+    upper, lower = convolution.larger(left, right).split()
+    pooled = convolution.larger(upper, lower).reshape(SQUARES, BLOCK_N)
+    square = tl.arange(0, SQUARES)
+    row = first_row + square // COLUMNS
+    column = first_column + square % COLUMNS
+    at = (row * columns.to(tl.int64) + column)[:, None] * CO + n[None, :]
+    inside = ((row < rows) & (column < columns))[:, None] & (n < CO)[None, :]
+    tl.store(pooled_ptr + pixels * CO + at, arithmetic.rounded(pooled, dtype), mask=inside)
+
+
+def why_not(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+    return convolution.why_not(x, weight, bias)
+
+
+def heuristic(capability: tuple[int, int], x: Tensor, weight: Tensor, bias: Tensor) -> Config:
+    after, before = weight.shape[:2]
+    if weight.dtype == torch.float32 or before > MAX_SQUARES[0] or after > MAX_SQUARES[1]:
+        return convolution.wide(capability, weight.dtype, after)
+    # 64 squares for 4 warps: four warps' worth of rows for the tensor cores, and few enough sums a
+    # thread for several blocks a processor. Of packed channels, whose loads give a thread a square
+    # and which have the sums of one pixel at a time, 128.
+    if convolution.packed(before):
+        return Config(True, 16, 32, 0, 0, 4 if after <= 32 else 8, 1)
+    return Config(True, 8, 32, 0, 0, 4, 1)
+
+
+def key(x: Tensor, weight: Tensor, bias: Tensor) -> str:
+    after, before = weight.shape[:2]
+    return f"{str(weight.dtype).removeprefix('torch.')} {before}-{after}"
+
+
+def candidates(x: Tensor, weight: Tensor, bias: Tensor) -> list[Config]:
+    after, before = weight.shape[:2]
+    wide = convolution.wide_candidates(weight.dtype, after)
+    if weight.dtype == torch.float32 or before > MAX_SQUARES[0] or after > MAX_SQUARES[1]:
+        return wide
+    squares = [Config(True, 16, 32, 0, 0, 8, 1), Config(True, 8, 64, 0, 0, 8, 1)]
+    if convolution.packed(before) and after <= 32:
+        squares += [Config(True, 16, 32, 0, 0, 4, 1), Config(True, 8, 64, 0, 0, 4, 1)]
+    elif not convolution.packed(before):
+        squares += [Config(True, 8, 32, 0, 0, 4, 1)]
+    return [*squares, *wide[:2]]
+
+
+def launch(
+    x: Tensor,  # (B, H, W, Ci)
+    weight: Tensor,  # (Co, Ci, 3, 3)
+    bias: Tensor,  # (Co,)
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    images, height, width, before = x.shape
+    rows, columns, after = height // 2, width // 2, weight.shape[0]
+    to = {"dtype": weight.dtype, "device": x.device}
+    skip = torch.empty((images, height, width, after), **to)
+    pooled = torch.empty((images, rows, columns, after), **to)
+    if skip.numel() == 0:
+        return skip, pooled
+    chosen = config or configs.choose(OP, Config, heuristic, key, (x, weight, bias))
+    tile = chosen.rows // 2, chosen.columns // 2
+    programs = convolution.tiles(images, rows, columns, *tile)
+    args = (x, convolution.taps_last(weight), bias.contiguous(), skip, pooled, rows, columns)
+    shape = {"CI": before, "CO": after, "ROWS": tile[0], "COLUMNS": tile[1]}
+    with torch.cuda.device_of(x):
+        if chosen.squares:
+            down_squares_kernel[(programs,)](
+                *args,
+                *x.stride(),
+                **shape,
+                BLOCK_CI=convolution.block_of(before),
+                BLOCK_CO=convolution.block(after),
+                PACKED=convolution.packed(before),
+                **convolution.options(chosen),
+            )
+        else:
+            down_pixels_kernel[(programs * triton.cdiv(after, chosen.block_n),)](
+                *args,
+                *x.stride(),
+                **shape,
+                BLOCK_N=chosen.block_n,
+                BLOCK_K=chosen.block_k,
+                **convolution.options(chosen),
+            )
+    return skip, pooled
