@@ -21,7 +21,7 @@ static void prepare(const LocalDecoderDownArgs& a, const DownMemory& m) {
     pack_weights<A>(
         step_of<A>(a.Ci), 3, a.Ci, a.Co,
         [&](int64_t column, int64_t channel, int64_t output) {
-          return a.weight[((output * a.Ci + channel) * 3 + r) * 3 + column];
+          return a.weight[((channel * 3 + r) * 3 + column) * a.Co + output];
         },
         row_weights<A>(a, m, r));
 }

@@ -57,17 +57,17 @@ static void prepare(const LocalDecoderUpArgs& a, const UpMemory& m) {
             const Taps columns = taps((int)(output / u_step), (int)column);
             output %= u_step;
             if (output >= a.Cu) return 0.0f;
-            const float* window = a.up_weight + (output * a.Ci + channel) * 9;
+            const float* window = a.up_weight + channel * 9 * a.Cu + output;
             float sum = 0;
             for (int r = rows.begin; r < rows.end; ++r)
-              for (int c = columns.begin; c < columns.end; ++c) sum += window[3 * r + c];
+              for (int c = columns.begin; c < columns.end; ++c) sum += window[(3 * r + c) * a.Cu];
             return sum;
           },
           w.up(phase, place));
     }
   for (int r = 0; r < 3; ++r) {
     const auto value = [&](int64_t column, int64_t channel, int64_t output) {
-      return a.weight[((output * (a.Cu + a.Cs) + channel) * 3 + r) * 3 + column];
+      return a.weight[((channel * 3 + r) * 3 + column) * a.Co + output];
     };
     pack_weights<A2>(u_step, 3, a.Cu, a.Co, value, w.of_u(r));
     pack_weights<A2>(
