@@ -81,6 +81,7 @@ sanitize: setup
 	    tests/kernels/test_pixel_embed.py \
 	    tests/kernels/test_pixel_adaln_compress.py tests/kernels/test_pixel_adaln_mlp.py \
 	    tests/kernels/test_pixel_head.py tests/kernels/test_pixel_head_step.py \
+	    tests/kernels/test_local_decoder_down.py tests/kernels/test_local_decoder_up.py \
 	    -k "not triton and not compile and not runs_everywhere" $(ARGS)
 
 train-demo: setup

@@ -17,7 +17,7 @@ struct LocalDecoderDownArgs {
   DType x_dtype;        // of x, rounded to dtype first
   Pixels x;             // (B, H, W, Ci)
   DType dtype;          // of the results, whose values the weights have
-  const float* weight;  // (Co, Ci, 3, 3) contiguous
+  const float* weight;  // (Ci, 3, 3, Co) contiguous
   const float* bias;    // (Co,)
   void* skip;           // (B, H, W, Co) contiguous
   void* pooled;         // (B, H/2, W/2, Co) contiguous
@@ -30,9 +30,9 @@ struct LocalDecoderUpArgs {
   DType dtype;             // of x, skip and y, whose values the weights have
   Pixels x;                // (B, H/2, W/2, Ci)
   Pixels skip;             // (S, H, W, Cs)
-  const float* up_weight;  // (Cu, Ci, 3, 3) contiguous
+  const float* up_weight;  // (Ci, 3, 3, Cu) contiguous
   const float* up_bias;    // (Cu,)
-  const float* weight;     // (Co, Cu + Cs, 3, 3) contiguous
+  const float* weight;     // (Cu + Cs, 3, 3, Co) contiguous
   const float* bias;       // (Co,)
   void* y;                 // (B, H, W, Co) contiguous
 };

@@ -31,7 +31,7 @@ FUNCTIONS = {
     "pixel_adaln_compress_cpu": 9,
     "pixel_adaln_mlp_cpu": 15,
     "pixel_head_cpu": 12,
-    "pixel_head_step_cpu": 21,
+    "pixel_head_step_cpu": 20,
 }
 
 

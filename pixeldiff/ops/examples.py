@@ -28,6 +28,10 @@ class Geometry:
         patch, pixel: P pixels a side of a patch, p channels of a pixel.
         attn: A, width of the attention over compressed patches.
         guided: two pictures for `local_decoder_pixels` to mix, instead of one.
+        shift: whether `rms_norm_modulate` shifts as well as scales.
+        level: of a local decoder: how many times the image is halved before it.
+        decoder: channels at that level: what comes from above, the skip, what comes from below,
+            the same doubled, the result. None is the outermost level, pixel channels throughout.
     """
 
     grid: tuple[int, int] = (2, 2)
@@ -41,6 +45,9 @@ class Geometry:
     pixel: int = 16
     attn: int = 144
     guided: bool = False
+    shift: bool = True
+    level: int = 0
+    decoder: tuple[int, int, int, int, int] | None = None
 
     @property
     def tokens(self) -> int:
@@ -153,17 +160,25 @@ def _convolution(t: Draw, before: int, after: int) -> tuple[Tensor, Tensor]:
     return t(after, before, 3, 3).mul_((9 * before) ** -0.5), t(after)
 
 
+def _level(g: Geometry) -> tuple[int, int]:
+    height, width = (side * g.patch >> g.level for side in g.grid)
+    return height, width
+
+
 def _local_decoder_down(t: Draw, g: Geometry) -> tuple[Any, ...]:
-    height, width = (side * g.patch for side in g.grid)
-    image = t(1, 3, height, width, dtype=torch.float32)
-    return (image.permute(0, 2, 3, 1), *_convolution(t, 3, g.pixel))
+    height, width = _level(g)
+    if g.decoder is None:
+        image = t(1, 3, height, width, dtype=torch.float32)
+        return (image.permute(0, 2, 3, 1), *_convolution(t, 3, g.pixel))
+    above, skip, *_ = g.decoder
+    return (t(1, height, width, above), *_convolution(t, above, skip))
 
 
 def _local_decoder_up(t: Draw, g: Geometry) -> tuple[Any, ...]:
-    height, width = (side * g.patch for side in g.grid)
-    x, skip = t(1, height // 2, width // 2, g.pixel), t(1, height, width, g.pixel)
-    up, dec = _convolution(t, g.pixel, g.pixel), _convolution(t, 2 * g.pixel, g.pixel)
-    return (x, skip, *up, *dec)
+    height, width = _level(g)
+    _, beside, below, doubled, out = g.decoder or (g.pixel,) * 5
+    x, skip = t(1, height // 2, width // 2, below), t(1, height, width, beside)
+    return (x, skip, *_convolution(t, below, doubled), *_convolution(t, doubled + beside, out))
 
 
 def _local_decoder_pixels(t: Draw, g: Geometry) -> tuple[Any, ...]:
@@ -181,7 +196,8 @@ def _sigma_gate_norm(t: Draw, g: Geometry) -> tuple[Any, ...]:
 
 
 def _norm(t: Draw, g: Geometry) -> tuple[Any, ...]:
-    return _rows(t, g), t(g.width), t(1, g.width), t(1, g.width), 1e-6
+    shift = t(1, g.width) if g.shift else None
+    return _rows(t, g), t(g.width), t(1, g.width), shift, 1e-6
 
 
 def _residual_norm(t: Draw, g: Geometry) -> tuple[Any, ...]:

@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_one_op_compiled_for_two_devices():
-    usages = list(measure(2048, "bf16", (80, 90), ("rms_norm_modulate",)))
+    usages = list(measure(2048, "bf16", (80, 90), ("gated_residual_norm",)))
     page = document(usages, 2048, "bf16")
-    (row,) = [line for line in page.splitlines() if line.startswith("| `rms_norm_modulate`")]
+    (row,) = [line for line in page.splitlines() if line.startswith("| `gated_residual_norm`")]
     # Both places of the op run the same kernel, and have one row.
     assert re.fullmatch(
-        r"\| `rms_norm_modulate` \| image, text \| `rms_norm_modulate_kernel` "
+        r"\| `gated_residual_norm` \| image, text \| `gated_residual_norm_kernel` "
         r"\| \d+ regs, 4 warps \| \d+ regs, 4 warps \|",
         row,
     )

@@ -120,9 +120,20 @@ def test_the_local_decoder_at_its_outermost_level():
     assert up[0] == pytest.approx(4096**2 * 16 * 2 * 2.25, rel=1e-4)
 
 
+@pytest.mark.parametrize(("site", "side", "dec"), [("half", 2048, 77.3), ("quarter", 1024, 77.3)])
+def test_the_local_decoder_further_in(site, side, dec):
+    """4K: enc0b and enc1 take 38.7 GFLOP, up0b and up1 4/9 of 77.3, dec0b and dec1 77.3."""
+    channels = {"half": (16, 32, 16), "quarter": (32, 64, 32)}[site]
+    down, up = at("local_decoder_down", site, 4096), at("local_decoder_up", site, 4096)
+    assert down[1] / 1e9 == pytest.approx(38.7, abs=0.1)
+    assert down[0] == pytest.approx(side**2 * 2 * (channels[0] + 1.25 * channels[1]), rel=1e-3)
+    assert up[1] / 1e9 == pytest.approx(77.3 * 4 / 9 + dec, abs=0.1)
+    assert up[0] == pytest.approx(side**2 * 2 * (1.25 * channels[1] + channels[2]), rel=2e-3)
+
+
 def test_the_trunk_is_measured_once_for_all_sizes():
     assert [c.site for c in cases("gated_norm_residual")] == ["trunk"]
-    assert [c.site for c in cases("local_decoder_up")] == ["full", "full"]
+    assert [c.site for c in cases("local_decoder_up")] == ["full", "half", "quarter"] * 2
 
 
 def test_shapes_agree_with_the_l2p_configuration():

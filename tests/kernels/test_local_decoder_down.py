@@ -310,5 +310,8 @@ def test_refusals_of_the_cpu_kernel(monkeypatch):
     assert why_not(x, weight, bias) is None
     assert why_not(x.double(), weight, bias).startswith("takes float32, bfloat16 and float16, got")
     assert why_not(x[..., :0], weight[:, :0], bias) == "needs at least one channel everywhere"
+    wide = arguments(torch.float32, (1, 2, 2, 128, 128))
+    assert why_not(*wide).startswith("leaves 128 channels and more on both sides, here 128 to 128")
+    assert why_not(*arguments(torch.float32, (1, 2, 2, 64, 128))) is None
     monkeypatch.setattr(native, "best_isa", lambda: native.ISA_CODES["portable"])
     assert why_not(x, weight, bias).startswith("needs AVX2")

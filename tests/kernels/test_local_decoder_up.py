@@ -333,4 +333,9 @@ def test_refusals_of_the_cpu_kernel():
     x, skip, *weights = arguments(torch.float32, SHAPES["shared-skip"])
     assert why_not(x, skip, *weights) is None
     assert why_not(x.double(), skip, *weights).startswith("takes float32, bfloat16 and float16")
+    wide = arguments(torch.float32, SHAPES["10k-deepest"])
+    assert why_not(*wide).startswith(
+        "takes up to 524288 weights (16*Ci*Cu + 9*(Cu + Cs)*Co), here 2"
+    )
+    assert why_not(*arguments(torch.float32, (1, 1, 1, 1, 128, 128, 128, 64))) is None
     assert why_not(x, skip[..., :0], *weights) == "needs at least one channel everywhere"

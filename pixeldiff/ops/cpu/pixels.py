@@ -26,5 +26,10 @@ def pixels(t: Tensor) -> tuple[int, int, int, int, int]:
     return t.data_ptr(), *t.stride()
 
 
-def fp32(t: Tensor) -> Tensor:
-    return t.to(torch.float32).contiguous()
+def fp32(bias: Tensor) -> Tensor:
+    return bias.to(torch.float32).contiguous()
+
+
+def by_output(weight: Tensor) -> Tensor:
+    """(Co, Ci, 3, 3) in fp32 as (Ci * 9, Co): the kernels' vectors hold outputs."""
+    return weight.flatten(1).t().to(torch.float32).contiguous()
