@@ -202,15 +202,19 @@ def test_every_tile(backend):
 
 @pytest.mark.parametrize("backend", TRITON)
 def test_offsets_past_two_to_the_31(backend):
-    """The second picture 2^31 elements after the first, and so its second row."""
+    """The third picture, or row, 2^31 elements after the first, at a stride of 32 bits; and the
+    second of two that are mixed, at one of 64."""
     launch, device = launcher(OP, backend)
-    x, *rest = on(device, arguments(torch.bfloat16, (2, 2, 3, 4, 3)))
     base = torch.empty(2**31 + 2**20, dtype=torch.bfloat16, device=device)
-    want = launch(x, *rest)
-    for strides in ((2**31, 2**10, 4, 1), (2**10, 2**31, 4, 1)):
+    for images, g, strides in (
+        (3, None, (2**30, 2**10, 4, 1)),
+        (3, None, (2**10, 2**30, 4, 1)),
+        (2, 3.5, (2**31, 2**10, 4, 1)),
+    ):
+        x, *rest = on(device, arguments(torch.bfloat16, (images, 3, 3, 4, 3), g=g))
         far = base.as_strided(x.shape, strides)
         far.copy_(x)
-        assert_bitwise(launch(far, *rest), want)
+        assert_bitwise(launch(far, *rest), launch(x, *rest))
 
 
 @pytest.mark.gpu

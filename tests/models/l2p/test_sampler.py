@@ -91,6 +91,27 @@ def test_arguments_are_not_written_to():
     assert torch.equal(u, kept[1])
 
 
+def test_the_state_may_be_kept_at_one_place():
+    """Then no step makes another one, and the noise stays as it is."""
+    noise, u, state, places = (
+        draw(1, 3, 4, 6),
+        draw(1, 3, 4, 6, seed=2),
+        torch.empty(1, 3, 4, 6),
+        [],
+    )
+    kept, want = noise.clone(), sample(lambda x, t: u * x, noise, schedule(3))
+
+    def predict(x, t):
+        places.append(x.data_ptr())
+        return u * x
+
+    result = sample(predict, noise, schedule(3), state=state)
+    assert result is state
+    assert set(places) == {state.data_ptr()}
+    assert torch.equal(result, want)
+    assert torch.equal(noise, kept)
+
+
 def test_the_state_can_be_replaced_and_the_callback_stops():
     calls = []
 
