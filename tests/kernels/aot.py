@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ __all__ = [
     "check_streams",
     "compile_launch",
     "keys",
+    "narrow",
     "refusal",
     "released",
     "released_sizes",
@@ -71,6 +73,15 @@ def assert_lean(kernel: Compiled, *, tensor_cores: bool = False) -> None:
     assert kernel.shared <= limit, f"{where} takes {kernel.shared} bytes of {limit} shared"
     if tensor_cores:
         assert kernel.tensor_cores, f"{where} has no tensor-core instruction"
+
+
+def narrow(kernel: Compiled) -> list[str]:
+    """Its loads and stores of device memory of less than 16 bytes a thread.
+
+    That there is a wide one says nothing of the others: a gain is wide where the rows are not.
+    """
+    accesses = re.findall(r"\b(?:ld|st)\.global[\w.:]*", kernel.ptx)
+    return [a for a in accesses if not a.endswith((".v4.b32", ".v8.b32", ".v2.b64", ".v4.b64"))]
 
 
 def released(

@@ -458,6 +458,8 @@ def test_triton_compiles_ahead_of_time(target):
             assert kernel.ptx.count("ld.global.v4.b32") >= 5
             assert kernel.ptx.count("st.global.v4.b32") >= 3
             assert "st.global.b16" not in kernel.ptx
+            if site is l2p:
+                assert aot.narrow(kernel) == ["ld.global.b16"] * 2  # the gains of q and of k
             if dtype == torch.bfloat16 and not site:
                 assert kernel.shared == 0  # pairs are split and joined within a thread
 

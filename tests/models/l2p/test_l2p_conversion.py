@@ -499,6 +499,9 @@ def test_damaged_and_incomplete_sources(latent, source, tmp_path, out):
     assert caught.value.missing == ("layers.1.ffn_norm2.weight",)
     save_file({**latent, "x_pad_token": torch.zeros(1, 7)}, source, STATED)
     refuses(errors.CheckpointShapeError, "x_pad_token", source, out)
+    twice = {**latent, "layers.1.attention.qkv.weight": torch.zeros(144, 48)}
+    save_file(twice, source, STATED)
+    refuses(errors.CheckpointFormatError, "under its split and its fused name", source, out)
     quantised = {**latent, "cap_pad_token": torch.zeros(1, 48, dtype=torch.int8)}
     save_file(quantised, source, STATED)
     refuses(errors.CheckpointFormatError, "cap_pad_token .* is I8; quantised", source, out)
