@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-LEVEL = 6  # zlib's own choice, and Pillow's
+LEVEL = 6  # zlib's own choice
 _CHANNELS = 3
 
 
@@ -36,7 +36,7 @@ def write_png(
     _chunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     for key, text in texts.items():
         _chunk(file, b"tEXt", key.encode("ascii") + b"\0" + text.encode("ascii"))
-    pack = zlib.compressobj(LEVEL)
+    pack = zlib.compressobj(LEVEL, zlib.DEFLATED, 15, 9, zlib.Z_FILTERED)  # Pillow's settings
     above, left = np.zeros(width * _CHANNELS, np.uint8), height
     for band in bands:
         if band.shape[1:] != (width, _CHANNELS) or band.dtype != np.uint8 or len(band) > left:
