@@ -14,7 +14,9 @@ from . import arithmetic, configs, convolution
 from .convolution import Config
 
 OP = "local_decoder_down"
-MAX_SQUARES = (32, 64)  # channels read and made, in the form of squares
+# Channels read and made, in the form of squares: the sixteen pixels of a square and the sums of its
+# four fit a thread's registers.
+MAX_SQUARES = (16, 64)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -45,24 +47,27 @@ def down_squares_kernel(
     square = tl.arange(0, ROWS * COLUMNS)
     row = first_row + square // COLUMNS
     column = first_column + square % COLUMNS
+    inside = (row < rows) & (column < columns)
     sums = tl.zeros((ROWS * COLUMNS, BLOCK_CO), tl.float32)
     x_ptr += image * x_stride_b
     n = tl.arange(0, BLOCK_CO)
     bias = convolution.vector(bias_ptr, n, CO)
     if PACKED:  # a pixel of the squares after the other: only one has sums at a time
         values = convolution.around(
-            x_ptr, row, column, 2 * rows, 2 * columns, x_stride_h, x_stride_w, x_stride_c, dtype, CI
-        )
+            x_ptr, row, column, inside, 2 * rows, 2 * columns,
+            x_stride_h, x_stride_w, x_stride_c, dtype, CI,
+        )  # fmt: skip
         weight = convolution.packed_weight(weight_ptr, 9 * CI, CI, CI, CO, BLOCK_CI, BLOCK_CO)
         y00 = arithmetic.dot(convolution.packed_taps(values, 0, 0, CI, BLOCK_CI), weight, sums)
         y01 = arithmetic.dot(convolution.packed_taps(values, 0, 1, CI, BLOCK_CI), weight, sums)
     else:
-        y00, y01, y10, y11 = convolution.add_squares(
-            sums, sums, sums, sums, x_ptr, row, column, 2 * rows, 2 * columns,
-            x_stride_h, x_stride_w, x_stride_c, weight_ptr, 9 * CI, CI,
-            dtype, CI, CO, BLOCK_CI, BLOCK_CO,
+        values = convolution.neighbours(
+            x_ptr, 2 * row - 1, 2 * column - 1, inside, 2 * rows, 2 * columns,
+            x_stride_h, x_stride_w, x_stride_c, dtype, 4, CI, BLOCK_CI,
         )  # fmt: skip
-    inside = (row < rows) & (column < columns)
+        y00, y01, y10, y11 = convolution.add_squares(
+            sums, sums, sums, sums, values, weight_ptr, 9 * CI, CI, CI, CO, BLOCK_CI, BLOCK_CO
+        )
     pixels = image * rows * columns
     skip_ptr += pixels * (4 * CO)
     y00 = arithmetic.rounded(convolution.silu(y00 + bias, dtype), dtype)

@@ -15,7 +15,7 @@ from .convolution import Config
 
 OP = "local_decoder_up"
 # Channels of x and u, of skip and of the result, of the form of squares.
-MAX_SQUARES = (64, 64, 32)
+MAX_SQUARES = (32, 32, 16)
 COMPOSED_ROWS = 256 if launching.INTERPRETED else 32  # of a program that composes
 
 
@@ -29,6 +29,40 @@ def kind_of(row, rows):
 def exists(kind, rows):
     """Whether an image of so many rows of squares has one of this kind."""
     return (kind == 0) | (rows > 2) | ((kind == 2) & (rows == 2))
+
+
+@triton.jit
+def part_of_tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(image, int64; kind; first row; first column) of a program: the squares of one kind in one
+    tile. First all tiles of an image for the kind between, then those at its edges for the others.
+    """
+    down = tl.cdiv(rows, ROWS)
+    across = tl.cdiv(columns, COLUMNS)
+    programs = down * across + 2 * (down + across) + 4
+    image = tl.program_id(0) // programs
+    i = tl.program_id(0) % programs
+    kind_y = 1
+    kind_x = 1
+    y = i // across
+    x = i % across
+    i -= down * across
+    if i >= 0:
+        if i < 2 * across:
+            kind_y = i // across * 2
+            y = kind_y // 2 * (down - 1)
+            x = i % across
+        elif i < 2 * (across + down):
+            i -= 2 * across
+            kind_x = i // down * 2
+            x = kind_x // 2 * (across - 1)
+            y = i % down
+        else:
+            i -= 2 * (across + down)
+            kind_y = i // 2 * 2
+            kind_x = i % 2 * 2
+            y = kind_y // 2 * (down - 1)
+            x = kind_x // 2 * (across - 1)
+    return image.to(tl.int64), kind_y * 3 + kind_x, y * ROWS, x * COLUMNS
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -143,77 +177,70 @@ def up_squares_kernel(
 ):
     SQUARES: tl.constexpr = ROWS * COLUMNS
     dtype = x_ptr.dtype.element_ty
-    image, first_row, first_column = convolution.tile(
-        tl.program_id(0), rows, columns, ROWS, COLUMNS
-    )
+    image, kind, first_row, first_column = part_of_tile(rows, columns, ROWS, COLUMNS)
+    if not (exists(kind // 3, rows) & exists(kind % 3, columns)):
+        return
     square = tl.arange(0, SQUARES)
     row = first_row + square // COLUMNS
     column = first_column + square % COLUMNS
+    part = (row < rows) & (column < columns)
+    part &= kind_of(row, rows) * 3 + kind_of(column, columns) == kind
     x_ptr += image * x_stride_b
     skip_ptr += image % skips * skip_stride_b
     out_ptr += image * rows * columns * (4 * CO)
+
+    values = convolution.neighbours(
+        x_ptr, row - 1, column - 1, part, rows, columns,
+        x_stride_h, x_stride_w, x_stride_c, dtype, 3, CI, BLOCK_CI,
+    )  # fmt: skip
+    if PACKED:
+        beside = convolution.around(
+            skip_ptr, row, column, part, 2 * rows, 2 * columns,
+            skip_stride_h, skip_stride_w, skip_stride_c, dtype, CS,
+        )  # fmt: skip
+    elif BLOCK_CS <= 16:  # of more channels the registers hold one half at a time
+        beside = convolution.neighbours(
+            skip_ptr, 2 * row - 1, 2 * column - 1, part, 2 * rows, 2 * columns,
+            skip_stride_h, skip_stride_w, skip_stride_c, dtype, 4, CS, BLOCK_CS,
+        )  # fmt: skip
     c = tl.arange(0, BLOCK_CI)
     j = tl.arange(0, 4 * BLOCK_CO)
-    pointers = row.to(tl.int64) * x_stride_h + column.to(tl.int64) * x_stride_w
-    pointers = x_ptr + pointers[:, None] + (c.to(tl.int64) * x_stride_c)[None, :]
-    low_y = kind_of(first_row, rows)
-    high_y = kind_of(tl.minimum(first_row + ROWS, rows) - 1, rows)
-    low_x = kind_of(first_column, columns)
-    high_x = kind_of(tl.minimum(first_column + COLUMNS, columns) - 1, columns)
-    of_square = kind_of(row, rows) * 3 + kind_of(column, columns)
-    inside = (row < rows) & (column < columns)
-    # Once, but for the tiles at the image's edge, of which each pass makes another part.
-    for kind in range(low_y * 3 + low_x, high_y * 3 + high_x + 1):
-        within = (kind % 3 >= low_x) & (kind % 3 <= high_x)
-        if within & exists(kind // 3, rows) & exists(kind % 3, columns):
-            sums = tl.zeros((SQUARES, 4 * BLOCK_CO), tl.float32)
-            weight_ptrs = composed_ptr + kind * (9 * BLOCK_CI * 4 * BLOCK_CO)
-            weight_ptrs += c[:, None] * (4 * BLOCK_CO) + j[None, :]
-            for dy in tl.static_range(-1, 2):
-                for dx in tl.static_range(-1, 2):
-                    y = row + dy
-                    x = column + dx
-                    seen = ((y >= 0) & (y < rows) & (x >= 0) & (x < columns))[:, None]
-                    if CI < BLOCK_CI:
-                        seen &= (c < CI)[None, :]
-                    at = pointers + (dy * x_stride_h + dx * x_stride_w)
-                    value = tl.load(at, mask=seen, other=0.0)
-                    weight = tl.load(weight_ptrs + (3 * dy + dx + 4) * (BLOCK_CI * 4 * BLOCK_CO))
-                    sums = arithmetic.dot(value, weight, sums)
-            sums += tl.load(shift_ptr + kind * (4 * BLOCK_CO) + j)[None, :]
-            upper, lower = sums.reshape(SQUARES, 2, 2, BLOCK_CO).permute(0, 3, 2, 1).split()
-            s00, s01 = upper.split()
-            s10, s11 = lower.split()
-            part = inside & (of_square == kind)
-            if PACKED:  # one row of the squares after the other
-                values = convolution.around(
-                    skip_ptr, row, column, 2 * rows, 2 * columns,
-                    skip_stride_h, skip_stride_w, skip_stride_c, dtype, CS,
-                )  # fmt: skip
-                weight = convolution.packed_weight(
-                    weight_ptr, weight_stride, tap_stride, CS, CO, BLOCK_CS, BLOCK_CO
-                )
-                taps = convolution.packed_taps(values, 0, 0, CS, BLOCK_CS)
-                s00 = arithmetic.dot(taps, weight, s00)
-                taps = convolution.packed_taps(values, 0, 1, CS, BLOCK_CS)
-                s01 = arithmetic.dot(taps, weight, s01)
-            else:
-                s00, s01, s10, s11 = convolution.add_squares(
-                    s00, s01, s10, s11, skip_ptr, row, column, 2 * rows, 2 * columns,
-                    skip_stride_h, skip_stride_w, skip_stride_c, weight_ptr, weight_stride,
-                    tap_stride, dtype, CS, CO, BLOCK_CS, BLOCK_CO,
-                )  # fmt: skip
-            s00 = arithmetic.rounded(convolution.silu(s00, dtype), dtype)
-            s01 = arithmetic.rounded(convolution.silu(s01, dtype), dtype)
-            convolution.store_row(out_ptr, s00, s01, row, column, part, columns, 0, CO, BLOCK_CO)
-            if PACKED:
-                taps = convolution.packed_taps(values, 1, 0, CS, BLOCK_CS)
-                s10 = arithmetic.dot(taps, weight, s10)
-                taps = convolution.packed_taps(values, 1, 1, CS, BLOCK_CS)
-                s11 = arithmetic.dot(taps, weight, s11)
-            s10 = arithmetic.rounded(convolution.silu(s10, dtype), dtype)
-            s11 = arithmetic.rounded(convolution.silu(s11, dtype), dtype)
-            convolution.store_row(out_ptr, s10, s11, row, column, part, columns, 1, CO, BLOCK_CO)
+    weight_ptrs = composed_ptr + kind * (9 * BLOCK_CI * 4 * BLOCK_CO)
+    weight_ptrs += c[:, None] * (4 * BLOCK_CO) + j[None, :]
+    sums = tl.zeros((SQUARES, 4 * BLOCK_CO), tl.float32)
+    for tap in tl.static_range(9):
+        weight = tl.load(weight_ptrs + tap * (BLOCK_CI * 4 * BLOCK_CO))
+        sums = arithmetic.dot(values[tap], weight, sums)
+    sums += tl.load(shift_ptr + kind * (4 * BLOCK_CO) + j)[None, :]
+    upper, lower = sums.reshape(SQUARES, 2, 2, BLOCK_CO).permute(0, 3, 2, 1).split()
+    s00, s01 = upper.split()
+    s10, s11 = lower.split()
+
+    if PACKED:  # one row of the squares after the other
+        weight = convolution.packed_weight(
+            weight_ptr, weight_stride, tap_stride, CS, CO, BLOCK_CS, BLOCK_CO
+        )
+        s00 = arithmetic.dot(convolution.packed_taps(beside, 0, 0, CS, BLOCK_CS), weight, s00)
+        s01 = arithmetic.dot(convolution.packed_taps(beside, 0, 1, CS, BLOCK_CS), weight, s01)
+    else:
+        if BLOCK_CS > 16:
+            beside = convolution.neighbours(
+                skip_ptr, 2 * row - 1, 2 * column - 1, part, 2 * rows, 2 * columns,
+                skip_stride_h, skip_stride_w, skip_stride_c, dtype, 4, CS, BLOCK_CS,
+            )  # fmt: skip
+        s00, s01, s10, s11 = convolution.add_squares(
+            s00, s01, s10, s11, beside, weight_ptr, weight_stride, tap_stride,
+            CS, CO, BLOCK_CS, BLOCK_CO,
+        )  # fmt: skip
+    s00 = arithmetic.rounded(convolution.silu(s00, dtype), dtype)
+    s01 = arithmetic.rounded(convolution.silu(s01, dtype), dtype)
+    convolution.store_row(out_ptr, s00, s01, row, column, part, columns, 0, CO, BLOCK_CO)
+    if PACKED:
+        s10 = arithmetic.dot(convolution.packed_taps(beside, 1, 0, CS, BLOCK_CS), weight, s10)
+        s11 = arithmetic.dot(convolution.packed_taps(beside, 1, 1, CS, BLOCK_CS), weight, s11)
+    s10 = arithmetic.rounded(convolution.silu(s10, dtype), dtype)
+    s11 = arithmetic.rounded(convolution.silu(s11, dtype), dtype)
+    convolution.store_row(out_ptr, s10, s11, row, column, part, columns, 1, CO, BLOCK_CO)
 
 
 @triton.jit
@@ -462,7 +489,8 @@ def _squares(
     )
     of_skip = convolution.taps_last(weight[:, up:])
     tile = chosen.rows // 2, chosen.columns // 2
-    up_squares_kernel[(convolution.tiles(images, rows, columns, *tile),)](
+    down, across = triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1])
+    up_squares_kernel[(images * (down * across + 2 * (down + across) + 4),)](
         x,
         skip,
         composed,

@@ -27,6 +27,8 @@ class Geometry:
         gates: K of `sigma_gate` and `sigma_gate_norm`, D or 1; None is D.
         patch, pixel: P pixels a side of a patch, p channels of a pixel.
         attn: A, width of the attention over compressed patches.
+        level: of the local decoder, whose level 0 is at full resolution and `pixel` channels wide;
+            each further one halves the image's sides and doubles the channels.
     """
 
     grid: tuple[int, int] = (2, 2)
@@ -39,6 +41,7 @@ class Geometry:
     patch: int = 16
     pixel: int = 16
     attn: int = 144
+    level: int = 0
 
     @property
     def tokens(self) -> int:
@@ -151,17 +154,26 @@ def _convolution(t: Draw, before: int, after: int) -> tuple[Tensor, Tensor]:
     return t(after, before, 3, 3).mul_((9 * before) ** -0.5), t(after)
 
 
+def _level(g: Geometry) -> tuple[int, int, int]:
+    """Rows, columns and channels of a level of the local decoder."""
+    rows, columns = (side * g.patch >> g.level for side in g.grid)
+    return rows, columns, g.pixel << g.level
+
+
 def _local_decoder_down(t: Draw, g: Geometry) -> tuple[Any, ...]:
-    height, width = (side * g.patch for side in g.grid)
-    image = t(1, 3, height, width, dtype=torch.float32)
-    return (image.permute(0, 2, 3, 1), *_convolution(t, 3, g.pixel))
+    height, width, channels = _level(g)
+    if g.level:
+        x = t(1, height, width, channels // 2)
+    else:
+        x = t(1, 3, height, width, dtype=torch.float32).permute(0, 2, 3, 1)
+    return (x, *_convolution(t, x.shape[3], channels))
 
 
 def _local_decoder_up(t: Draw, g: Geometry) -> tuple[Any, ...]:
-    height, width = (side * g.patch for side in g.grid)
-    x, skip = t(1, height // 2, width // 2, g.pixel), t(1, height, width, g.pixel)
-    up, dec = _convolution(t, g.pixel, g.pixel), _convolution(t, 2 * g.pixel, g.pixel)
-    return (x, skip, *up, *dec)
+    height, width, channels = _level(g)
+    x, skip = t(1, height // 2, width // 2, channels), t(1, height, width, channels)
+    out = channels // 2 if g.level else channels
+    return (x, skip, *_convolution(t, channels, channels), *_convolution(t, 2 * channels, out))
 
 
 def _rows(t: Draw, g: Geometry) -> Tensor:
