@@ -51,11 +51,8 @@ _IMAGE: Mapping[str, Mapping[str, Any]] = {"image": {}}
 _TEXT_ROWS = {"grid": (1, 300)}
 # The trunk sees the same tokens at every size of its own.
 _TRUNK: Mapping[str, Mapping[str, Any]] = {"trunk": {"patch": PATCH}}
-_DECODER: Mapping[str, Mapping[str, Any]] = {
-    "full": {},
-    "half": {"level": 1, "decoder": (16, 32, 32, 32, 16)},
-    "quarter": {"level": 2, "decoder": (32, 64, 64, 64, 32)},
-}
+# Of the six levels of the local decoder at 4096: two thin ones, one between, a wide one.
+_LEVELS = {"full": {}, "half": {"level": 1}, "quarter": {"level": 2}, "sixteenth": {"level": 4}}
 _PIT = {"width": 1152, "heads": 16, "head_dim": 72, "text": 0}
 
 SYSTEMS: dict[str, System] = {
@@ -83,8 +80,8 @@ SYSTEMS: dict[str, System] = {
             "sigma_gate_norm_fp8": {"v1": {}, "v1.5": {"gates": 1}},
         },
     ),
-    # 34 blocks of width 3840 over image and 128 caption tokens; the local decoder's three outermost
-    # levels of the 4K form, which have most of its memory traffic (arXiv 2605.12013).
+    # 34 blocks of width 3840 over image and 128 caption tokens; the local decoder's levels, at
+    # full resolution 16 channels wide (arXiv 2605.12013).
     "l2p": System(
         sizes=(1024, 4096),
         geometry=Geometry(text=128, width=3840, heads=30, head_dim=128, hidden=10240, pixel=16),
@@ -94,9 +91,9 @@ SYSTEMS: dict[str, System] = {
             "qk_norm_rope": _TRUNK,
             "joint_attention": _TRUNK,
             "rms_norm_modulate": {"trunk": {"patch": PATCH, "shift": False}},
-            "local_decoder_down": _DECODER,
+            "local_decoder_down": _LEVELS,
             "local_decoder_pixels": {"full": {}, "guided": {"guided": True}},
-            "local_decoder_up": _DECODER,
+            "local_decoder_up": _LEVELS,
         },
         patches={1024: 16, 4096: 64, 8192: 128, 10240: 160},
     ),

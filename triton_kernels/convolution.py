@@ -162,6 +162,7 @@ def vector(ptr, index, SIZE: tl.constexpr):
 def around(
     ptr,  # (height, width, C), the image
     row, column,  # (squares,); pixel 2*row, 2*column is a square's first
+    wanted,  # (squares,); of others nothing is read
     height, width,
     stride_h, stride_w, stride_c,
     dtype: tl.constexpr,
@@ -174,7 +175,7 @@ def around(
         for dx in tl.static_range(-1, 3):
             y = 2 * row + dy
             x = 2 * column + dx
-            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width) & wanted
             for c in tl.static_range(C):
                 at = corner + (dy * stride_h + dx * stride_w + c * stride_c)
                 value = tl.load(at, mask=inside, other=0.0)
@@ -213,50 +214,71 @@ def packed_weight(ptr, stride, tap_stride, C: tl.constexpr, N: tl.constexpr, SIZ
 
 
 @triton.jit
-def _add_tap(sums, x, weight_ptrs, mask, R: tl.constexpr, S: tl.constexpr, tap_stride):
+def _add_tap(sums, x, weights, R: tl.constexpr, S: tl.constexpr):
     """sums + x W[r, s], where the kernel has such a tap."""
     if (R >= 0 and R < 3) and (S >= 0 and S < 3):
-        weight = tl.load(weight_ptrs + (3 * R + S) * tap_stride, mask=mask, other=0.0)
-        sums = arithmetic.dot(x, weight, sums)
+        sums = arithmetic.dot(x, weights[3 * R + S], sums)
     return sums
+
+
+@triton.jit
+def neighbours(
+    ptr,  # (height, width, C), the image
+    row, column,  # of each tile's row; pixel row, column is the first of the SIDE x SIDE
+    wanted,
+    height, width,
+    stride_h, stride_w, stride_c,
+    dtype: tl.constexpr,  # what they are rounded to
+    SIDE: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A tuple of SIDE*SIDE pixels' channels, (rows, BLOCK_C) each, zero outside the image. All are
+    asked for before any is used: the compiler moves no load over the barriers of a product."""
+    c = tl.arange(0, BLOCK_C)
+    pointers = row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
+    pointers = ptr + pointers[:, None] + (c.to(tl.int64) * stride_c)[None, :]
+    values = ()
+    for dy in tl.static_range(SIDE):
+        for dx in tl.static_range(SIDE):
+            y = row + dy
+            x = column + dx
+            inside = ((y >= 0) & (y < height) & (x >= 0) & (x < width) & wanted)[:, None]
+            if C < BLOCK_C:
+                inside &= (c < C)[None, :]
+            value = tl.load(pointers + (dy * stride_h + dx * stride_w), mask=inside, other=0.0)
+            if value.dtype != dtype:
+                value = arithmetic.rounded(value.to(tl.float32), dtype)
+            values += (value,)
+    return values
 
 
 @triton.jit
 def add_squares(
     s00, s01, s10, s11,  # sums of a square's pixels, (squares, BLOCK_N) fp32 each
-    ptr,  # (height, width, C), the image
-    row, column,  # (squares,); pixel 2*row, 2*column is a square's first
-    height, width,
-    stride_h, stride_w, stride_c,
+    values,  # the 16 `neighbours` from a square's pixel (-1, -1) on
     weight_ptr,  # (N, 3, 3, C); channels contiguous
     weight_stride, tap_stride,
-    dtype: tl.constexpr,  # that of the weight, which x is rounded to
     C: tl.constexpr,
     N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The sums and conv3x3 of the image, zero outside it."""
+    """The sums and conv3x3."""
     n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_C)
-    pointers = row.to(tl.int64) * (2 * stride_h) + column.to(tl.int64) * (2 * stride_w)
-    pointers = ptr + pointers[:, None] + (k.to(tl.int64) * stride_c)[None, :]
     weight_ptrs = weight_ptr + k[:, None] + (n * weight_stride)[None, :]
     mask = (k < C)[:, None] & (n < N)[None, :]
-    for dy in tl.static_range(-1, 3):
-        for dx in tl.static_range(-1, 3):
-            y = 2 * row + dy
-            x = 2 * column + dx
-            inside = ((y >= 0) & (y < height) & (x >= 0) & (x < width))[:, None]
-            if C < BLOCK_C:
-                inside &= (k < C)[None, :]
-            value = tl.load(pointers + (dy * stride_h + dx * stride_w), mask=inside, other=0.0)
-            if value.dtype != dtype:
-                value = arithmetic.rounded(value.to(tl.float32), dtype)
-            s00 = _add_tap(s00, value, weight_ptrs, mask, dy + 1, dx + 1, tap_stride)
-            s01 = _add_tap(s01, value, weight_ptrs, mask, dy + 1, dx, tap_stride)
-            s10 = _add_tap(s10, value, weight_ptrs, mask, dy, dx + 1, tap_stride)
-            s11 = _add_tap(s11, value, weight_ptrs, mask, dy, dx, tap_stride)
+    weights = ()
+    for tap in tl.static_range(9):
+        weights += (tl.load(weight_ptrs + tap * tap_stride, mask=mask, other=0.0),)
+    for y in tl.static_range(4):
+        for x in tl.static_range(4):
+            value = values[4 * y + x]
+            s00 = _add_tap(s00, value, weights, y, x)
+            s01 = _add_tap(s01, value, weights, y, x - 1)
+            s10 = _add_tap(s10, value, weights, y - 1, x)
+            s11 = _add_tap(s11, value, weights, y - 1, x - 1)
     return s00, s01, s10, s11
 
 

@@ -1,6 +1,19 @@
 """skip = silu(conv3x3(x) + bias) and its 2x2 maximum, each written once, in Triton.
 
-head
+Bytes: B*H*W*(Ci*sizeof(x) + 1.25*Co*sizeof(weight)). L2P at 4096 in bf16: level 0, an fp32 image
+to 16 channels, 0.20 + 0.67 GB, 0.29 ms at 3.0 TB/s; level 1, 16 to 32, 0.47 GB, 0.16 ms; from level
+2 on (32 to 64) 38.7 GFLOP each, 0.05 ms at 798 TFLOP/s, with 0.08 ms of bytes at level 2 and half
+of that at each further one. Times are floors; nothing has been measured yet.
+
+Up to 16 channels: squares (convolution.py). Three channels or fewer are packed: the nine taps of
+all are one product of 27 values and 5 zeros, whose operand is joined from 48 loads a square, 12 a
+pixel, each of which neighbouring threads do side by side: from an image with its channels first as
+well as last, without a copy. One product over 16 padded channels a tap would do 144. Level 0 is
+1368 instructions a thread for 4 pixels, 0.20 ms of issue.
+
+More channels: pixels, in an order that leaves the pool's maximum to a thread's own registers or its
+warp. cuDNN should multiply faster, but its result is written, read and written by SiLU and read by
+the pool: 2.4 times the bytes. The kernel is expected to win at every level.
 """
 
 from __future__ import annotations
@@ -14,7 +27,9 @@ from . import arithmetic, configs, convolution
 from .convolution import Config
 
 OP = "local_decoder_down"
-MAX_SQUARES = (32, 64)  # channels read and made, in the form of squares
+# Channels read and made, in the form of squares: the sixteen pixels of a square and the sums of its
+# four fit a thread's registers.
+MAX_SQUARES = (16, 64)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -45,24 +60,27 @@ def down_squares_kernel(
     square = tl.arange(0, ROWS * COLUMNS)
     row = first_row + square // COLUMNS
     column = first_column + square % COLUMNS
+    inside = (row < rows) & (column < columns)
     sums = tl.zeros((ROWS * COLUMNS, BLOCK_CO), tl.float32)
     x_ptr += image * x_stride_b
     n = tl.arange(0, BLOCK_CO)
     bias = convolution.vector(bias_ptr, n, CO)
     if PACKED:  # a pixel of the squares after the other: only one has sums at a time
         values = convolution.around(
-            x_ptr, row, column, 2 * rows, 2 * columns, x_stride_h, x_stride_w, x_stride_c, dtype, CI
-        )
+            x_ptr, row, column, inside, 2 * rows, 2 * columns,
+            x_stride_h, x_stride_w, x_stride_c, dtype, CI,
+        )  # fmt: skip
         weight = convolution.packed_weight(weight_ptr, 9 * CI, CI, CI, CO, BLOCK_CI, BLOCK_CO)
         y00 = arithmetic.dot(convolution.packed_taps(values, 0, 0, CI, BLOCK_CI), weight, sums)
         y01 = arithmetic.dot(convolution.packed_taps(values, 0, 1, CI, BLOCK_CI), weight, sums)
     else:
-        y00, y01, y10, y11 = convolution.add_squares(
-            sums, sums, sums, sums, x_ptr, row, column, 2 * rows, 2 * columns,
-            x_stride_h, x_stride_w, x_stride_c, weight_ptr, 9 * CI, CI,
-            dtype, CI, CO, BLOCK_CI, BLOCK_CO,
+        values = convolution.neighbours(
+            x_ptr, 2 * row - 1, 2 * column - 1, inside, 2 * rows, 2 * columns,
+            x_stride_h, x_stride_w, x_stride_c, dtype, 4, CI, BLOCK_CI,
         )  # fmt: skip
-    inside = (row < rows) & (column < columns)
+        y00, y01, y10, y11 = convolution.add_squares(
+            sums, sums, sums, sums, values, weight_ptr, 9 * CI, CI, CI, CO, BLOCK_CI, BLOCK_CO
+        )
     pixels = image * rows * columns
     skip_ptr += pixels * (4 * CO)
     y00 = arithmetic.rounded(convolution.silu(y00 + bias, dtype), dtype)
@@ -167,11 +185,12 @@ def candidates(x: Tensor, weight: Tensor, bias: Tensor) -> list[Config]:
     wide = convolution.wide_candidates(weight.dtype, after)
     if weight.dtype == torch.float32 or before > MAX_SQUARES[0] or after > MAX_SQUARES[1]:
         return wide
-    squares = [Config(True, 16, 32, 0, 0, 8, 1), Config(True, 8, 64, 0, 0, 8, 1)]
-    if convolution.packed(before) and after <= 32:
-        squares += [Config(True, 16, 32, 0, 0, 4, 1), Config(True, 8, 64, 0, 0, 4, 1)]
-    elif not convolution.packed(before):
-        squares += [Config(True, 8, 32, 0, 0, 4, 1)]
+    if convolution.packed(before):
+        warps = 4 if after <= 32 else 8
+        squares = [Config(True, 16, 32, 0, 0, warps, 1), Config(True, 8, 64, 0, 0, warps, 1)]
+    else:
+        squares = [Config(True, 8, 32, 0, 0, 4, 1), Config(True, 4, 64, 0, 0, 4, 1)]
+        squares += [Config(True, 16, 32, 0, 0, 8, 1)]
     return [*squares, *wide[:2]]
 
 

@@ -1,6 +1,34 @@
 """silu(conv3x3([u, skip]) + bias), u = conv3x3(x doubled) + up_bias, in Triton.
 
-head
+Bytes: H*W*(B*Ci/4 + S*Cs + B*Co)*sizeof(x). L2P at 4096 in bf16, level 0 (16 channels everywhere):
+1.21 GB, 0.40 ms at 3.0 TB/s; unfused u and the doubled x alone are 1.6 GB more. Level 1 (32): 0.10 +
+0.27 + 0.13 GB, 0.17 ms. Times are floors; nothing has been measured yet.
+
+Few channels (up to 32, of the result 16): squares of the result (convolution.py), without u.
+Between the two convolutions is no activation, so that as far as u goes they are one: each of the
+four pixels of a square is a 3x3 convolution of the x around it, 9*Ci*4*Co multiply-adds a square,
+where the four phases and the second convolution would take 16*Ci*Cu + 36*Cu*Co; with Ci = Cu that is
+the phases for nothing, and u is never made, in memory or anywhere. At the image's edge u is zero
+outside and not what the composed kernel would find there, so that the first and last rows and
+columns have compositions of their own, 9 kinds of squares in all. compose_kernel makes them at
+every call, in fp32 with one rounding, which replaces eager's rounding of u: 0.02 GFLOP at level 0.
+A program makes the squares of one kind in one tile; the edges cost 2 % more programs at 4096.
+
+Level 0, per pixel: 72 + 128 bytes into shared memory, 2304 multiply-adds of the composition (64
+columns a product) and 2304 of the skip (16 columns, whose operand is read in twice the time the
+product takes): 0.06 + 0.17 ms of the tensor cores, 10 GB through shared memory 0.35 ms, 1376
+instructions for two pixels a thread 0.41 ms of issue. At best about the floor, 0.5 to 0.6 ms more
+likely: 65 to 80 % of it.
+
+An infinity of x reaches the same results as in the reference, but where that finds NaN (u's
+infinities have both signs) the composition may find an infinity.
+
+More channels, other dtypes (fp16 could not hold the composition of small weights): the four phases
+(sum_taps_kernel, raise_kernel), u in memory, and join_kernel over both sources without a
+concatenation. Level 4, 256 channels at 256 x 256: 34 + 77 GFLOP, 0.14 ms at 798 TFLOP/s against
+0.05 for its bytes. cuDNN should multiply faster than these (as it does in matrix products, by a
+quarter), but takes 72 in place of 32 GFLOP for the first convolution, and three passes over the
+result for the sum and SiLU: the kernels are expected to win at every level.
 """
 
 from __future__ import annotations
@@ -15,7 +43,7 @@ from .convolution import Config
 
 OP = "local_decoder_up"
 # Channels of x and u, of skip and of the result, of the form of squares.
-MAX_SQUARES = (64, 64, 32)
+MAX_SQUARES = (32, 32, 16)
 COMPOSED_ROWS = 256 if launching.INTERPRETED else 32  # of a program that composes
 
 
@@ -29,6 +57,40 @@ def kind_of(row, rows):
 def exists(kind, rows):
     """Whether an image of so many rows of squares has one of this kind."""
     return (kind == 0) | (rows > 2) | ((kind == 2) & (rows == 2))
+
+
+@triton.jit
+def part_of_tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(image, int64; kind; first row; first column) of a program: the squares of one kind in one
+    tile. First all tiles of an image for the kind between, then those at its edges for the others.
+    """
+    down = tl.cdiv(rows, ROWS)
+    across = tl.cdiv(columns, COLUMNS)
+    programs = down * across + 2 * (down + across) + 4
+    image = tl.program_id(0) // programs
+    i = tl.program_id(0) % programs
+    kind_y = 1
+    kind_x = 1
+    y = i // across
+    x = i % across
+    i -= down * across
+    if i >= 0:
+        if i < 2 * across:
+            kind_y = i // across * 2
+            y = kind_y // 2 * (down - 1)
+            x = i % across
+        elif i < 2 * (across + down):
+            i -= 2 * across
+            kind_x = i // down * 2
+            x = kind_x // 2 * (across - 1)
+            y = i % down
+        else:
+            i -= 2 * (across + down)
+            kind_y = i // 2 * 2
+            kind_x = i % 2 * 2
+            y = kind_y // 2 * (down - 1)
+            x = kind_x // 2 * (across - 1)
+    return image.to(tl.int64), kind_y * 3 + kind_x, y * ROWS, x * COLUMNS
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -143,77 +205,70 @@ def up_squares_kernel(
 ):
     SQUARES: tl.constexpr = ROWS * COLUMNS
     dtype = x_ptr.dtype.element_ty
-    image, first_row, first_column = convolution.tile(
-        tl.program_id(0), rows, columns, ROWS, COLUMNS
-    )
+    image, kind, first_row, first_column = part_of_tile(rows, columns, ROWS, COLUMNS)
+    if not (exists(kind // 3, rows) & exists(kind % 3, columns)):
+        return
     square = tl.arange(0, SQUARES)
     row = first_row + square // COLUMNS
     column = first_column + square % COLUMNS
+    part = (row < rows) & (column < columns)
+    part &= kind_of(row, rows) * 3 + kind_of(column, columns) == kind
     x_ptr += image * x_stride_b
     skip_ptr += image % skips * skip_stride_b
     out_ptr += image * rows * columns * (4 * CO)
+
+    values = convolution.neighbours(
+        x_ptr, row - 1, column - 1, part, rows, columns,
+        x_stride_h, x_stride_w, x_stride_c, dtype, 3, CI, BLOCK_CI,
+    )  # fmt: skip
+    if PACKED:
+        beside = convolution.around(
+            skip_ptr, row, column, part, 2 * rows, 2 * columns,
+            skip_stride_h, skip_stride_w, skip_stride_c, dtype, CS,
+        )  # fmt: skip
+    elif BLOCK_CS <= 16:  # of more channels the registers hold one half at a time
+        beside = convolution.neighbours(
+            skip_ptr, 2 * row - 1, 2 * column - 1, part, 2 * rows, 2 * columns,
+            skip_stride_h, skip_stride_w, skip_stride_c, dtype, 4, CS, BLOCK_CS,
+        )  # fmt: skip
     c = tl.arange(0, BLOCK_CI)
     j = tl.arange(0, 4 * BLOCK_CO)
-    pointers = row.to(tl.int64) * x_stride_h + column.to(tl.int64) * x_stride_w
-    pointers = x_ptr + pointers[:, None] + (c.to(tl.int64) * x_stride_c)[None, :]
-    low_y = kind_of(first_row, rows)
-    high_y = kind_of(tl.minimum(first_row + ROWS, rows) - 1, rows)
-    low_x = kind_of(first_column, columns)
-    high_x = kind_of(tl.minimum(first_column + COLUMNS, columns) - 1, columns)
-    of_square = kind_of(row, rows) * 3 + kind_of(column, columns)
-    inside = (row < rows) & (column < columns)
-    # Once, but for the tiles at the image's edge, of which each pass makes another part.
-    for kind in range(low_y * 3 + low_x, high_y * 3 + high_x + 1):
-        within = (kind % 3 >= low_x) & (kind % 3 <= high_x)
-        if within & exists(kind // 3, rows) & exists(kind % 3, columns):
-            sums = tl.zeros((SQUARES, 4 * BLOCK_CO), tl.float32)
-            weight_ptrs = composed_ptr + kind * (9 * BLOCK_CI * 4 * BLOCK_CO)
-            weight_ptrs += c[:, None] * (4 * BLOCK_CO) + j[None, :]
-            for dy in tl.static_range(-1, 2):
-                for dx in tl.static_range(-1, 2):
-                    y = row + dy
-                    x = column + dx
-                    seen = ((y >= 0) & (y < rows) & (x >= 0) & (x < columns))[:, None]
-                    if CI < BLOCK_CI:
-                        seen &= (c < CI)[None, :]
-                    at = pointers + (dy * x_stride_h + dx * x_stride_w)
-                    value = tl.load(at, mask=seen, other=0.0)
-                    weight = tl.load(weight_ptrs + (3 * dy + dx + 4) * (BLOCK_CI * 4 * BLOCK_CO))
-                    sums = arithmetic.dot(value, weight, sums)
-            sums += tl.load(shift_ptr + kind * (4 * BLOCK_CO) + j)[None, :]
-            upper, lower = sums.reshape(SQUARES, 2, 2, BLOCK_CO).permute(0, 3, 2, 1).split()
-            s00, s01 = upper.split()
-            s10, s11 = lower.split()
-            part = inside & (of_square == kind)
-            if PACKED:  # one row of the squares after the other
-                values = convolution.around(
-                    skip_ptr, row, column, 2 * rows, 2 * columns,
-                    skip_stride_h, skip_stride_w, skip_stride_c, dtype, CS,
-                )  # fmt: skip
-                weight = convolution.packed_weight(
-                    weight_ptr, weight_stride, tap_stride, CS, CO, BLOCK_CS, BLOCK_CO
-                )
-                taps = convolution.packed_taps(values, 0, 0, CS, BLOCK_CS)
-                s00 = arithmetic.dot(taps, weight, s00)
-                taps = convolution.packed_taps(values, 0, 1, CS, BLOCK_CS)
-                s01 = arithmetic.dot(taps, weight, s01)
-            else:
-                s00, s01, s10, s11 = convolution.add_squares(
-                    s00, s01, s10, s11, skip_ptr, row, column, 2 * rows, 2 * columns,
-                    skip_stride_h, skip_stride_w, skip_stride_c, weight_ptr, weight_stride,
-                    tap_stride, dtype, CS, CO, BLOCK_CS, BLOCK_CO,
-                )  # fmt: skip
-            s00 = arithmetic.rounded(convolution.silu(s00, dtype), dtype)
-            s01 = arithmetic.rounded(convolution.silu(s01, dtype), dtype)
-            convolution.store_row(out_ptr, s00, s01, row, column, part, columns, 0, CO, BLOCK_CO)
-            if PACKED:
-                taps = convolution.packed_taps(values, 1, 0, CS, BLOCK_CS)
-                s10 = arithmetic.dot(taps, weight, s10)
-                taps = convolution.packed_taps(values, 1, 1, CS, BLOCK_CS)
-                s11 = arithmetic.dot(taps, weight, s11)
-            s10 = arithmetic.rounded(convolution.silu(s10, dtype), dtype)
-            s11 = arithmetic.rounded(convolution.silu(s11, dtype), dtype)
-            convolution.store_row(out_ptr, s10, s11, row, column, part, columns, 1, CO, BLOCK_CO)
+    weight_ptrs = composed_ptr + kind * (9 * BLOCK_CI * 4 * BLOCK_CO)
+    weight_ptrs += c[:, None] * (4 * BLOCK_CO) + j[None, :]
+    sums = tl.zeros((SQUARES, 4 * BLOCK_CO), tl.float32)
+    for tap in tl.static_range(9):
+        weight = tl.load(weight_ptrs + tap * (BLOCK_CI * 4 * BLOCK_CO))
+        sums = arithmetic.dot(values[tap], weight, sums)
+    sums += tl.load(shift_ptr + kind * (4 * BLOCK_CO) + j)[None, :]
+    upper, lower = sums.reshape(SQUARES, 2, 2, BLOCK_CO).permute(0, 3, 2, 1).split()
+    s00, s01 = upper.split()
+    s10, s11 = lower.split()
+
+    if PACKED:  # one row of the squares after the other
+        weight = convolution.packed_weight(
+            weight_ptr, weight_stride, tap_stride, CS, CO, BLOCK_CS, BLOCK_CO
+        )
+        s00 = arithmetic.dot(convolution.packed_taps(beside, 0, 0, CS, BLOCK_CS), weight, s00)
+        s01 = arithmetic.dot(convolution.packed_taps(beside, 0, 1, CS, BLOCK_CS), weight, s01)
+    else:
+        if BLOCK_CS > 16:
+            beside = convolution.neighbours(
+                skip_ptr, 2 * row - 1, 2 * column - 1, part, 2 * rows, 2 * columns,
+                skip_stride_h, skip_stride_w, skip_stride_c, dtype, 4, CS, BLOCK_CS,
+            )  # fmt: skip
+        s00, s01, s10, s11 = convolution.add_squares(
+            s00, s01, s10, s11, beside, weight_ptr, weight_stride, tap_stride,
+            CS, CO, BLOCK_CS, BLOCK_CO,
+        )  # fmt: skip
+    s00 = arithmetic.rounded(convolution.silu(s00, dtype), dtype)
+    s01 = arithmetic.rounded(convolution.silu(s01, dtype), dtype)
+    convolution.store_row(out_ptr, s00, s01, row, column, part, columns, 0, CO, BLOCK_CO)
+    if PACKED:
+        s10 = arithmetic.dot(convolution.packed_taps(beside, 1, 0, CS, BLOCK_CS), weight, s10)
+        s11 = arithmetic.dot(convolution.packed_taps(beside, 1, 1, CS, BLOCK_CS), weight, s11)
+    s10 = arithmetic.rounded(convolution.silu(s10, dtype), dtype)
+    s11 = arithmetic.rounded(convolution.silu(s11, dtype), dtype)
+    convolution.store_row(out_ptr, s10, s11, row, column, part, columns, 1, CO, BLOCK_CO)
 
 
 @triton.jit
@@ -374,11 +429,9 @@ def heuristic(
 ) -> Config:
     if not composes(x, skip, up_weight, weight):
         return convolution.wide(capability, x.dtype, weight.shape[0])
-    # 64 squares for 4 warps. Of packed channels, whose loads give a thread a square, 128 for 8: two
-    # threads load the same, but 128 squares for 4 warps would spill.
-    if convolution.packed(skip.shape[3]):
-        return Config(True, 16, 32, 0, 0, 8, 1)
-    return Config(True, 8, 32, 0, 0, 4, 1)
+    # 64 squares for 4 warps: one product of the tensor cores has their rows, and four blocks share
+    # a processor. Of packed channels, whose loads give a thread a square, 128.
+    return Config(True, 16 if convolution.packed(skip.shape[3]) else 8, 32, 0, 0, 4, 1)
 
 
 def key(
@@ -395,11 +448,10 @@ def candidates(
     wide = convolution.wide_candidates(x.dtype, weight.shape[0])
     if not composes(x, skip, up_weight, weight):
         return wide
-    squares = [Config(True, 16, 32, 0, 0, 8, 1), Config(True, 8, 64, 0, 0, 8, 1)]
+    squares = [Config(True, 16, 32, 0, 0, 4, 1), Config(True, 8, 64, 0, 0, 4, 1)]
     if not convolution.packed(skip.shape[3]):
-        squares += [Config(True, 8, 32, 0, 0, 4, 1)]
-        if x.shape[3] <= 16:
-            squares += [Config(True, 16, 32, 0, 0, 4, 1)]
+        squares = [Config(True, 8, 32, 0, 0, 4, 1), Config(True, 4, 64, 0, 0, 4, 1)]
+        squares += [Config(True, 16, 32, 0, 0, 8, 1)]
     return [*squares, *wide[:2]]
 
 
@@ -462,7 +514,8 @@ def _squares(
     )
     of_skip = convolution.taps_last(weight[:, up:])
     tile = chosen.rows // 2, chosen.columns // 2
-    up_squares_kernel[(convolution.tiles(images, rows, columns, *tile),)](
+    down, across = triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1])
+    up_squares_kernel[(images * (down * across + 2 * (down + across) + 4),)](
         x,
         skip,
         composed,

@@ -29,9 +29,8 @@ class Geometry:
         attn: A, width of the attention over compressed patches.
         guided: two pictures for `local_decoder_pixels` to mix, instead of one.
         shift: whether `rms_norm_modulate` shifts as well as scales.
-        level: of a local decoder: how many times the image is halved before it.
-        decoder: channels at that level: what comes from above, the skip, what comes from below,
-            the same doubled, the result. None is the outermost level, pixel channels throughout.
+        level: of the local decoder, whose level 0 is at full resolution and `pixel` channels wide;
+            each further one halves the image's sides and doubles the channels.
     """
 
     grid: tuple[int, int] = (2, 2)
@@ -47,7 +46,6 @@ class Geometry:
     guided: bool = False
     shift: bool = True
     level: int = 0
-    decoder: tuple[int, int, int, int, int] | None = None
 
     @property
     def tokens(self) -> int:
@@ -160,25 +158,26 @@ def _convolution(t: Draw, before: int, after: int) -> tuple[Tensor, Tensor]:
     return t(after, before, 3, 3).mul_((9 * before) ** -0.5), t(after)
 
 
-def _level(g: Geometry) -> tuple[int, int]:
-    height, width = (side * g.patch >> g.level for side in g.grid)
-    return height, width
+def _level(g: Geometry) -> tuple[int, int, int]:
+    """Rows, columns and channels of a level of the local decoder."""
+    rows, columns = (side * g.patch >> g.level for side in g.grid)
+    return rows, columns, g.pixel << g.level
 
 
 def _local_decoder_down(t: Draw, g: Geometry) -> tuple[Any, ...]:
-    height, width = _level(g)
-    if g.decoder is None:
-        image = t(1, 3, height, width, dtype=torch.float32)
-        return (image.permute(0, 2, 3, 1), *_convolution(t, 3, g.pixel))
-    above, skip, *_ = g.decoder
-    return (t(1, height, width, above), *_convolution(t, above, skip))
+    height, width, channels = _level(g)
+    if g.level:
+        x = t(1, height, width, channels // 2)
+    else:
+        x = t(1, 3, height, width, dtype=torch.float32).permute(0, 2, 3, 1)
+    return (x, *_convolution(t, x.shape[3], channels))
 
 
 def _local_decoder_up(t: Draw, g: Geometry) -> tuple[Any, ...]:
-    height, width = _level(g)
-    _, beside, below, doubled, out = g.decoder or (g.pixel,) * 5
-    x, skip = t(1, height // 2, width // 2, below), t(1, height, width, beside)
-    return (x, skip, *_convolution(t, below, doubled), *_convolution(t, doubled + beside, out))
+    height, width, channels = _level(g)
+    x, skip = t(1, height // 2, width // 2, channels), t(1, height, width, channels)
+    out = channels // 2 if g.level else channels
+    return (x, skip, *_convolution(t, channels, channels), *_convolution(t, 2 * channels, out))
 
 
 def _local_decoder_pixels(t: Draw, g: Geometry) -> tuple[Any, ...]:

@@ -9,7 +9,10 @@ from torch.nn.functional import conv2d, max_pool2d, silu
 from .checks import check_device, check_float, check_rank, check_shape
 from .registry import Backend, define
 
-BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.local_decoder_down"),)
+BACKENDS = (
+    Backend("triton", "pixeldiff.triton_kernels.local_decoder_down"),
+    Backend("cpu", "pixeldiff.ops.cpu.local_decoder_down"),
+)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +60,7 @@ def local_decoder_down(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor,
         ValueError: shape or device. TypeError: dtype. NotImplementedError: a forced backend cannot
         run; says why.
 
-    Backends: cpu (fp32, bf16, fp16), reference. Gradients: through the reference.
+    Backends: triton, cpu (fp32, bf16, fp16), reference. Gradients: through the reference.
     Cost: 18*B*H*W*Ci*Co FLOPs; B*H*W*(Ci*sizeof(x) + 1.25*Co*sizeof(weight)) bytes. At full
     resolution (3 or 16 channels) bandwidth-bound.
     Source: L2P (arXiv 2605.12013), encoder half of the local decoder.

@@ -8,7 +8,10 @@ from torch.nn.functional import conv2d, interpolate, silu
 from .checks import check_device, check_float, check_rank, check_shape
 from .registry import Backend, define
 
-BACKENDS = (Backend("cpu", "pixeldiff.ops.cpu.local_decoder_up"),)
+BACKENDS = (
+    Backend("triton", "pixeldiff.triton_kernels.local_decoder_up"),
+    Backend("cpu", "pixeldiff.ops.cpu.local_decoder_up"),
+)
 
 
 def reference(
@@ -75,12 +78,13 @@ def local_decoder_up(
         ValueError: shape or device. TypeError: dtype. NotImplementedError: a forced backend cannot
         run; says why.
 
-    Backends: cpu (fp32, bf16, fp16), reference. Gradients: through the reference.
+    Backends: triton, cpu (fp32, bf16, fp16), reference. Gradients: through the reference.
     Cost: 18*H*W*(B*Ci*Cu + B*Cu*Co + S*Cs*Co) FLOPs and H*W*(B*Ci/4 + S*Cs + B*Co)*sizeof(x) bytes.
     At full resolution (16 channels) bandwidth-bound. The first product takes 8 in place of 18 as
     four 2x2 convolutions of x, one for each parity of row and column, whose taps are sums of those
     that meet the same value of x: for kernels. Through PyTorch's convolutions on a CPU that gained
-    nothing (0.7x at 16 channels, 1.1x at 128), so the reference doubles x.
+    nothing (0.7x at 16 channels, 1.1x at 128), so the reference doubles x. Of few channels the
+    Triton kernel composes the two convolutions, between which is no activation, and never has u.
     Source: L2P (arXiv 2605.12013), decoder half of the local decoder.
     """
     op = "local_decoder_up"

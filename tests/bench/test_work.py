@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -133,7 +135,8 @@ def test_the_local_decoder_further_in(site, side, dec):
 
 def test_the_trunk_is_measured_once_for_all_sizes():
     assert [c.site for c in cases("gated_norm_residual")] == ["trunk"]
-    assert [c.site for c in cases("local_decoder_up")] == ["full", "half", "quarter"] * 2
+    sites = ["full", "half", "quarter", "sixteenth"]
+    assert [c.site for c in cases("local_decoder_up")] == sites * 2
 
 
 def test_shapes_agree_with_the_l2p_configuration():
@@ -143,6 +146,14 @@ def test_shapes_agree_with_the_l2p_configuration():
     g = system.geometry
     assert (g.width, g.heads, g.head_dim) == (c.dim, c.n_heads, c.head_dim)
     assert (g.hidden, g.pixel) == (c.ffn_hidden, c.local_decoder.levels[0].skip)
+    for site in system.sites["local_decoder_up"].values():
+        level = site.get("level", 0)
+        (x, skip, up, _, dec, _) = arguments(
+            "local_decoder_up", "meta", geometry=replace(g, **site)
+        )
+        stands = c.local_decoder.levels[level]
+        channels = (x.shape[3], skip.shape[3], up.shape[0], dec.shape[0])
+        assert channels == (g.pixel << level, stands.skip, stands.up, stands.out)
     released = {
         v.native_size: v.config.patch_size for v in VARIANTS.values() if v.name != "z-image"
     }

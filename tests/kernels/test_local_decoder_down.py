@@ -2,15 +2,19 @@
 
 from importlib import import_module
 
+import aot
+import harness
 import pytest
 import torch
 from harness import (
     NAMES,
+    TRITON,
     check_not_finite_like,
     check_threads,
     each_isa,
     guarded_outputs,
     launcher,
+    on,
     usable_isas,
 )
 from hypothesis import given, settings
@@ -21,6 +25,7 @@ from rules import (
     assert_within_twice_eager,
     assert_within_twice_eager_or_spacing,
     at_odd_stride,
+    check_captures,
     check_gradients,
     check_meta,
     check_registered,
@@ -84,6 +89,8 @@ def check(got, args, rule=assert_within_twice_eager):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @precisions
 def test_matches_oracle(dtype, std, shape, backend):
+    if backend == "triton":
+        pytest.skip("too slow in the interpreter; its smaller shapes are below")
     args = arguments(dtype, shape, std)
     with forced(OP, backend):
         got = local_decoder_down(*args)
@@ -315,3 +322,148 @@ def test_refusals_of_the_cpu_kernel(monkeypatch):
     assert why_not(*arguments(torch.float32, (1, 2, 2, 64, 128))) is None
     monkeypatch.setattr(native, "best_isa", lambda: native.ISA_CODES["portable"])
     assert why_not(x, weight, bias).startswith("needs AVX2")
+
+
+# --- Triton: in the interpreter and on a GPU ------------------------------------------------------
+
+each_triton = pytest.mark.parametrize("backend", TRITON)
+SQUARES = (True, 8, 16, 0, 0, 4, 1)  # 4 x 8 of them
+PIXELS = (False, 4, 8, 16, 16, 4, 1)
+# Config and (B, H, W, Ci, Co): one tile more than full along each axis, or two blocks of channels.
+TRITON_CASES = {
+    "packed": (SQUARES, (1, 6, 18, 3, 5)),
+    "squares": (SQUARES, (2, 10, 4, 5, 7)),
+    "pixels": (PIXELS, (1, 4, 10, 20, 20)),
+    "pixels-of-an-image": (PIXELS, (1, 6, 2, 3, 3)),
+}
+
+
+def on_triton(backend, args, config=None):
+    launch, device = launcher(OP, backend)
+    module = pytest.importorskip("pixeldiff.triton_kernels.convolution")
+    got = launch(*on(device, args), config=config and module.Config(*config))
+    return tuple(y.cpu() for y in got)
+
+
+@each_triton
+@pytest.mark.parametrize(("config", "shape"), TRITON_CASES.values(), ids=TRITON_CASES)
+@precisions
+def test_on_triton(dtype, std, config, shape, backend):
+    args = arguments(dtype, shape, std)
+    check(on_triton(backend, args, config), args, assert_within_twice_eager_or_spacing)
+
+
+@each_triton
+def test_fp16_on_triton(backend):
+    args = arguments(torch.float16, (1, 2, 4, 3, 16))
+    check(on_triton(backend, args), args, assert_within_twice_eager_or_spacing)
+
+
+@each_triton
+@pytest.mark.parametrize(("config", "channels"), [(SQUARES, 3), (SQUARES, 4), (PIXELS, 4)])
+def test_any_strides_on_triton(config, channels, backend):
+    """Channels first in another dtype, rows apart, every second column."""
+    _, weight, bias = arguments(torch.bfloat16, (1, 1, 1, channels, 5))
+    wide = Draw()(1, channels, 6, 20)
+    x = wide.permute(0, 2, 3, 1)[:, :4, ::2]
+    got = on_triton(backend, (x, weight, bias), config)
+    rounded = x.to(torch.bfloat16).contiguous()
+    check(got, (rounded, weight, bias), assert_within_twice_eager_or_spacing)
+
+
+@each_triton
+@pytest.mark.parametrize(("config", "channels"), [(SQUARES, 3), (SQUARES, 4), (PIXELS, 4)])
+def test_not_finite_on_triton(config, channels, backend):
+    """In the nine pixels around each and in their squares, and nowhere else."""
+    x, weight, bias = arguments(torch.bfloat16, (1, 8, 16, channels, 5))
+    x[0, 0, 0, 1], x[0, 5, 6, 2], x[0, 6, 12, 0] = torch.nan, torch.inf, -torch.inf
+    got = on_triton(backend, (x, weight, bias), config)
+    for y, want in zip(got, eager(x, weight, bias), strict=True):
+        check_not_finite_like(y, want)
+
+
+@each_triton
+def test_channels_last_weights_on_triton(backend):
+    x, weight, bias = arguments(torch.bfloat16, (1, 2, 4, 4, 5))
+    want = on_triton(backend, (x, weight, bias))
+    got = on_triton(backend, (x, weight.to(memory_format=torch.channels_last), bias))
+    for y, expected in zip(got, want, strict=True):
+        assert_bitwise(y, expected)
+
+
+@each_triton
+def test_refusals_of_triton(backend):
+    launcher(OP, backend)
+    why_not = pytest.importorskip("pixeldiff.triton_kernels.local_decoder_down").why_not
+    args = arguments(torch.float32, (1, 2, 2, 3, 5))
+    assert why_not(*args) is None
+    assert why_not(args[0].double(), *args[1:]) == (
+        "takes float32, bfloat16, float16, got torch.float64"
+    )
+
+
+LEVELS = [(3, 16), (3, 3), (16, 32), (32, 64), (64, 128), (256, 512), (3, 64)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", LEVELS)
+@pytest.mark.parametrize("size", [(256, 320), (66, 34)])
+def test_released_widths_on_triton_gpu(size, channels):
+    args = arguments(torch.bfloat16, (2, *size, *channels))
+    check(on_triton("triton-gpu", args), args)
+
+
+@pytest.mark.gpu
+def test_every_candidate_on_triton_gpu():
+    module = pytest.importorskip("pixeldiff.triton_kernels.local_decoder_down")
+    for channels in LEVELS:
+        args = arguments(torch.bfloat16, (1, 64, 64, *channels))
+        for config in module.candidates(*args):
+            launch, device = launcher(OP, "triton-gpu")
+            check(tuple(y.cpu() for y in launch(*on(device, args), config=config)), args)
+
+
+@pytest.mark.gpu
+def test_captured_on_triton_gpu():
+    launch, device = launcher(OP, "triton-gpu")
+    for channels in ((3, 16), (64, 128)):
+        check_captures(launch, *on(device, arguments(torch.bfloat16, (1, 64, 96, *channels))))
+
+
+# --- Triton without a GPU -------------------------------------------------------------------------
+
+
+def test_triton_in_interpreter():
+    harness.run_in_interpreter(__file__)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("level", [0, 1, 2, 4])
+def test_triton_compiles_ahead_of_time(level, target):
+    """At 4096 x 4096 in bf16."""
+    module = pytest.importorskip("pixeldiff.triton_kernels.local_decoder_down")
+    args = aot.released(OP, system="l2p", patch=64, level=level)
+    (kernel,) = aot.compile_launch(lambda: module.launch(*args), target)
+    aot.assert_lean(kernel, tensor_cores=True)
+    assert "st.global.v4.b32" in kernel.ptx
+    if level == 4:
+        assert kernel.ptx.count("cp.async.cg.shared.global") >= 2  # 16 bytes each
+    elif level:
+        assert "ld.global.v4.b32" in kernel.ptx
+
+
+def test_triton_compiles_for_fp32():
+    module = pytest.importorskip("pixeldiff.triton_kernels.local_decoder_down")
+    args = aot.released(OP, torch.float32, system="l2p", patch=64)
+    (kernel,) = aot.compile_launch(lambda: module.launch(*args), 90)
+    aot.assert_lean(kernel)
+    assert not kernel.tensor_cores  # TF32 would be
+
+
+@pytest.mark.parametrize("level", [0, 2, 4])
+def test_triton_compiles_once_for_all_sizes(level):
+    calls = [
+        aot.released(OP, system="l2p", patch=64, level=level, grid=grid)
+        for grid in ((64, 64), (64, 32), (3, 5), (1, 1))
+    ]
+    aot.check_compiles_once(OP, calls)

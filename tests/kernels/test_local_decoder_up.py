@@ -2,10 +2,21 @@
 
 from importlib import import_module
 
+import aot
+import harness
 import numpy as np
 import pytest
 import torch
-from harness import NAMES, check_threads, each_isa, guarded_outputs, launcher, usable_isas
+from harness import (
+    NAMES,
+    TRITON,
+    check_threads,
+    each_isa,
+    guarded_outputs,
+    launcher,
+    on,
+    usable_isas,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rules import (
@@ -14,6 +25,7 @@ from rules import (
     assert_within_twice_eager,
     assert_within_twice_eager_or_spacing,
     at_odd_stride,
+    check_captures,
     check_compiles,
     check_gradients,
     check_meta,
@@ -82,6 +94,8 @@ def eager(x, skip, up_weight, up_bias, weight, bias):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @precisions
 def test_matches_oracle(dtype, std, shape, backend):
+    if backend == "triton":
+        pytest.skip("too slow in the interpreter; its smaller shapes are below")
     args = arguments(dtype, shape, std)
     with forced(OP, backend):
         y = local_decoder_up(*args)
@@ -339,3 +353,176 @@ def test_refusals_of_the_cpu_kernel():
     )
     assert why_not(*arguments(torch.float32, (1, 1, 1, 1, 128, 128, 128, 64))) is None
     assert why_not(x, skip[..., :0], *weights) == "needs at least one channel everywhere"
+
+
+# --- Triton: in the interpreter and on a GPU ------------------------------------------------------
+
+each_triton = pytest.mark.parametrize("backend", TRITON)
+SQUARES = (True, 4, 8, 0, 0, 4, 1)  # 2 x 4 of them
+PIXELS = (False, 4, 8, 16, 16, 4, 1)
+bf16, fp32 = torch.bfloat16, torch.float32
+# Config, (B, S, h, w, Ci, Cu, Cs, Co), dtype and std. Squares: every kind of them, and images of
+# one row, one column or two. Pixels: one tile more than full, two blocks of channels.
+TRITON_CASES = {
+    "squares-of-every-kind": (SQUARES, (1, 1, 3, 5, 5, 6, 7, 4), bf16, 1.0),
+    "squares-in-two-rows": (SQUARES, (2, 1, 2, 1, 4, 5, 6, 7), fp32, 1e-3),
+    "packed-in-two-columns": (SQUARES, (1, 1, 1, 2, 5, 3, 3, 4), bf16, 1e-3),
+    "packed-in-one-column": (SQUARES, (1, 1, 3, 1, 3, 4, 1, 3), fp32, 1.0),
+    "pixels": (PIXELS, (1, 1, 5, 9, 5, 6, 20, 4), bf16, 1.0),
+    "pixels-of-many-channels": (PIXELS, (1, 1, 1, 2, 20, 18, 3, 20), fp32, 1.0),
+    "pixels-fp32": (PIXELS, (2, 1, 2, 2, 3, 4, 5, 6), fp32, 1e-3),
+    "pixels-bf16": (PIXELS, (1, 1, 2, 2, 3, 4, 5, 6), bf16, 1e-3),
+    "pixels-fp16": (PIXELS, (1, 1, 1, 1, 3, 4, 5, 6), torch.float16, 1.0),
+}
+
+
+def on_triton(backend, args, config=None):
+    launch, device = launcher(OP, backend)
+    module = pytest.importorskip("pixeldiff.triton_kernels.convolution")
+    return launch(*on(device, args), config=config and module.Config(*config)).cpu()
+
+
+@each_triton
+@pytest.mark.parametrize(
+    ("config", "shape", "dtype", "std"), TRITON_CASES.values(), ids=TRITON_CASES
+)
+def test_on_triton(config, shape, dtype, std, backend):
+    args = arguments(dtype, shape, std)
+    y = on_triton(backend, args, config)
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    assert_within_twice_eager_or_spacing(y, eager(*args), oracle(*args))
+
+
+@each_triton
+@pytest.mark.parametrize("config", [SQUARES, PIXELS])
+def test_shared_skips_on_triton(config, backend):
+    args = arguments(torch.bfloat16, (4, 2, 1, 1, 5, 6, 4, 3))
+    y = on_triton(backend, args, config)
+    assert_within_twice_eager_or_spacing(y, eager(*args), oracle(*args))
+
+
+@each_triton
+@pytest.mark.parametrize("config", [SQUARES, PIXELS])
+def test_any_strides_on_triton(config, backend):
+    """Channels first, part of a wider tensor, every second row."""
+    x, skip, *rest = arguments(torch.bfloat16, (2, 2, 1, 2, 5, 6, 4, 3))
+    want = on_triton(backend, (x, skip, *rest), config)
+    first = [t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for t in (x, skip)]
+    wide = [torch.cat((t, t + 1), -1).repeat_interleave(2, 1)[:, ::2] for t in (x, skip)]
+    for views in (first, [t[..., : t.shape[-1] // 2] for t in wide]):
+        assert_bitwise(on_triton(backend, (*views, *rest), config), want)
+
+
+@each_triton
+@pytest.mark.parametrize(
+    ("config", "beside"), [(SQUARES, 2), (SQUARES, 4), (PIXELS, 4)], ids=["packed", "", "pixels"]
+)
+def test_not_finite_on_triton(config, beside, backend):
+    """An infinity of x becomes one of u's, of either sign, so that the result may be NaN or not."""
+    for which, at in ((0, (0, 1, 1)), (1, (0, 3, 2)), (1, (0, 0, 5))):
+        args = arguments(torch.bfloat16, (1, 1, 2, 3, 3, 4, beside, 5))
+        args[which][at][1] = torch.inf if at[1] == 0 else torch.nan
+        y, want = on_triton(backend, args, config), eager(*args)
+        assert torch.equal(y.isfinite(), want.isfinite())
+        assert not want.isfinite().all()
+        if at[1] != 0:
+            assert torch.equal(y.isnan(), want.isnan())
+
+
+@each_triton
+def test_refusals_of_triton(backend):
+    launcher(OP, backend)
+    why_not = pytest.importorskip("pixeldiff.triton_kernels.local_decoder_up").why_not
+    args = arguments(torch.float32, (1, 1, 1, 1, 3, 4, 2, 5))
+    assert why_not(*args) is None
+    assert why_not(*(a.double() for a in args)) == (
+        "takes float32, bfloat16, float16, got torch.float64"
+    )
+
+
+# Ci, Cu, Cs, Co
+LEVELS = [
+    (16, 16, 16, 16),
+    (16, 16, 3, 16),
+    (32, 32, 32, 16),
+    (64, 64, 64, 32),
+    (512, 256, 256, 128),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", LEVELS)
+@pytest.mark.parametrize("size", [(128, 160), (33, 17)])
+def test_released_widths_on_triton_gpu(size, channels):
+    args = arguments(torch.bfloat16, (2, 1, *size, *channels))
+    y = on_triton("triton-gpu", args)
+    assert_within_twice_eager(y, eager(*args), oracle(*args))
+
+
+@pytest.mark.gpu
+def test_every_candidate_on_triton_gpu():
+    launch, device = launcher(OP, "triton-gpu")
+    module = pytest.importorskip("pixeldiff.triton_kernels.local_decoder_up")
+    for channels in LEVELS:
+        args = arguments(torch.bfloat16, (1, 1, 32, 32, *channels))
+        for config in module.candidates(*args):
+            y = launch(*on(device, args), config=config).cpu()
+            assert_within_twice_eager(y, eager(*args), oracle(*args))
+
+
+@pytest.mark.gpu
+def test_captured_on_triton_gpu():
+    launch, device = launcher(OP, "triton-gpu")
+    for channels in LEVELS:
+        check_captures(launch, *on(device, arguments(torch.bfloat16, (2, 1, 32, 48, *channels))))
+
+
+# --- Triton without a GPU -------------------------------------------------------------------------
+
+
+def test_triton_in_interpreter():
+    harness.run_in_interpreter(__file__)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("level", [0, 1, 2, 4])
+def test_triton_compiles_ahead_of_time(level, target):
+    """At 4096 x 4096 in bf16."""
+    module = pytest.importorskip("pixeldiff.triton_kernels.local_decoder_up")
+    args = aot.released(OP, system="l2p", patch=64, level=level)
+    for kernel in aot.compile_launch(lambda: module.launch(*args), target):
+        aot.assert_lean(kernel, tensor_cores=kernel.name != "sum_taps_kernel")
+        if kernel.name == "up_squares_kernel":
+            assert "ld.global.v4.b32" in kernel.ptx
+            assert "st.global.v4.b32" in kernel.ptx
+        if kernel.name in ("raise_kernel", "join_kernel"):
+            assert kernel.ptx.count("cp.async.cg.shared.global") >= 2  # 16 bytes each
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_triton_compiles_three_channels_of_skip(target):
+    """The outermost level at 8192 x 8192."""
+    module = pytest.importorskip("pixeldiff.triton_kernels.local_decoder_up")
+    x, _, *up, weight, bias = aot.released(OP, system="l2p", patch=128)
+    skip = x.new_empty((1, 8192, 8192, 3))
+    args = (x, skip, *up, weight[:, :19], bias)
+    for kernel in aot.compile_launch(lambda: module.launch(*args), target):
+        aot.assert_lean(kernel, tensor_cores=True)
+
+
+def test_triton_compiles_for_fp32():
+    module = pytest.importorskip("pixeldiff.triton_kernels.local_decoder_up")
+    args = aot.released(OP, torch.float32, system="l2p", patch=64)
+    for kernel in aot.compile_launch(lambda: module.launch(*args), 90):
+        aot.assert_lean(kernel)
+        assert not kernel.tensor_cores  # TF32 would be
+
+
+@pytest.mark.parametrize(("level", "launches"), [(0, 2), (4, 3)])
+def test_triton_compiles_once_for_all_sizes(level, launches):
+    calls = [
+        aot.released(OP, system="l2p", patch=64, level=level, grid=grid)
+        for grid in ((64, 64), (64, 32), (3, 5), (1, 1))
+    ]
+    aot.check_compiles_once(OP, calls, launches=launches, compilations=launches)
