@@ -208,6 +208,7 @@ CPU_SHAPES = {
     "one-strip": (1, 2, 120, 16, 32),
     "channels-first": (1, 8, 26, 64, 5),
     "wide": (1, 4, 6, 130, 67),
+    "long-sums": SHAPES["inner"],
 }
 
 
@@ -219,7 +220,8 @@ def test_cpu_every_instruction_set(dtype, shape, std, isa):
     launch, _ = launcher(OP, f"cpu-{isa}")
     args = arguments(dtype, shape, std)
     got = launch(*args)
-    check(got, args, assert_within_twice_eager_or_spacing)
+    odd = shape != SHAPES["inner"]
+    check(got, args, assert_within_twice_eager_or_spacing if odd else assert_within_twice_eager)
     skip, pooled = got
     assert_bitwise(pooled, skip.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).amax((2, 4)))
 
