@@ -263,9 +263,9 @@ def test_tilings_that_cannot_be(tiling, message):
 def cut(monkeypatch) -> list[Tiling]:
     seen, decode = [], bands.decode
 
-    def recorded(net, x, features, tiling):
+    def recorded(net, x, features, tiling, guidance=None):
         seen.append(tiling)
-        return decode(net, x, features, tiling)
+        return decode(net, x, features, tiling, guidance)
 
     monkeypatch.setattr(bands, "decode", recorded)
     return seen
