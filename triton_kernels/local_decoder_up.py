@@ -427,7 +427,8 @@ def heuristic(
     weight: Tensor,
     bias: Tensor,
 ) -> Config:
-    if not composes(x, skip, up_weight, weight):
+    beside = skip.shape[3]
+    if not (composes(x, skip, up_weight, weight) and convolution.joins(capability, beside)):
         return convolution.wide(capability, x.dtype, weight.shape[0])
     # 64 squares for 4 warps: one product of the tensor cores has their rows, and four blocks share
     # a processor. Of packed channels, whose loads give a thread a square, 128.
