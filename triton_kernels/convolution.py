@@ -104,6 +104,12 @@ def wide_candidates(dtype: torch.dtype, channels: int) -> list[Config]:
     return few
 
 
+def joins(capability: tuple[int, int], channels: int) -> bool:
+    """Whether the form of squares compiles for these channels: for 10.0 Triton 3.7 cannot place an
+    operand that was joined, as a packed one is."""
+    return not (packed(channels) and capability[0] in (10, 11))
+
+
 @triton.jit
 def silu(x, dtype: tl.constexpr):
     """x / (1 + exp(-x)), for a result that is rounded to `dtype`."""

@@ -167,6 +167,8 @@ def heuristic(capability: tuple[int, int], x: Tensor, weight: Tensor, bias: Tens
     after, before = weight.shape[:2]
     if weight.dtype == torch.float32 or before > MAX_SQUARES[0] or after > MAX_SQUARES[1]:
         return convolution.wide(capability, weight.dtype, after)
+    if not convolution.joins(capability, before):
+        return Config(False, 8, 16, convolution.block(after), 16, 4, 3)
     # 64 squares for 4 warps: four warps' worth of rows for the tensor cores, and few enough sums a
     # thread for several blocks a processor. Of packed channels, whose loads give a thread a square
     # and which have the sums of one pixel at a time, 128.

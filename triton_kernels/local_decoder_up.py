@@ -1,14 +1,14 @@
 """silu(conv3x3([u, skip]) + bias), u = conv3x3(x doubled) + up_bias, in Triton.
 
 Bytes: H*W*(B*Ci/4 + S*Cs + B*Co)*sizeof(x). L2P at 4096 in bf16, level 0 (16 channels everywhere):
-1.21 GB, 0.40 ms at 3.0 TB/s; unfused u and the doubled x alone are 1.6 GB more. Level 1 (32): 0.10 +
-0.27 + 0.13 GB, 0.17 ms. Times are floors; nothing has been measured yet.
+1.21 GB, 0.40 ms at 3.0 TB/s; unfused u and the doubled x alone are 1.6 GB more. Level 1 (32):
+0.07 + 0.27 + 0.13 GB, 0.16 ms. Times are floors; nothing has been measured yet.
 
 Few channels (up to 32, of the result 16): squares of the result (convolution.py), without u.
 Between the two convolutions is no activation, so that as far as u goes they are one: each of the
 four pixels of a square is a 3x3 convolution of the x around it, 9*Ci*4*Co multiply-adds a square,
-where the four phases and the second convolution would take 16*Ci*Cu + 36*Cu*Co; with Ci = Cu that is
-the phases for nothing, and u is never made, in memory or anywhere. At the image's edge u is zero
+where the four phases and the second convolution would take 16*Ci*Cu + 36*Cu*Co; with Ci = Cu that
+is the phases for nothing, and u is never made, in memory or anywhere. At the image's edge u is zero
 outside and not what the composed kernel would find there, so that the first and last rows and
 columns have compositions of their own, 9 kinds of squares in all. compose_kernel makes them at
 every call, in fp32 with one rounding, which replaces eager's rounding of u: 0.02 GFLOP at level 0.
@@ -427,7 +427,8 @@ def heuristic(
     weight: Tensor,
     bias: Tensor,
 ) -> Config:
-    if not composes(x, skip, up_weight, weight):
+    beside = skip.shape[3]
+    if not (composes(x, skip, up_weight, weight) and convolution.joins(capability, beside)):
         return convolution.wide(capability, x.dtype, weight.shape[0])
     # 64 squares for 4 warps: one product of the tensor cores has their rows, and four blocks share
     # a processor. Of packed channels, whose loads give a thread a square, 128.

@@ -60,8 +60,8 @@ def local_decoder_down(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor,
         ValueError: shape or device. TypeError: dtype. NotImplementedError: a forced backend cannot
         run; says why.
 
-    Backends: triton, cpu (fp32, bf16, fp16; fewer than 128 channels on a side), reference. Gradients:
-    through the reference.
+    Backends: triton, cpu (fp32, bf16, fp16; fewer than 128 channels on a side), reference.
+    Gradients: through the reference.
     Cost: 18*B*H*W*Ci*Co FLOPs; B*H*W*(Ci*sizeof(x) + 1.25*Co*sizeof(weight)) bytes. At full
     resolution (3 or 16 channels) bandwidth-bound.
     Source: L2P (arXiv 2605.12013), encoder half of the local decoder.

@@ -78,8 +78,8 @@ def local_decoder_up(
         ValueError: shape or device. TypeError: dtype. NotImplementedError: a forced backend cannot
         run; says why.
 
-    Backends: triton, cpu (fp32, bf16, fp16; up to about 128 channels), reference. Gradients: through the
-    reference.
+    Backends: triton, cpu (fp32, bf16, fp16; up to about 128 channels), reference.
+    Gradients: through the reference.
     Cost: 18*H*W*(B*Ci*Cu + B*Cu*Co + S*Cs*Co) FLOPs and H*W*(B*Ci/4 + S*Cs + B*Co)*sizeof(x) bytes.
     At full resolution (16 channels) bandwidth-bound. The first product takes 8 in place of 18 as
     four 2x2 convolutions of x, one for each parity of row and column, whose taps are sums of those

@@ -380,8 +380,9 @@ def test_not_finite_on_triton(config, channels, backend):
     x, weight, bias = arguments(torch.bfloat16, (1, 8, 16, channels, 5))
     x[0, 0, 0, 1], x[0, 5, 6, 2], x[0, 6, 12, 0] = torch.nan, torch.inf, -torch.inf
     got = on_triton(backend, (x, weight, bias), config)
-    for y, want in zip(got, eager(x, weight, bias), strict=True):
-        check_not_finite_like(y, want)
+    # In fp32, as PyTorch's own bf16 convolution on a CPU multiplies infinities by zeros of padding.
+    for y, want in zip(got, eager(x.float(), weight.float(), bias.float()), strict=True):
+        check_not_finite_like(y, want.bfloat16())
 
 
 @each_triton
