@@ -3,8 +3,8 @@
 //
 // FLOPs: 4*B*L*S*G*d; exponentials: B*L*S*G; bytes: 2*(2*B*L + 2*B*S)*G*d. PiD at 2048 (16684 rows, 24
 // heads of 64): 1.71 TFLOP, 2.14 ms at 798 TFLOP/s; 6.68 G exponentials, 1.80 ms of the special
-// function units, 1.35 ms with a quarter of them on the FMA units; 0.21 GB, 0.07 ms at 3.0 TB/s. Compute
-// bound; 14 calls are 30 of a step's 77 ms. Not yet measured; predicted 2.7 ms, 630 TFLOP/s.
+// function units, 1.58 ms with an eighth of them on the FMA units; 0.21 GB, 0.07 ms at 3.0 TB/s. Compute
+// bound; 14 calls are 30 of a step's 77 ms. Not yet measured; predicted 3.0 ms, 570 TFLOP/s.
 #include "attention/launch_sm90.h"
 #include "attention/sm90.h"
 #include "check.h"

@@ -17,8 +17,9 @@ BLOCK = 128  # rows of a tile
 @pytest.fixture(scope="module")
 def lib():
     loaded = library("layouts.cpp")
-    for name in ("k_major", "n_major"):
+    for name in ("k_major", "n_major", "advance"):
         getattr(loaded, name).restype = ctypes.c_uint64
+    loaded.advance.argtypes = (ctypes.c_uint64, ctypes.c_uint32)
     return loaded
 
 
@@ -88,12 +89,14 @@ def test_descriptors_find_what_was_copied(lib, channels, width):
     for first in range(0, channels, 16):  # 16 channels of Q or K, all rows
         at = start + first * 2 // width * panel + first * 2 % width
         for rows in (0, 64):  # the second warpgroup's queries
-            descriptor = lib.k_major(at + rows * width, width)
+            descriptor = lib.advance(lib.k_major(start, width), at - start + rows * width)
+            assert descriptor == lib.k_major(at + rows * width, width)
             for row, k in product(range(64), range(16)):
                 want = copied_to(start, rows + row, first + k, width)
                 assert k_major_at(descriptor, row, k) == want
     for first in range(0, BLOCK, 16):  # 16 rows of V, all channels
-        descriptor = lib.n_major(start + first * width, width, panel)
+        descriptor = lib.advance(lib.n_major(start, width, panel), first * width)
+        assert descriptor == lib.n_major(start + first * width, width, panel)
         for column, k in product(range(channels), range(16)):
             assert mn_major_at(descriptor, column, k) == copied_to(start, first + k, column, width)
 

@@ -235,26 +235,28 @@ struct Sm90Attention {
 
   // S = Q K^T: both lie with the channels side by side.
   PIXELDIFF_DEVICE void multiply_keys(int consumer, int stage, float (&s)[kLogits]) {
+    const uint32_t rows = consumer * 64 * Tile::kRowBytes;
+    const uint64_t q = hopper::k_major(m.address(Tile::q + rows), Tile::kRowBytes);
+    const uint64_t k = hopper::advance(hopper::k_major(m.address(Tile::k(0)), Tile::kRowBytes),
+                                       stage * Tile::kTileBytes);
     PIXELDIFF_UNROLL
     for (int channel = 0; channel < kChannels; channel += 16) {
-      const uint32_t at =
-          channel / Tile::kPanel * Tile::kPanelBytes + channel % Tile::kPanel * 2;
-      const uint32_t rows = consumer * 64 * Tile::kRowBytes;
-      m.template wgmma_shared<kBf16>(
-          s, hopper::k_major(m.address(Tile::q + rows + at), Tile::kRowBytes),
-          hopper::k_major(m.address(Tile::k(stage) + at), Tile::kRowBytes), channel > 0);
+      const uint32_t at = channel / Tile::kPanel * Tile::kPanelBytes + channel % Tile::kPanel * 2;
+      m.template wgmma_shared<kBf16>(s, hopper::advance(q, at), hopper::advance(k, at),
+                                     channel > 0);
     }
   }
 
   // O += P V: the weights from registers, V with its channels side by side too, which are N here.
   PIXELDIFF_DEVICE void multiply_values(int stage, const uint32_t (&weights)[kLogits / 2],
                                         float (&o)[kOutputs]) {
+    const uint64_t v = hopper::advance(
+        hopper::n_major(m.address(Tile::v(0)), Tile::kRowBytes, Tile::kPanelBytes),
+        stage * Tile::kTileBytes);
     PIXELDIFF_UNROLL
     for (int key = 0; key < kKeys; key += 16)
-      m.template wgmma_registers<kBf16>(
-          o, &weights[key / 4],
-          hopper::n_major(m.address(Tile::v(stage) + key * Tile::kRowBytes), Tile::kRowBytes,
-                          Tile::kPanelBytes));
+      m.template wgmma_registers<kBf16>(o, &weights[key / 4],
+                                        hopper::advance(v, key * Tile::kRowBytes));
   }
 
   PIXELDIFF_DEVICE void round(const float (&s)[kLogits], uint32_t (&weights)[kLogits / 2]) {

@@ -19,8 +19,10 @@ constexpr float kSlack = 8.0f;
 // product that is not; the difference is then taken first.
 constexpr float kNear = 4096.0f;
 
-// Of 8 logits of a thread, two of each row, those of a quarter are exponentiated on the FMA units.
-PIXELDIFF_HOST_DEVICE constexpr bool by_polynomial(int i) { return i % 8 == 1 || i % 8 == 6; }
+// Of 16 logits of a thread, one of each row is exponentiated on the FMA units. A polynomial takes 9
+// instructions where the special-function units take one and 8 clocks: with an eighth, both finish
+// before the tensor cores do (docs/kernels/attention.md); with a quarter, issuing would be the wall.
+PIXELDIFF_HOST_DEVICE constexpr bool by_polynomial(int i) { return i % 16 == 1 || i % 16 == 14; }
 
 template <int kKeys>
 struct Softmax {

@@ -19,6 +19,9 @@ uint64_t k_major(uint32_t start, uint32_t width) { return hopper::k_major(start,
 uint64_t n_major(uint32_t start, uint32_t width, uint32_t panel_bytes) {
   return hopper::n_major(start, width, panel_bytes);
 }
+uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+  return hopper::advance(descriptor, bytes);
+}
 
 int accumulator_row(int warp, int lane, int i) {
   return hopper::accumulator_row(warp, lane, hopper::accumulator_half(i));
