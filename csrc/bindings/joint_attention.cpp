@@ -59,13 +59,14 @@ void joint_attention_cpu(AttentionSizes sizes, int dtype, HeadsTuple q, HeadsTup
 }
 
 #ifdef PIXELDIFF_SM90
-void joint_attention_cuda(AttentionSizes sizes, int dtype, HeadsTuple q, HeadsTuple k,
-                          HeadsTuple v, Address o, float scale, MaskTuple key_mask, Address lse,
-                          int device, Address stream) {
+void joint_attention_cuda(AttentionSizes sizes, int dtype, HeadsTuple q, HeadsTuple k, HeadsTuple v,
+                          Address o, float scale, MaskTuple key_mask, Address lse, int device,
+                          Address stream) {
   if (is_empty(sizes)) return;
   const auto args = to_args(sizes, dtype, q, k, v, o, scale, key_mask, lse);
   if (args.dtype == DType::f32) throw std::invalid_argument("fp32 has no such kernel");
-  if (args.d % 8 || args.d > 128) throw std::invalid_argument("d must be a multiple of 8 up to 128");
+  if (args.d % 8 || args.d > 128)
+    throw std::invalid_argument("d must be a multiple of 8 up to 128");
   py::gil_scoped_release unlocked;
   cuda::joint_attention(args, device, reinterpret_cast<void*>(stream));
 }

@@ -105,18 +105,21 @@ def test_descriptors_find_what_was_copied(lib, channels, width):
 
 
 def test_accumulator_fragment(lib):
-    """"Register Fragments for wgmma.mma_async.m64nNk16, D": warp w, lane, d[i]."""
+    """ "Register Fragments for wgmma.mma_async.m64nNk16, D": warp w, lane, d[i]."""
     seen = set()
     for warp, lane, i in product(range(4), range(32), range(64)):
         row = 16 * warp + lane // 4 + (8 if i % 4 >= 2 else 0)
         column = i // 4 * 8 + lane % 4 * 2 + i % 2
-        assert (lib.accumulator_row(warp, lane, i), lib.accumulator_column(lane, i)) == (row, column)
+        assert (lib.accumulator_row(warp, lane, i), lib.accumulator_column(lane, i)) == (
+            row,
+            column,
+        )
         seen.add((row, column))
     assert seen == set(product(range(64), range(128)))
 
 
 def test_operand_fragment_is_an_accumulator(lib):
-    """A of m64nNk16: a[i] at row groupID (+ 8 where i is 2, 3, 6, 7), column 2 tid + i % 2 (+ 8)."""
+    """A of m64nNk16: a[i] at row groupID, 8 below where i is 2, 3, 6, 7; column 2 tid + i % 2."""
     for k, lane, i in product(range(8), range(32), range(8)):
         row = lane // 4 + (8 if i in (2, 3, 6, 7) else 0)
         column = lane % 4 * 2 + i % 2 + (8 if i >= 4 else 0)
@@ -129,7 +132,7 @@ def test_operand_fragment_is_an_accumulator(lib):
 
 
 class Barrier:
-    """mbarrier: phases are counted; a wait for a parity ends when the phase under way has another."""
+    """mbarrier: a wait for a parity ends when the phase under way has the other one."""
 
     def __init__(self):
         self.phase = 0
@@ -191,7 +194,7 @@ def test_shared_memory_fits(lib):
     for channels, row_bytes in ((64, 128), (80, 32), (128, 128)):
         total, stages, row, tile = integers(lib.shared_memory, channels, count=4)
         assert (row, tile) == (row_bytes, 128 * channels * 2)
-        assert 2 <= stages
+        assert stages >= 2
         assert (1 + 2 * stages) * tile < total <= 227 * 1024
 
 

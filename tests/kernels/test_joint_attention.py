@@ -627,7 +627,7 @@ def test_lse_not_finite(dtype, backend):
     assert_bitwise(lse[:, clean], want)
 
 
-# --- the kernels for a GPU ----------------------------------------------------------------------------
+# --- the kernels for a GPU ------------------------------------------------------------------------
 
 # Around every boundary: tiles of 128 queries and of 16, 32 and 64 keys; both parts of a head dim.
 EDGES = {

@@ -4,19 +4,16 @@ op's own cases on it, on the emulator and on a GPU."""
 
 import re
 import shutil
-import subprocess
 
-import emulated
 import pytest
 import torch
-from bench.aot import _tool
 from emulated import EmulatorError, attention, barriers_of
-from harness import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rules import Draw, assert_bitwise, assert_within_twice_eager
 from test_joint_attention import eager, eager_lse, masks, oracles
 
+from bench.ptxas import Source, compile_source
 from pixeldiff.ops.cuda import joint_attention as backend
 
 DIMS = (64, 72, 128)
@@ -127,26 +124,24 @@ FAULTS = {
 @dims
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_faults_are_noticed(d, fault):
-    """In most orders: by the emulator, or because the result is wrong."""
+    """In some order of a few: by the emulator, or because the result is wrong."""
     kind, barrier = fault
     q, k, v = arguments(d, 130, 700, heads=1)
     mask = masks(1, 700)["scattered"] if barrier == "v_clean" or kind == "no-proxy-fence" else None
     if mask is not None:
         v[~mask] = torch.nan
     where = barriers_of(d)[barrier] if barrier else (0, 0)
-    noticed = 0
-    for seed in range(3):
+    want, _ = oracles(q, k, torch.nan_to_num(v), key_mask=mask)
+    for seed in range(16):
         try:
             o, _ = attention(
                 q, k, v, key_mask=mask, blocks=1, seed=seed, fault=kind, barriers=where
             )
         except EmulatorError:
-            noticed += 1
-            continue
-        want, _ = oracles(q, k, torch.nan_to_num(v), key_mask=mask)
-        error = (o.double() - torch.from_numpy(want)).abs().max()
-        noticed += not error < 0.02
-    assert noticed >= 2
+            return
+        if not (o.double() - torch.from_numpy(want)).abs().max() < 0.02:
+            return
+    pytest.fail("sixteen runs went by as if nothing were wrong")
 
 
 def test_a_deadlock_says_who_waits():
@@ -190,40 +185,35 @@ def test_why_not():
 
 
 @pytest.fixture(scope="module", params=["true", "false"], ids=["bf16", "fp16"])
-def compiled(request, tmp_path_factory):
-    """(what the assembler reports, machine code)"""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+def compiled(request):
+    """(kernels for 128, 64 and 80 channels, what the compiler said)"""
+    if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    cubin = tmp_path_factory.mktemp("sm90") / "kernel.cubin"
-    source = ROOT / "csrc" / "cuda" / "joint_attention_sm90.cu"
-    command = [nvcc, "-std=c++17", "-O3", "-cubin", "-Xptxas=-v", f"-DPIXELDIFF_BF16={request.param}"]
-    command += ["-gencode=arch=compute_90a,code=sm_90a", "-o", str(cubin), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr, _tool("nvdisasm", "-c", cubin)
+    pytest.importorskip("triton", reason="brings the disassembler")
+    definition = f"PIXELDIFF_BF16={request.param}"
+    kernels, said = compile_source(Source("joint_attention_sm90.cu", definition=definition), "90a")
+    names = [f"joint_attention_sm90_kernel<{n}, {request.param}>" for n in (128, 64, 80)]
+    assert [k.name for k in kernels] == names
+    return kernels, said
 
 
 def test_registers(compiled):
     """No spills; the block's 384 threads start with 168 registers each, and then trade them."""
-    report, _ = compiled
-    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", report) == [("0", "0")] * 3
-    assert re.findall(r"Used (\d+) registers", report) == ["168"] * 3
-    assert 128 * 56 + 256 * 224 <= 65536
+    kernels, said = compiled
+    for kernel in kernels:
+        assert (kernel.registers, kernel.stack, kernel.spills) == (168, 0, 0)
+    assert 128 * 56 + 256 * 224 <= 384 * 168 <= 65536
     # setmaxnreg ignored, or products that wait for each other.
-    assert "C7508" not in report
-    assert "C7510" not in report
-    assert "serializ" not in report
+    assert "C7508" not in said
+    assert "C7510" not in said
+    assert "serializ" not in said
 
 
 def test_instructions(compiled):
-    """The tensor cores and the copy engine of Hopper, and an eighth of the exponentials elsewhere."""
-    _, sass = compiled
-    kernels = re.split(r"\n\.text\.", sass)[1:]
-    assert len(kernels) == 3
-    for kernel, channels in zip(kernels, (128, 80, 64), strict=True):
+    """Hopper's tensor cores and copy engine, and an eighth of the exponentials elsewhere."""
+    for kernel, channels in zip(compiled[0], (128, 64, 80), strict=True):
         count = {
-            name: len(re.findall(rf"\b{name}\b", kernel))
+            name: len(re.findall(rf"\b{name}\b", kernel.sass))
             for name in ("HGMMA", "UTMALDG", "USETMAXREG", "STL", "LDL", "LDSM", "HMMA")
         }
         # In the first step, in the others, and after the last.
@@ -233,6 +223,4 @@ def test_instructions(compiled):
         assert count["USETMAXREG"] == 2
         assert count["STL"] == count["LDL"] == count["LDSM"] == count["HMMA"] == 0
         # 64 logits a thread, in the first step and in the others, and two factors in each.
-        assert len(re.findall(r"MUFU\.EX2", kernel)) == 2 * (56 + 2)
-
-
+        assert len(re.findall(r"MUFU\.EX2", kernel.sass)) == 2 * (56 + 2)

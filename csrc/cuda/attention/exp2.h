@@ -30,13 +30,14 @@ PIXELDIFF_HOST_DEVICE float float_of(uint32_t bits) {
 #endif
 }
 
-// For x <= 127, with a relative error of 3e-6 at most. Rounding a weight to bf16 adds 2e-3 and degree
-// 3, with 1e-4, would do for that; but the weights are also summed, and the log-sum-exp is fp32. 1 at
-// 0 exactly; 0 from -127 down, -inf included. Of a NaN it makes a number: who calls sees to that.
+// For x <= 127, with a relative error of 3e-6 at most. Rounding a weight to bf16 adds 2e-3 and
+// degree 3, with 1e-4, would do for that; but the weights are also summed, and the log-sum-exp is
+// fp32. 1 at 0 exactly; 0 from -127 down, -inf included. Of a NaN it makes a number: who calls sees
+// to that.
 //
-// x = n + r with r in [-1/2, 1/2]: adding 1.5 * 2^23 leaves n in the low bits of the sum, from where
-// it is shifted into the exponent of a polynomial in r, of least relative error with 1 at 0. Between
-// -127 and -126 the exponent wraps to that of a subnormal: off, but below 2^-126.
+// x = n + r with r in [-1/2, 1/2]: adding 1.5 * 2^23 leaves n in the low bits of the sum, from
+// where it is shifted into the exponent of a polynomial in r, of least relative error with 1 at 0.
+// Between -127 and -126 the exponent wraps to that of a subnormal: off, but below 2^-126.
 PIXELDIFF_HOST_DEVICE float exp2_polynomial(float x) {
   constexpr float kShift = 12582912.0f;
   x = fmaxf(x, -127.0f);

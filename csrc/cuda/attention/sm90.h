@@ -2,14 +2,16 @@
 //
 // FLOPs, bytes and the time they take: docs/kernels/attention.md.
 //
-// M is the machine it runs on: the GPU (hopper/device.cuh), or the emulator of the tests, which runs
-// this very text on a CPU. Everything a thread does to shared memory, to barriers or to other
+// M is the machine it runs on: the GPU (hopper/device.cuh), or the emulator of the tests, which
+// runs this very text on a CPU. Everything a thread does to shared memory, to barriers or to other
 // threads goes through it.
 //
-//   warpgroup 0   one thread loads: Q of a tile, then K and V of its steps, into rings of stages. If
+//   warpgroup 0   one thread loads: Q of a tile, then K and V of its steps, into rings of stages.
+//   If
 //                 there is a mask, another warp clears the rows of V that it leaves out, which may
 //                 hold NaN, before they are multiplied by 0.
-//   1 and 2       64 rows of queries each. In a step j: issue S = Q K(j)^T and O += P V(j - 1); when S
+//   1 and 2       64 rows of queries each. In a step j: issue S = Q K(j)^T and O += P V(j - 1);
+//   when S
 //                 is there, make weights of it while O is still being added to; then rescale O if
 //                 the maximum moved, and round the weights to P.
 //
@@ -28,9 +30,9 @@ namespace pixeldiff::attention {
 
 struct Sm90Params {
   Schedule schedule;
-  int d;  // channels of a head, at most the kernel's
-  void* o;     // (B, L, G, d) contiguous, 16-bit
-  float* lse;  // (B, L, G) contiguous, or nullptr
+  int d;                    // channels of a head, at most the kernel's
+  void* o;                  // (B, L, G, d) contiguous, 16-bit
+  float* lse;               // (B, L, G) contiguous, or nullptr
   const uint8_t* key_mask;  // (B, S), or nullptr
   int64_t mask_stride_b;
   float scale;
@@ -42,8 +44,8 @@ struct Sm90Attention {
   using Tile = Sm90Tile<kChannels>;
   using Map = typename M::TensorMap;
   static constexpr int kWarps = 4 * kConsumers;
-  static constexpr int kLogits = kKeys / 2;                // of a thread, in a step
-  static constexpr int kOutputs = kChannels / 2;           // of a thread
+  static constexpr int kLogits = kKeys / 2;       // of a thread, in a step
+  static constexpr int kOutputs = kChannels / 2;  // of a thread
   static constexpr int kTurn = 1;  // named barrier of the first consumer; 0 is the block's
 
   M& m;
@@ -250,9 +252,9 @@ struct Sm90Attention {
   // O += P V: the weights from registers, V with its channels side by side too, which are N here.
   PIXELDIFF_DEVICE void multiply_values(int stage, const uint32_t (&weights)[kLogits / 2],
                                         float (&o)[kOutputs]) {
-    const uint64_t v = hopper::advance(
-        hopper::n_major(m.address(Tile::v(0)), Tile::kRowBytes, Tile::kPanelBytes),
-        stage * Tile::kTileBytes);
+    const uint64_t v =
+        hopper::advance(hopper::n_major(m.address(Tile::v(0)), Tile::kRowBytes, Tile::kPanelBytes),
+                        stage * Tile::kTileBytes);
     PIXELDIFF_UNROLL
     for (int key = 0; key < kKeys; key += 16)
       m.template wgmma_registers<kBf16>(o, &weights[key / 4],
@@ -276,8 +278,7 @@ struct Sm90Attention {
       const float sum = sums[half];
       const int row = at.row + 64 * consumer + hopper::accumulator_row(warp, lane, half);
       if (row >= p.schedule.L) continue;
-      const int64_t index =
-          (static_cast<int64_t>(at.b) * p.schedule.L + row) * p.schedule.G + at.g;
+      const int64_t index = (static_cast<int64_t>(at.b) * p.schedule.L + row) * p.schedule.G + at.g;
       const float inverse = sum == 0.0f ? 0.0f : m.reciprocal(sum);
       char* out = static_cast<char*>(p.o) + index * p.d * 2;
       PIXELDIFF_UNROLL

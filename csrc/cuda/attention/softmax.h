@@ -21,7 +21,8 @@ constexpr float kNear = 4096.0f;
 
 // Of 16 logits of a thread, one of each row is exponentiated on the FMA units. A polynomial takes 9
 // instructions where the special-function units take one and 8 clocks: with an eighth, both finish
-// before the tensor cores do (docs/kernels/attention.md); with a quarter, issuing would be the wall.
+// before the tensor cores do (docs/kernels/attention.md); with a quarter, issuing would be the
+// wall.
 PIXELDIFF_HOST_DEVICE constexpr bool by_polynomial(int i) { return i % 16 == 1 || i % 16 == 14; }
 
 template <int kKeys>
@@ -36,8 +37,8 @@ struct Softmax {
     total[0] = total[1] = 0.0f;
   }
 
-  // Replaces the logits by weights 2^((logit - most) * scale). Whether the maximum of any row of the
-  // warp moved; `factor` is then what each row's earlier weights are to be multiplied by.
+  // Replaces the logits by weights 2^((logit - most) * scale). Whether the maximum of any row of
+  // the warp moved; `factor` is then what each row's earlier weights are to be multiplied by.
   template <class M>
   PIXELDIFF_DEVICE bool weigh(M& m, float (&s)[kLogits], float scale, float (&factor)[2]) {
     float now[2];

@@ -1,5 +1,5 @@
-// A tensor map as the driver encodes it. The driver's function is an argument: nothing here is linked
-// against libcuda, and the tests bring their own.
+// A tensor map as the driver encodes it. The driver's function is an argument: nothing here is
+// linked against libcuda, and the tests bring their own.
 #pragma once
 
 #include <stdexcept>
@@ -26,9 +26,8 @@ inline void encode(EncodeTiled driver, const char* name, const TensorMapSpec& sp
     throw std::invalid_argument(std::string(name) + " " + reason);
   const uint32_t every[] = {1, 1, 1, 1};
   const int swizzle = spec.swizzle == 128 ? kSwizzle128 : kSwizzle32;
-  const int code =
-      driver(map, spec.bf16 ? kBfloat16 : kFloat16, 4, const_cast<void*>(spec.data), spec.size,
-             spec.stride, spec.box, every, 0, swizzle, kPromote256, 0);
+  const int code = driver(map, spec.bf16 ? kBfloat16 : kFloat16, 4, const_cast<void*>(spec.data),
+                          spec.size, spec.stride, spec.box, every, 0, swizzle, kPromote256, 0);
   if (code)
     throw std::runtime_error(std::string("cuTensorMapEncodeTiled of ") + name +
                              " failed with CUDA error " + std::to_string(code));

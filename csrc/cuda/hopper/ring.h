@@ -7,7 +7,8 @@ namespace pixeldiff::hopper {
 
 // The n-th use of a ring. A barrier's phases alternate between parity 0 and 1, and a wait for a
 // parity ends when the phase of that parity is over: the reader of use n waits for `full` with
-// `parity()`; the writer waits for `empty` with the other one, which before the first phase is over.
+// `parity()`; the writer waits for `empty` with the other one, which before the first phase is
+// over.
 template <int kStages>
 struct Ring {
   int stage = 0;

@@ -11,11 +11,11 @@ namespace pixeldiff::hopper {
 // heads, rows, images.
 struct TensorMapSpec {
   const void* data;
-  bool bf16;            // else fp16
-  uint64_t size[4];     // elements
-  uint64_t stride[3];   // bytes, of axes 1 to 3
-  uint32_t box[4];      // elements
-  uint32_t swizzle;     // bytes of a row of the box: 32 or 128
+  bool bf16;           // else fp16
+  uint64_t size[4];    // elements
+  uint64_t stride[3];  // bytes, of axes 1 to 3
+  uint32_t box[4];     // elements
+  uint32_t swizzle;    // bytes of a row of the box: 32 or 128
 };
 
 // One panel of `columns` channels by `rows` rows of one head. What lies outside is read as 0.

@@ -20,20 +20,20 @@ namespace pixeldiff::hopper {
 // clang-format on
 
 // A and B in shared memory, both with K side by side. Without `add`, D is overwritten.
-#define PIXELDIFF_SHARED(type)                                                   \
-  asm volatile(                                                                  \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                           \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type               \
-      " {" PIXELDIFF_NAMES_64 "}, %64, %65, add, 1, 1, 0, 0;\n}\n"               \
-      : PIXELDIFF_64(d)                                                          \
+#define PIXELDIFF_SHARED(type)                                                             \
+  asm volatile(                                                                            \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                                     \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" PIXELDIFF_NAMES_64 \
+      "}, %64, %65, add, 1, 1, 0, 0;\n}\n"                                                 \
+      : PIXELDIFF_64(d)                                                                    \
       : "l"(a), "l"(b), "r"(static_cast<int>(add)))
 
 // A in registers; B in shared memory with N side by side. Always added.
-#define PIXELDIFF_REGISTERS(type, n, regs, a0, a1, a2, a3, at)                    \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type     \
-               " {" PIXELDIFF_NAMES_##regs "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " \
-               at ", 1, 1, 1, 1;\n"                                               \
-               : PIXELDIFF_##regs(d)                                              \
+#define PIXELDIFF_REGISTERS(type, n, regs, a0, a1, a2, a3, at)                        \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type         \
+               " {" PIXELDIFF_NAMES_##regs "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " at \
+                                           ", 1, 1, 1, 1;\n"                          \
+               : PIXELDIFF_##regs(d)                                                  \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
 template <bool kBf16>

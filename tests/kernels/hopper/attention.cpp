@@ -47,13 +47,13 @@ void run(const Call& c) {
   const auto range = [](const void* p, int64_t bytes) {
     return std::make_pair(static_cast<const char*>(p), static_cast<const char*>(p) + bytes);
   };
-  ranges.writable = {range(c.o, c.B * c.L * c.G * c.d * 2), range(c.lse, c.lse ? c.B * c.L * c.G * 4 : 0)};
+  ranges.writable = {range(c.o, c.B * c.L * c.G * c.d * 2),
+                     range(c.lse, c.lse ? c.B * c.L * c.G * 4 : 0)};
   for (int64_t b = 0; c.mask && b < c.B; ++b)
     ranges.readable.push_back(range(c.mask + b * c.mask_stride_b, c.S));
   for (int block = 0; block < c.blocks; ++block) {
-    emulator::Block machine(attention::kThreads, Tile::kBarriers, block, c.blocks,
-                            c.seed + block, static_cast<emulator::Fault>(c.fault), c.low, c.high,
-                            ranges);
+    emulator::Block machine(attention::kThreads, Tile::kBarriers, block, c.blocks, c.seed + block,
+                            static_cast<emulator::Fault>(c.fault), c.low, c.high, ranges);
     machine.run([&](emulator::Thread& thread) {
       attention::Sm90Attention<emulator::Thread, kChannels, kBf16>{thread, params}.run(q, k, v);
     });
@@ -82,11 +82,11 @@ extern "C" int emulate_attention(const Call* c, char* message, int room) {
 extern "C" void attention_barriers(int d, int* out) {
   const auto fill = [&](auto tile) {
     using Tile = decltype(tile);
-    const uint32_t all[] = {Tile::q_full(),   Tile::q_empty(),   Tile::k_full(0),
-                            Tile::k_empty(0), Tile::v_full(0),   Tile::v_clean(0),
-                            Tile::v_empty(0), Tile::kStages};
+    const uint32_t all[] = {Tile::q_full(),  Tile::q_empty(),  Tile::k_full(0),  Tile::k_empty(0),
+                            Tile::v_full(0), Tile::v_clean(0), Tile::v_empty(0), Tile::kStages};
     std::copy(std::begin(all), std::end(all), out);
   };
-  d <= 64 ? fill(attention::Sm90Tile<64>{})
-          : d <= 80 ? fill(attention::Sm90Tile<80>{}) : fill(attention::Sm90Tile<128>{});
+  d <= 64   ? fill(attention::Sm90Tile<64>{})
+  : d <= 80 ? fill(attention::Sm90Tile<80>{})
+            : fill(attention::Sm90Tile<128>{});
 }

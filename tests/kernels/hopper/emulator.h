@@ -1,10 +1,11 @@
 // A block of threads on a CPU, for kernels written against csrc/cuda/hopper/device.cuh.
 //
 // Every thread is a fiber; which of them runs next, and when a copy or a product that was only
-// issued is carried out, is drawn from a seed. What a thread may not rely on is made to fail: a copy's
-// target holds NaN until its bytes arrive, an accumulator holds NaN until its product is done,
-// products read their operands late, ordinary stores stay unseen by the tensor cores until they
-// are published. Layouts are written here from the PTX ISA, not with the headers of the kernel.
+// issued is carried out, is drawn from a seed. What a thread may not rely on is made to fail: a
+// copy's target holds NaN until its bytes arrive, an accumulator holds NaN until its product is
+// done, products read their operands late, ordinary stores stay unseen by the tensor cores until
+// they are published. Layouts are written here from the PTX ISA, not with the headers of the
+// kernel.
 #pragma once
 
 #include <ucontext.h>
@@ -143,9 +144,7 @@ class Thread {
   bool any(bool x) { return ballot(x) != 0; }
   uint32_t ballot(bool x);
 
-  float max(float a, float b) const {
-    return a != a || b != b ? NAN : a > b ? a : b;
-  }
+  float max(float a, float b) const { return a != a || b != b ? NAN : a > b ? a : b; }
   float exp2(float x) const {
     const float y = std::exp2(x);
     return y < 1.17549435e-38f ? 0.0f : y;  // NaN stays
@@ -163,7 +162,8 @@ class Thread {
 
  private:
   const std::vector<uint32_t>& collect(uint32_t value);
-  void issue(int n, bool bf16, bool add, uint64_t a, uint64_t b, float* d, const uint32_t* fragment);
+  void issue(int n, bool bf16, bool add, uint64_t a, uint64_t b, float* d,
+             const uint32_t* fragment);
   void wait_products(int pending);
 
   Block& block_;
@@ -185,7 +185,10 @@ class Block {
         low_(low),
         high_(high),
         ranges_(ranges),
-        state_(seed * 2654435769u + 88172645463325252u),
+        state_(mixed(seed)),
+        slow_(draw(4)),
+        copies_wait_(slow_ == 1 || slow_ == 2 ? 400 : 1),
+        products_wait_(slow_ == 3 ? 400 : 1),
         generic_(shared_bytes / 2, kPoison),
         async_(shared_bytes / 2, kPoison),
         warps_(threads / 32),
@@ -210,8 +213,8 @@ class Block {
       const bool engine = !copies_.empty() || products_under_way_ > 0;
       if (ready_.empty() && !engine) fail("deadlock: " + where());
       if (engine && (ready_.empty() || draw(4) == 0)) {
-        advance_engines();
-        continue;
+        advance_engines(ready_.empty());
+        if (ready_.empty()) continue;
       }
       const int at = draw(static_cast<int>(ready_.size()));
       current_ = ready_[at];
@@ -272,8 +275,8 @@ class Block {
   };
 
   static void enter(unsigned low, unsigned high, int id) {
-    Block& block = *reinterpret_cast<Block*>(static_cast<uintptr_t>(low) |
-                                             static_cast<uintptr_t>(high) << 32);
+    Block& block =
+        *reinterpret_cast<Block*>(static_cast<uintptr_t>(low) | static_cast<uintptr_t>(high) << 32);
     try {
       Thread thread(block, id);
       (*block.kernel_)(thread);
@@ -284,6 +287,13 @@ class Block {
     }
     block.fibers_[id].done = true;
     swapcontext(&block.fibers_[id].context, &block.main_);
+  }
+
+  static uint64_t mixed(uint64_t seed) {
+    seed += 0x9e3779b97f4a7c15u;
+    seed = (seed ^ seed >> 30) * 0xbf58476d1ce4e5b9u;
+    seed = (seed ^ seed >> 27) * 0x94d049bb133111ebu;
+    return (seed ^ seed >> 31) | 1;
   }
 
   int draw(int below) {
@@ -352,13 +362,17 @@ class Block {
     return memory[offset / 2];
   }
 
-  void advance_engines() {
-    const int choices = static_cast<int>(copies_.size()) + products_under_way_;
-    const int chosen = draw(choices);
-    if (chosen < static_cast<int>(copies_.size()))
-      advance_copy(chosen);
-    else
+  void advance_engines(bool alone) {
+    const int copies = static_cast<int>(copies_.size());
+    const bool copy = copies && draw(copies_wait_) == 0;
+    const bool product = products_under_way_ && draw(products_wait_) == 0;
+    // Every other time the latest copy: the first ones then come last.
+    if (copy && (!product || draw(2)))
+      advance_copy(draw(2) ? copies - 1 : draw(copies));
+    else if (product || (alone && products_under_way_))
       advance_product(draw(static_cast<int>(warps_.size())));
+    else if (alone)
+      advance_copy(draw(copies));
   }
 
   void advance_copy(int index) {
@@ -423,9 +437,9 @@ class Block {
     const uint32_t mode = static_cast<uint32_t>(d >> 62);
     const uint32_t width = mode == 1 ? 128 : mode == 2 ? 64 : mode == 3 ? 32 : 0;
     if (!width) fail("a descriptor without a swizzle");
-    const uint32_t at =
-        k_major ? mn % 8 * width + mn / 8 * stride + k * 2
-                : mn % (width / 2) * 2 + mn / (width / 2) * leading + k % 8 * width + k / 8 * stride;
+    const uint32_t at = k_major ? mn % 8 * width + mn / 8 * stride + k * 2
+                                : mn % (width / 2) * 2 + mn / (width / 2) * leading +
+                                      k % 8 * width + k / 8 * stride;
     if (k_major && (start % width) + 32 > width) fail("16 elements of K beyond their row");
     return swizzled(start + at, width);
   }
@@ -480,6 +494,9 @@ class Block {
   uint32_t low_, high_;
   const Ranges& ranges_;
   uint64_t state_;
+  // One in so many chances is taken as long as anything else can go on: in half of the runs copies
+  // are slow, in a quarter products.
+  int slow_, copies_wait_, products_wait_;
   std::vector<uint16_t> generic_, async_;  // shared memory, as threads and as the engines see it
   std::vector<Warp> warps_;
   std::vector<Fiber> fibers_;
@@ -679,7 +696,8 @@ inline uint32_t Thread::ballot(bool x) {
 
 inline uint8_t Thread::load(const uint8_t* p) const {
   for (const auto& [from, to] : block_.ranges_.readable)
-    if (reinterpret_cast<const char*>(p) >= from && reinterpret_cast<const char*>(p) < to) return *p;
+    if (reinterpret_cast<const char*>(p) >= from && reinterpret_cast<const char*>(p) < to)
+      return *p;
   fail("a read outside of the mask");
 }
 inline void check_store(const Ranges& ranges, const void* p, size_t bytes) {

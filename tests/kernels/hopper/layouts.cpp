@@ -19,9 +19,7 @@ uint64_t k_major(uint32_t start, uint32_t width) { return hopper::k_major(start,
 uint64_t n_major(uint32_t start, uint32_t width, uint32_t panel_bytes) {
   return hopper::n_major(start, width, panel_bytes);
 }
-uint64_t advance(uint64_t descriptor, uint32_t bytes) {
-  return hopper::advance(descriptor, bytes);
-}
+uint64_t advance(uint64_t descriptor, uint32_t bytes) { return hopper::advance(descriptor, bytes); }
 
 int accumulator_row(int warp, int lane, int i) {
   return hopper::accumulator_row(warp, lane, hopper::accumulator_half(i));
@@ -76,8 +74,9 @@ int encode(hopper::EncodeTiled driver, const void* data, int bf16, const int64_t
            const int64_t* strides, int columns, int rows, void* map, char* message) {
   try {
     const Heads heads{data, strides[0], strides[1], strides[2]};
-    const auto spec = hopper::heads_map(heads, bf16, sizes[0], sizes[1], sizes[2], sizes[3],
-                                        static_cast<uint32_t>(columns), static_cast<uint32_t>(rows));
+    const auto spec =
+        hopper::heads_map(heads, bf16, sizes[0], sizes[1], sizes[2], sizes[3],
+                          static_cast<uint32_t>(columns), static_cast<uint32_t>(rows));
     hopper::encode(driver, "k", spec, map);
     return 0;
   } catch (const std::exception& e) {
