@@ -47,13 +47,13 @@ void launch(const JointAttentionArgs& a, hopper::EncodeTiled driver, int multipr
     return encoded;
   };
   const CUtensorMap q = map("q", a.q, a.L), k = map("k", a.k, a.S), v = map("v", a.v, a.S);
-  const auto kernel = joint_attention_sm90_kernel<kChannels, kBf16>;
-  check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes),
-      "joint_attention");
+  check(cudaFuncSetAttribute(joint_attention_sm90_kernel<kChannels, kBf16>,
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes),
+        "joint_attention");
   const int tiles = params.schedule.tiles();
-  kernel < <<tiles<multiprocessors ? tiles : multiprocessors, kThreads, Tile::kSharedBytes,
-                   stream>>>(params, q, k, v);
+  const int blocks = tiles < multiprocessors ? tiles : multiprocessors;
+  joint_attention_sm90_kernel<kChannels, kBf16>
+      <<<blocks, kThreads, Tile::kSharedBytes, stream>>>(params, q, k, v);
   check(cudaGetLastError(), "joint_attention");
 }
 

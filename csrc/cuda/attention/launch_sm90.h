@@ -12,5 +12,9 @@ namespace pixeldiff::attention {
 template <bool kBf16>
 void launch_sm90(const JointAttentionArgs& a, hopper::EncodeTiled driver, int multiprocessors,
                  cudaStream_t stream);
+template <>
+void launch_sm90<true>(const JointAttentionArgs&, hopper::EncodeTiled, int, cudaStream_t);
+template <>
+void launch_sm90<false>(const JointAttentionArgs&, hopper::EncodeTiled, int, cudaStream_t);
 
 }  // namespace pixeldiff::attention
