@@ -803,12 +803,27 @@ RELEASED = {
 }
 
 
+on_a_gpu = pytest.mark.parametrize("backend", ["triton-gpu", "cuda"])
+
+
+def launcher_for(backend, *args):
+    """As `launcher`, of a kernel that takes tensors like these."""
+    launch, device = launcher(OP, backend)
+    if backend == "cuda":
+        tensors = (t.to(device) for t in args)
+        why_not = import_module("pixeldiff.ops.cuda.joint_attention").why_not
+        skip_if(why_not(*tensors, 1.0, None, False))
+    return launch, device
+
+
 @pytest.mark.gpu
+@on_a_gpu
 @pytest.mark.parametrize("masked", [False, True], ids=["all-keys", "masked"])
 @pytest.mark.parametrize("shape", RELEASED.values(), ids=RELEASED)
-def test_triton_gpu_at_released_shapes(shape, masked):
+def test_at_released_shapes(shape, masked, backend):
     """All rows run; some of them are judged."""
-    launch, device = launcher(OP, "triton-gpu")
+    small = arguments(torch.bfloat16, (1, 1, 1, 1, shape[-1]))
+    launch, device = launcher_for(backend, *small)
     b, rows, keys, g, d = shape
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = torch.randn(
@@ -826,9 +841,11 @@ def test_triton_gpu_at_released_shapes(shape, masked):
 
 
 @pytest.mark.gpu
-def test_triton_gpu_under_graph_capture():
-    launch, device = launcher(OP, "triton-gpu")
-    args = [t.to(device) for t in arguments(torch.bfloat16, (1, 200, 300, 2, 72))]
+@on_a_gpu
+def test_under_graph_capture(backend):
+    args = arguments(torch.bfloat16, (1, 200, 300, 2, 72))
+    launch, device = launcher_for(backend, *args)
+    args = [t.to(device) for t in args]
     check_captures(launch, *args, 0.1, masks(1, 300)["scattered"].to(device), True)
 
 
