@@ -103,6 +103,17 @@ def test_one_huge_row_does_not_disturb_its_neighbours():
     assert o[:, 5].isfinite().all()
 
 
+def test_one_infinite_logit_makes_its_row_nan():
+    """At whichever key: the polynomial, which makes numbers of NaN, computes some of them."""
+    q, k, v = arguments(64, 16, 32, heads=32)
+    q[..., 0] = 1
+    for head in range(32):
+        k[0, head, head, 0] = torch.inf
+    o, lse = attention(q, k, v, return_lse=True)
+    assert o.isnan().all()
+    assert lse.isnan().all()
+
+
 # --- what goes wrong is noticed
 
 FAULTS = {
