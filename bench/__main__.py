@@ -248,6 +248,26 @@ def resources(
 
 
 @main.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="page, docs/kernels/cuda.md")
+@clean_errors
+def cuda_resources(output: Path | None) -> None:
+    """Registers of the kernels of csrc/cuda, as nvcc compiles them; needs no GPU."""
+    from pixeldiff.out_files import check_out_path, written_whole
+
+    from .ptxas import cell, document, measure
+
+    if output is not None:
+        check_out_path(output, ".md")
+    kernels = []
+    for kernel in measure():
+        kernels.append(kernel)
+        show.console.print(f"sm_{kernel.arch} {kernel.name}: {cell(kernel)}", markup=False)
+    if output is not None:
+        with written_whole([output]) as (partial,):
+            partial.write_text(document(kernels))
+
+
+@main.command()
 @click.option("--device", help="cpu or cuda; default: cuda where there is one")
 @click.option("--pictures", default=12, show_default=True, help="held-out drawn pictures")
 @click.option("--photographs", default=15, show_default=True, help="of those scikit-image carries")

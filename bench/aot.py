@@ -132,7 +132,7 @@ def _compile(r: Recorded, target: int) -> Compiled:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(out.asm["cubin"])
         usage = _tool("cuobjdump", "-res-usage", cubin)
-        sass = _tool("nvdisasm", "-c", cubin)
+        sass = machine_code(cubin)
     resources = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return Compiled(
         name=name,
@@ -145,6 +145,11 @@ def _compile(r: Recorded, target: int) -> Compiled:
         ptx=out.asm["ptx"],
         sass=sass,
     )
+
+
+def machine_code(cubin: Path) -> str:
+    """The disassembly of a compiled file."""
+    return _tool("nvdisasm", "-c", cubin)
 
 
 def _tool(name: str, *arguments: Any) -> str:

@@ -2,6 +2,9 @@
 
 #include "arguments.h"
 #include "bindings.h"
+#ifdef PIXELDIFF_SM90
+#include "../cuda/joint_attention.h"
+#endif
 
 namespace py = pybind11;
 
@@ -18,35 +21,64 @@ Heads to_heads(const char* name, HeadsTuple tuple) {
   return {reinterpret_cast<const void*>(address), stride_b, stride_n, stride_g};
 }
 
+bool is_empty(AttentionSizes sizes) {
+  const auto [B, L, S, G, d] = sizes;
+  if (B < 0 || L < 0 || S < 1 || G < 0 || d < 0)
+    throw std::invalid_argument("sizes must not be negative, and there must be a key");
+  return B == 0 || L == 0 || G == 0 || d == 0;
+}
+
+JointAttentionArgs to_args(AttentionSizes sizes, int dtype, HeadsTuple q, HeadsTuple k,
+                           HeadsTuple v, Address o, float scale, MaskTuple key_mask, Address lse) {
+  const auto [B, L, S, G, d] = sizes;
+  const auto [mask, mask_stride_b] = key_mask;
+  return {B,
+          L,
+          S,
+          G,
+          d,
+          to_dtype(dtype),
+          to_heads("q", q),
+          to_heads("k", k),
+          to_heads("v", v),
+          to_output("o", o),
+          scale,
+          reinterpret_cast<const uint8_t*>(mask),
+          mask_stride_b,
+          reinterpret_cast<float*>(lse)};
+}
+
 void joint_attention_cpu(AttentionSizes sizes, int dtype, HeadsTuple q, HeadsTuple k, HeadsTuple v,
                          Address o, float scale, MaskTuple key_mask, Address lse, int isa,
                          int threads) {
-  const auto [B, L, S, G, d] = sizes;
-  const auto [mask, mask_stride_b] = key_mask;
-  if (B < 0 || L < 0 || S < 1 || G < 0 || d < 0)
-    throw std::invalid_argument("sizes must not be negative, and there must be a key");
-  if (B == 0 || L == 0 || G == 0 || d == 0) return;
-  const JointAttentionArgs args{B,
-                                L,
-                                S,
-                                G,
-                                d,
-                                to_dtype(dtype),
-                                to_heads("q", q),
-                                to_heads("k", k),
-                                to_heads("v", v),
-                                to_output("o", o),
-                                scale,
-                                reinterpret_cast<const uint8_t*>(mask),
-                                mask_stride_b,
-                                reinterpret_cast<float*>(lse)};
+  if (is_empty(sizes)) return;
+  const auto args = to_args(sizes, dtype, q, k, v, o, scale, key_mask, lse);
   const cpu::Isa chosen = to_isa(isa);
   py::gil_scoped_release unlocked;
   cpu::joint_attention(args, chosen, threads);
 }
 
+#ifdef PIXELDIFF_SM90
+void joint_attention_cuda(AttentionSizes sizes, int dtype, HeadsTuple q, HeadsTuple k, HeadsTuple v,
+                          Address o, float scale, MaskTuple key_mask, Address lse, int device,
+                          Address stream) {
+  if (is_empty(sizes)) return;
+  const auto args = to_args(sizes, dtype, q, k, v, o, scale, key_mask, lse);
+  if (args.dtype == DType::f32) throw std::invalid_argument("fp32 has no such kernel");
+  if (args.d % 8 || args.d > 128)
+    throw std::invalid_argument("d must be a multiple of 8 up to 128");
+  py::gil_scoped_release unlocked;
+  cuda::joint_attention(args, device, reinterpret_cast<void*>(stream));
+}
+#endif
+
 }  // namespace
 
-void bind_joint_attention(py::module_& m) { m.def("joint_attention_cpu", &joint_attention_cpu); }
+void bind_joint_attention(py::module_& m) {
+  m.def("joint_attention_cpu", &joint_attention_cpu);
+#ifdef PIXELDIFF_SM90
+  m.def("joint_attention_cuda", &joint_attention_cuda);
+#endif
+}
 
 }  // namespace pixeldiff

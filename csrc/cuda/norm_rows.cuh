@@ -7,10 +7,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "../dtype.h"
+#include "check.h"
 
 namespace pixeldiff::cuda {
 
@@ -108,27 +107,6 @@ inline bool is_aligned(const Vector& vector, int W) {
   const int64_t bytes = vector.dtype == DType::f32 ? 16 : 2 * W;
   return vector.data == nullptr || (is_aligned(vector.data, bytes) && vector.stride_b % W == 0);
 }
-
-inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-// Makes `device` current for this scope. This library has its own copy of the CUDA runtime, which
-// shares contexts, streams and memory with PyTorch's but not its notion of the current device.
-class DeviceScope {
- public:
-  explicit DeviceScope(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~DeviceScope() { cudaSetDevice(previous_); }
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
-
- private:
-  int previous_ = 0;
-};
 
 // Threads for a row of `pieces` pieces: two pieces each while a block has room, whole warps.
 inline int threads_for(int64_t pieces) {

@@ -20,6 +20,8 @@ def _beyond_sdpa(q, k, v, scale, key_mask, return_lse) -> bool:
 
 BACKENDS = (
     Backend("triton", "pixeldiff.triton_kernels.joint_attention", automatic=_beyond_sdpa),
+    # By name only until it has been measured.
+    Backend("cuda", "pixeldiff.ops.cuda.joint_attention", automatic=False),
     Backend("cpu", "pixeldiff.ops.cpu.joint_attention"),
 )
 
@@ -114,8 +116,9 @@ def joint_attention(
         backend cannot run; says why.
 
     Backends: triton (head_dim a multiple of 8 up to 128; by itself only for a mask or lse on cuda),
-    cpu (fp32, bf16, fp16), reference (PyTorch's scaled dot product attention; copies k and v for a
-    mask, computes the logits again for lse). Gradients: through the reference.
+    cuda (Hopper, bf16 and fp16, the same head_dims; by name only), cpu (fp32, bf16, fp16),
+    reference (PyTorch's scaled dot product attention; copies k and v for a mask, computes the
+    logits again for lse). Gradients: through the reference.
     Cost: 4*B*L*S*G*d FLOPs and B*L*S*G exponentials; compute-bound.
     Source: PiD (arXiv 2605.23902), MMDiT joint attention and the PiT blocks' attention.
     """

@@ -5,6 +5,7 @@ from importlib import import_module
 from types import SimpleNamespace
 
 import aot
+import emulated
 import harness
 import numpy as np
 import pytest
@@ -44,9 +45,12 @@ needs_avx2 = pytest.mark.skipif(
 )
 every_isa = pytest.mark.parametrize("isa", native.ISA_CODES)
 TRITON = ["triton", pytest.param("triton-gpu", marks=pytest.mark.gpu)]
+# The sm_90a kernel on a GPU, and the same source on the emulator.
+HOPPER = ["sm90-emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 triton_kernel = pytest.mark.parametrize("backend", TRITON)
+gpu_kernel = pytest.mark.parametrize("backend", [*TRITON, *HOPPER])
 every_kernel = pytest.mark.parametrize(
-    "backend", [*(f"cpu-{isa}" for isa in native.ISA_CODES), *TRITON, "reference"]
+    "backend", [*(f"cpu-{isa}" for isa in native.ISA_CODES), *TRITON, *HOPPER, "reference"]
 )
 
 # (B, L, S, G, d)
@@ -468,12 +472,23 @@ def on(backend, q, k, v, scale=None, key_mask=None, return_lse=False):
         return import_module("pixeldiff.ops.joint_attention").reference(
             q, k, v, scale, key_mask, return_lse
         )
+    if backend == "sm90-emulated":
+        skip_if(import_module("pixeldiff.ops.cuda.joint_attention").why_not_call(q, k, v, scale))
+        return emulated.attention(q, k, v, scale, key_mask, return_lse)
     launch, device = launcher(OP, backend)
     if device == "cuda":
         q, k, v = to_cuda(q, k, v)
         key_mask = None if key_mask is None else key_mask.cuda()
+    if backend == "cuda":
+        why_not = import_module("pixeldiff.ops.cuda.joint_attention").why_not
+        skip_if(why_not(q, k, v, scale, key_mask, return_lse))
     o, lse = launch(q, k, v, scale, key_mask, return_lse)
     return o.cpu(), lse.cpu()
+
+
+def skip_if(reason):
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def to_cuda(*tensors):
@@ -612,7 +627,7 @@ def test_lse_not_finite(dtype, backend):
     assert_bitwise(lse[:, clean], want)
 
 
-# --- the Triton kernel ----------------------------------------------------------------------------
+# --- the kernels for a GPU ------------------------------------------------------------------------
 
 # Around every boundary: tiles of 128 queries and of 16, 32 and 64 keys; both parts of a head dim.
 EDGES = {
@@ -632,7 +647,7 @@ EDGES = {
 }
 
 
-@triton_kernel
+@gpu_kernel
 @pytest.mark.parametrize("shape", EDGES.values(), ids=EDGES)
 @pytest.mark.parametrize("std", [1.0, 1e-3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
@@ -644,7 +659,7 @@ def test_edges(dtype, std, shape, backend):
     assert_within_twice_eager(lse, eager_lse(*args[:2]), want_lse)
 
 
-@triton_kernel
+@gpu_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 def test_one_key_takes_all(dtype, backend):
     """Logits so far apart that each row is one row of v, exactly; and their lse."""
@@ -656,7 +671,7 @@ def test_one_key_takes_all(dtype, backend):
     assert (lse == 40000).all()
 
 
-@triton_kernel
+@gpu_kernel
 @pytest.mark.parametrize("std", [1e3, 1e4, 1e15])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
 def test_huge_logits(dtype, std, backend):
@@ -672,7 +687,7 @@ def test_huge_logits(dtype, std, backend):
     assert np.array_equal(f64(o)[clear], oracle(q, k, v)[clear])
 
 
-@triton_kernel
+@gpu_kernel
 @pytest.mark.parametrize("keys", [1, 5, 64, 129])
 def test_equal_logits(keys, backend):
     """The mean of v, far below zero too: what pads a tile must not become the maximum."""
@@ -684,9 +699,9 @@ def test_equal_logits(keys, backend):
         torch.testing.assert_close(lse, torch.full_like(lse, 8 * value + np.log(keys)))
 
 
-@triton_kernel
+@gpu_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-def test_triton_not_finite(dtype, backend):
+def test_not_finite_on_a_gpu(dtype, backend):
     """NaN and infinities reach the rows and channels they reach in PyTorch."""
     q, k, v = arguments(dtype, (1, 60, 150, 1, 16))
     k = k.abs()
@@ -702,9 +717,9 @@ def test_triton_not_finite(dtype, backend):
     check_not_finite_like(o, want)
 
 
-@triton_kernel
+@gpu_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
-def test_triton_keys_that_are_infinitely_far(dtype, backend):
+def test_keys_that_are_infinitely_far_on_a_gpu(dtype, backend):
     """Whole tiles of logits at -inf weigh nothing, first or last."""
     q, k, v = arguments(dtype, (1, 20, 300, 1, 16))
     q[..., 0], k[..., 0] = 1, 0
@@ -716,16 +731,18 @@ def test_triton_keys_that_are_infinitely_far(dtype, backend):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
-@triton_kernel
+@gpu_kernel
 @pytest.mark.parametrize("d", [64, 72])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-def test_triton_reads_views_in_place(dtype, d, backend):
+def test_reads_views_in_place(dtype, d, backend):
     q, k, v = Draw(dtype)(3, 2, 37, 2, d).unbind(0)
     mask = masks(2, 40)["scattered"][:, 3:]
     want = on(backend, q[:, 5:].contiguous(), k.clone(), v.clone(), None, mask.clone(), True)
     heads_first = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q[:, 5:], k, v))
     odd = (at_odd_stride(q[:, 5:]), at_odd_stride(k), at_odd_stride(v))
     for views in ((q[:, 5:], k, v), heads_first, odd):
+        if views is odd and backend in ("sm90-emulated", "cuda"):
+            continue  # the copy engine takes strides of 16 bytes
         for a, b in zip(on(backend, *views, None, mask, True), want, strict=True):
             assert_bitwise(a, b)
 
@@ -743,9 +760,9 @@ def test_triton_offsets_past_two_to_the_31(backend):
     assert_bitwise(launch(far, far, far, 0.125, None, False)[0], near)
 
 
-@triton_kernel
+@gpu_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-def test_triton_repeats_and_leaves_its_inputs(dtype, backend):
+def test_repeats_and_leaves_its_inputs(dtype, backend):
     args = arguments(dtype, (2, 20, 70, 1, 72))
     mask = masks(2, 70)["leading"]
     before = [t.clone() for t in args]
@@ -786,12 +803,27 @@ RELEASED = {
 }
 
 
+on_a_gpu = pytest.mark.parametrize("backend", ["triton-gpu", "cuda"])
+
+
+def launcher_for(backend, *args):
+    """As `launcher`, of a kernel that takes tensors like these."""
+    launch, device = launcher(OP, backend)
+    if backend == "cuda":
+        tensors = (t.to(device) for t in args)
+        why_not = import_module("pixeldiff.ops.cuda.joint_attention").why_not
+        skip_if(why_not(*tensors, 1.0, None, False))
+    return launch, device
+
+
 @pytest.mark.gpu
+@on_a_gpu
 @pytest.mark.parametrize("masked", [False, True], ids=["all-keys", "masked"])
 @pytest.mark.parametrize("shape", RELEASED.values(), ids=RELEASED)
-def test_triton_gpu_at_released_shapes(shape, masked):
+def test_at_released_shapes(shape, masked, backend):
     """All rows run; some of them are judged."""
-    launch, device = launcher(OP, "triton-gpu")
+    small = arguments(torch.bfloat16, (1, 1, 1, 1, shape[-1]))
+    launch, device = launcher_for(backend, *small)
     b, rows, keys, g, d = shape
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = torch.randn(
@@ -809,9 +841,11 @@ def test_triton_gpu_at_released_shapes(shape, masked):
 
 
 @pytest.mark.gpu
-def test_triton_gpu_under_graph_capture():
-    launch, device = launcher(OP, "triton-gpu")
-    args = [t.to(device) for t in arguments(torch.bfloat16, (1, 200, 300, 2, 72))]
+@on_a_gpu
+def test_under_graph_capture(backend):
+    args = arguments(torch.bfloat16, (1, 200, 300, 2, 72))
+    launch, device = launcher_for(backend, *args)
+    args = [t.to(device) for t in args]
     check_captures(launch, *args, 0.1, masks(1, 300)["scattered"].to(device), True)
 
 

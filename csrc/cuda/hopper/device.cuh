@@ -1,0 +1,162 @@
+// The machine a kernel written for hopper/ runs on: Hopper's instructions, one function each.
+//
+// Shared memory is addressed by offsets from an aligned start. The tests have an emulator with the
+// same functions.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "wgmma.cuh"
+
+namespace pixeldiff::hopper {
+
+class Device {
+ public:
+  using TensorMap = CUtensorMap;  // a __grid_constant__ parameter of the kernel
+
+  __device__ __forceinline__ explicit Device(uint32_t start) : start_(start) {}
+
+  __device__ __forceinline__ int thread() const { return threadIdx.x; }
+  __device__ __forceinline__ int block() const { return blockIdx.x; }
+  __device__ __forceinline__ int blocks() const { return gridDim.x; }
+  __device__ __forceinline__ uint32_t address(uint32_t offset) const { return start_ + offset; }
+
+  // --- barriers in shared memory
+  __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) const {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(arrivals)
+                 : "memory");
+  }
+  // What was initialised is seen by the copy engine.
+  __device__ __forceinline__ void publish_barriers() const {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_to_async();
+  }
+  __device__ __forceinline__ void arrive(uint32_t barrier) const {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
+  }
+  __device__ __forceinline__ void arrive_and_expect(uint32_t barrier, uint32_t bytes) const {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+  }
+  __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) const {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}\n" ::"r"(address(barrier)),
+        "r"(parity)
+        : "memory");
+  }
+
+  // --- the copy engine
+  __device__ __forceinline__ void load_box(const CUtensorMap& map, uint32_t to, uint32_t barrier,
+                                           int channel, int head, int row, int image) const {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(address(to)),
+        "l"(&map), "r"(address(barrier)), "r"(channel), "r"(head), "r"(row), "r"(image)
+        : "memory");
+  }
+  // What this thread stored in shared memory is seen by the tensor cores and the copy engine.
+  __device__ __forceinline__ void publish_to_async() const {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __device__ __forceinline__ void store_zero16(uint32_t to) const {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address(to)), "r"(0) : "memory");
+  }
+
+  // --- the tensor cores. An accumulator is not to be touched between its wgmma and the wait.
+  __device__ __forceinline__ void wgmma_fence() const {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  }
+  __device__ __forceinline__ void wgmma_commit() const {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  }
+  // Until at most kPending groups are under way; `d` is what they no longer write.
+  template <int kPending, int n>
+  __device__ __forceinline__ void wgmma_wait(float (&d)[n]) const {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#pragma unroll
+    for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  }
+  template <bool kBf16, int n>
+  __device__ __forceinline__ void wgmma_shared(float (&d)[n], uint64_t a, uint64_t b,
+                                               bool add) const {
+    hopper::wgmma_shared<kBf16>(d, a, b, add);
+  }
+  template <bool kBf16, int n>
+  __device__ __forceinline__ void wgmma_registers(float (&d)[n], const uint32_t* a,
+                                                  uint64_t b) const {
+    hopper::wgmma_registers<kBf16>(d, a, b);
+  }
+
+  // --- threads
+  template <int n>
+  __device__ __forceinline__ void release_registers() const {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n));
+  }
+  template <int n>
+  __device__ __forceinline__ void claim_registers() const {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n));
+  }
+  __device__ __forceinline__ void sync_block() const { __syncthreads(); }
+  __device__ __forceinline__ void sync_warp() const { __syncwarp(); }
+  __device__ __forceinline__ void named_sync(int barrier, int threads) const {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+  }
+  __device__ __forceinline__ void named_arrive(int barrier, int threads) const {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+  }
+  __device__ __forceinline__ float shuffle_xor(float x, int lanes) const {
+    return __shfl_xor_sync(0xffffffff, x, lanes);
+  }
+  __device__ __forceinline__ bool any(bool x) const { return __any_sync(0xffffffff, x); }
+  __device__ __forceinline__ uint32_t ballot(bool x) const { return __ballot_sync(0xffffffff, x); }
+
+  // --- arithmetic
+  // NaN if either is.
+  __device__ __forceinline__ float max(float a, float b) const {
+    float c;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
+  }
+  __device__ __forceinline__ float exp2(float x) const {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+  __device__ __forceinline__ float log2(float x) const { return log2f(x); }
+  // Of a normal number, to one unit in the last place.
+  __device__ __forceinline__ float reciprocal(float x) const {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+  // Rounded to nearest even, `low` in the low half.
+  template <bool kBf16>
+  __device__ __forceinline__ uint32_t pack(float low, float high) const {
+    uint32_t both;
+    if constexpr (kBf16)
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    else
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+  }
+
+  // --- global memory
+  __device__ __forceinline__ uint8_t load(const uint8_t* p) const { return __ldg(p); }
+  __device__ __forceinline__ void store(char* p, uint32_t value) const {
+    *reinterpret_cast<uint32_t*>(p) = value;
+  }
+  __device__ __forceinline__ void store(float* p, float value) const { *p = value; }
+
+ private:
+  uint32_t start_;
+};
+
+}  // namespace pixeldiff::hopper

@@ -1,0 +1,24 @@
+// Which elements of a matrix the registers of a thread hold, in wgmma and in mma.sync alike.
+//
+// PTX ISA, "Register fragments and shared memory matrix layouts" of wgmma.mma_async .m64nNk16. Warp
+// w of a warpgroup holds rows 16 w to 16 w + 15; `lane` and `warp` below are within the warpgroup.
+#pragma once
+
+#include "host_device.h"
+
+namespace pixeldiff::hopper {
+
+// Register i of the accumulator of m64nN, N / 2 registers a thread.
+PIXELDIFF_HOST_DEVICE constexpr int accumulator_half(int i) { return i / 2 % 2; }
+PIXELDIFF_HOST_DEVICE constexpr int accumulator_row(int warp, int lane, int half) {
+  return 16 * warp + lane / 4 + 8 * half;
+}
+PIXELDIFF_HOST_DEVICE constexpr int accumulator_column(int lane, int i) {
+  return i / 4 * 8 + lane % 4 * 2 + i % 2;
+}
+
+// The 16 columns from 16 k on of an accumulator are the A operand of a product over them: its
+// register r, of 4, holds accumulator registers first and first + 1, the first in the low half.
+PIXELDIFF_HOST_DEVICE constexpr int operand_from_accumulator(int k, int r) { return 8 * k + 2 * r; }
+
+}  // namespace pixeldiff::hopper

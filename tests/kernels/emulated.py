@@ -1,0 +1,124 @@
+"""C++ of csrc/cuda that runs on a CPU, built for ctypes: its arithmetic, and whole kernels on an
+emulator of a block of threads (hopper/emulator.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from harness import ROOT
+from torch import Tensor
+
+HERE = Path(__file__).parent / "hopper"
+# Faults of the emulator, hopper/emulator.h.
+FAULTS = (
+    "none",
+    "skip-wait",
+    "drop-arrival",
+    "no-proxy-fence",
+    "no-product-wait",
+    "other-swizzle",
+    "short-copy",
+)
+
+
+@functools.cache
+def library(source: str) -> ctypes.CDLL:
+    """A file of hopper/, compiled; skips the test where there is no compiler for it."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs g++ or clang++, on Linux")
+    folder = tempfile.TemporaryDirectory(prefix="pixeldiff-emulated-")
+    out = Path(folder.name) / "library.so"
+    # No fused multiplications but those the source asks for: the GPU's bits.
+    flags = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"]
+    command = [compiler, *flags, "-I", str(ROOT / "csrc"), "-o", str(out), str(HERE / source)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    loaded = ctypes.CDLL(str(out))
+    loaded.folder = folder  # goes with it
+    return loaded
+
+
+class Call(ctypes.Structure):
+    """`Call` of hopper/attention.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in "BLSGd"),
+        *((name, ctypes.c_void_p) for name in "qkv"),
+        ("strides", ctypes.c_int64 * 9),
+        ("o", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("mask_stride_b", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("bf16", "blocks", "fault", "low", "high")),
+        ("seed", ctypes.c_uint64),
+    )
+
+
+class EmulatorError(Exception):
+    """What the emulator noticed."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    return_lse: bool = False,
+    *,
+    blocks: int = 2,
+    seed: int = 0,
+    fault: str = "none",
+    barriers: tuple[int, int] = (0, 0),
+) -> tuple[Tensor, Tensor]:
+    """(o, lse) of the sm_90a kernel; what it does not write stays NaN.
+
+    Args:
+        blocks: of the grid, run one after the other. seed: of the order of everything in a block.
+        fault, barriers: what goes wrong on purpose, at barriers with addresses in that range.
+
+    Raises:
+        EmulatorError: a race, a deadlock, an access out of bounds.
+    """
+    B, L, G, d = q.shape
+    o = torch.full(q.shape, torch.nan, dtype=q.dtype)
+    lse = torch.full((B, L, G) if return_lse else (0,), torch.nan)
+    strides = [stride for t in (q, k, v) for stride in t.stride()[:3]]
+    call = Call(
+        *(B, L, k.shape[1], G, d),
+        *(t.data_ptr() for t in (q, k, v)),
+        (ctypes.c_int64 * 9)(*strides),
+        o.data_ptr(),
+        lse.data_ptr() if return_lse else None,
+        None if key_mask is None else key_mask.data_ptr(),
+        0 if key_mask is None else key_mask.stride(0),
+        d**-0.5 if scale is None else scale,
+        *(q.dtype == torch.bfloat16, blocks, FAULTS.index(fault), *barriers),
+        seed,
+    )
+    message = ctypes.create_string_buffer(400)
+    if library("attention.cpp").emulate_attention(ctypes.byref(call), message, 400):
+        raise EmulatorError(message.value.decode())
+    return o, lse
+
+
+def barriers_of(d: int) -> dict[str, tuple[int, int]]:
+    """Addresses of the sm_90a kernel's barriers, by name: from, to (all stages of a ring)."""
+    found = (ctypes.c_int * 8)()
+    library("attention.cpp").attention_barriers(d, found)
+    *starts, stages = found
+    names = ("q_full", "q_empty", "k_full", "k_empty", "v_full", "v_clean", "v_empty")
+    return {
+        name: (start, start + 8 * (1 if name[0] == "q" else stages))
+        for name, start in zip(names, starts, strict=True)
+    }
