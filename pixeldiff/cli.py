@@ -17,6 +17,8 @@ from .cli_l2p import l2p
 from .cli_options import caption_option, out, parsed_size, progress_bar
 from .cli_verify import verify
 
+_OUTPUT = "picture to write: .png, .jpg or .tif"
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="pixeldiff")
@@ -26,7 +28,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="PNG to write")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=_OUTPUT)
 @click.option("--model", default="demo", show_default=True, help="checkpoint, hub id, or demo")
 @click.option("--backbone", help="generator of the latent, where the checkpoint fits several")
 @click.option("--caption", help="text; loads the model's text encoder")
@@ -72,15 +74,16 @@ def decode(
     low_memory: bool,
     quiet: bool,
 ) -> None:
-    """Decode SOURCE to a PNG.
+    """Decode SOURCE to a PNG, JPEG or TIFF.
 
     SOURCE is a .safetensors file with one latent tensor (B, C, h, w) or (C, h, w), normalised as
     the generator's diffusion model sees it; or, with the demo model, a picture, which is encoded
     first. Several latents are written to OUTPUT with -0, -1, ... before the suffix.
     """
-    from .images import check_png_path, save_pngs
     from .models.pid.captions import FAMILY
     from .models.pid.decoder import PiDDecoder
+    from .models.pid.sizes import output_size
+    from .picture_files import check_picture_path, save_pictures
     from .sources import latent_from
 
     text = caption_option("--caption", caption, "--caption-file", caption_file, FAMILY)
@@ -88,11 +91,11 @@ def decode(
         *("--negative-caption", negative_caption),
         *("--negative-caption-file", negative_caption_file, FAMILY),
     )
-    check_png_path(output)
+    check_picture_path(output, size)
     latent = latent_from(source, encoder="demo" if model == "demo" else None)
     paths = _output_paths(output, latent.shape[0])
     for path in paths:
-        check_png_path(path)
+        check_picture_path(path)
     decoder = PiDDecoder.from_pretrained(
         model,
         backbone=backbone,
@@ -101,6 +104,7 @@ def decode(
         text_encoder=text_encoder,
         low_memory=low_memory,
     )
+    check_picture_path(output, size or output_size(decoder.net.config, latent.shape[-2:]))
     with progress_bar(quiet) as callback:
         result = decoder.decode(
             latent,
@@ -116,13 +120,13 @@ def decode(
     metadata = [result.metadata]
     if len(paths) > 1:
         metadata = [{**result.metadata, "batch_index": i} for i in range(len(paths))]
-    for path in save_pngs(list(zip(paths, result.images, metadata, strict=True))):
+    for path in save_pictures(list(zip(paths, result.images, metadata, strict=True))):
         out.print(str(path), markup=False)
 
 
 @main.command()
 @click.argument("prompt", required=False)
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="PNG to write")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=_OUTPUT)
 @click.option("--model", required=True, help="L2P checkpoint, or hub id")
 @click.option(
     "--prompt-embeds", type=click.Path(path_type=Path), help="of bake-caption, for PROMPT"
@@ -166,10 +170,11 @@ def generate(
 ) -> None:
     """Make a picture of PROMPT with an L2P model.
 
-    With --image the picture is the start, resized to --size where that is given.
+    With --image the picture is the start, resized to --size where that is given. OUTPUT's suffix
+    decides between PNG, JPEG and TIFF.
     """
-    from .images import check_png_path, save_png
     from .models.l2p import L2PPipeline
+    from .picture_files import check_picture_path, save_picture
     from .text import Qwen3PromptEncoder
 
     if (prompt is None) == (prompt_embeds is None):
@@ -180,8 +185,10 @@ def generate(
         *("--negative-prompt", negative_prompt),
         *("--negative-prompt-embeds", negative_prompt_embeds, family),
     )
-    check_png_path(output)
+    check_picture_path(output, size)
     picture = None if image is None else _picture(image, size)
+    if picture is not None:
+        check_picture_path(output, picture.size[::-1])
     pipeline = L2PPipeline.from_pretrained(
         model, device=device, precision=precision, text_encoder=text_encoder
     )
@@ -205,7 +212,7 @@ def generate(
         )
     if len(result.images) > 1:
         raise ValueError(f"{prompt_embeds} must hold one prompt, got {len(result.images)}")
-    path = save_png(output, result.images[0], result.metadata, rounded=True)
+    path = save_picture(output, result.images[0], result.metadata, rounded=True)
     out.print(str(path), markup=False)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from .cli import clean_errors, progress_bar
-from .images import check_png_path, convert, from_pil, save_pngs, to_rgb
+from .images import convert, from_pil, to_rgb
 from .models.pid.decoder import PiDDecoder
+from .picture_files import check_picture_path, save_pictures
 from .sources import demo_asset, demo_autoencoder, read_picture
 
 SCALE = 4
@@ -43,7 +44,7 @@ def main(image: Path | None, pixels: int, out: Path, seed: int) -> None:
     path = image or demo_asset("picture.png")
     target, low = prepare(read_picture(path), pixels)
     out.mkdir(parents=True, exist_ok=True)
-    names = [check_png_path(out / f"{path.stem}-{kind}.png") for kind in ("pid", "compare")]
+    names = [check_picture_path(out / f"{path.stem}-{kind}.png") for kind in ("pid", "compare")]
 
     autoencoder = demo_autoencoder()
     decoder = PiDDecoder.from_pretrained("demo")
@@ -58,7 +59,7 @@ def main(image: Path | None, pixels: int, out: Path, seed: int) -> None:
 
     decoded = result.images.cpu()
     picture, sheet = convert(decoded, "pil")[0], compare(target, bicubic, decoded)
-    save_pngs([(names[0], picture, result.metadata), (names[1], sheet, None)])
+    save_pictures([(names[0], picture, result.metadata), (names[1], sheet, None)])
     console.print(
         f"{path.name}: {low.shape[3]}x{low.shape[2]} -> latent {tuple(latent.shape)} -> "
         f"{size[1]}x{size[0]} in {seconds:.1f} s, {result.metadata['steps']} steps, "

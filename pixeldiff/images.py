@@ -1,4 +1,4 @@
-"""Images between tensors, arrays, Pillow and PNG files.
+"""Images between tensors, arrays and Pillow; `picture_files` writes them.
 
 A picture of 10240 x 10240 is 1.3 GB in fp32: whatever is made of it is made a band of rows at a
 time.
@@ -6,22 +6,14 @@ time.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor
 
-from .out_files import check_out_path, written_whole
-from .png_stream import write_png
-
 OUTPUTS = ("pil", "pt", "np")
-PNG_KEY = "pixeldiff"
 _BAND = 1 << 18  # pixels of a band of rows: 3 MB in fp32
 
 
@@ -52,6 +44,23 @@ def uint8_bands(image: Tensor, *, rounded: bool = False) -> Iterator[np.ndarray]
         yield values.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
+def picture_bands(picture: Image.Image) -> Iterator[np.ndarray]:
+    """A picture of any mode -> (rows, W, 3) uint8 from top to bottom; see `to_rgb`."""
+    rows = max(1, _BAND // max(1, picture.width))
+    for first in range(0, picture.height, rows):
+        last = min(first + rows, picture.height)
+        yield np.asarray(to_rgb(picture.crop((0, first, picture.width, last))))
+
+
+def to_picture(image: Tensor, *, rounded: bool = False) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> an 8-bit RGB picture (Pillow: four bytes a pixel); see `to_uint8`."""
+    picture, first = Image.new("RGB", (image.shape[2], image.shape[1])), 0
+    for band in uint8_bands(image, rounded=rounded):
+        picture.paste(Image.fromarray(band), (0, first))
+        first += len(band)
+    return picture
+
+
 def check_output(output: str) -> None:
     """Raises ValueError unless `convert` knows the form."""
     if output not in OUTPUTS:
@@ -75,7 +84,7 @@ def convert(
     if output == "pt":
         return images
     if output == "pil":
-        return [Image.fromarray(a) for a in to_uint8(images, rounded=rounded)]
+        return [to_picture(image, rounded=rounded) for image in images]
     return ((images.float() + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -101,67 +110,3 @@ def from_pil(image: Image.Image) -> Tensor:
     """A picture of any mode -> (1, 3, H, W) fp32 in [-1, 1]; see `to_rgb`."""
     array = np.asarray(to_rgb(image))
     return torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def save_png(
-    path: str | os.PathLike[str],
-    image: Image.Image | Tensor,
-    metadata: dict[str, Any] | None = None,
-    *,
-    rounded: bool = False,
-) -> Path:
-    """Write a PNG whole or not at all, with how it was made in its text metadata.
-
-    Args:
-        path: ends in .png; its directory must exist.
-        image: a picture, or (3, H, W) in [-1, 1] on any device, of which only bands of rows are
-            converted at a time.
-        metadata: JSON-able; stored as JSON under the key "pixeldiff".
-        rounded: of a tensor; see `to_uint8`.
-
-    Raises:
-        ValueError: another suffix. OSError: the file cannot be written; nothing is left behind.
-    """
-    return save_pngs([(path, image, metadata)], rounded=rounded)[0]
-
-
-def save_pngs(
-    files: Sequence[tuple[str | os.PathLike[str], Image.Image | Tensor, dict[str, Any] | None]],
-    *,
-    rounded: bool = False,
-) -> list[Path]:
-    """As `save_png` for several (path, image, metadata): either all of them are written or none."""
-    paths = [check_png_path(path) for path, _, _ in files]
-    with written_whole(paths) as partial:
-        for target, (_, image, metadata) in zip(partial, files, strict=True):
-            texts = {} if metadata is None else {PNG_KEY: json.dumps(metadata)}
-            if isinstance(image, Tensor):
-                with target.open("wb") as file:
-                    size = image.shape[1], image.shape[2]
-                    write_png(file, size, uint8_bands(image, rounded=rounded), texts)
-                continue
-            info = PngImagePlugin.PngInfo()
-            for key, text in texts.items():
-                info.add_text(key, text)
-            image.save(target, "PNG", pnginfo=info)
-    return paths
-
-
-def check_png_path(path: str | os.PathLike[str]) -> Path:
-    """The path, if a PNG can be written there; call it before long work starts.
-
-    Raises:
-        ValueError: the suffix is not .png. OSError: no such directory, or it is not writable.
-    """
-    return check_out_path(path, ".png")
-
-
-def read_png_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What `save_png` stored, or None.
-
-    Raises:
-        ValueError: the entry is there but is not JSON. OSError: not a readable picture.
-    """
-    with Image.open(path) as image:
-        text = image.info.get(PNG_KEY)
-    return None if text is None else json.loads(text)

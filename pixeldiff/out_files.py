@@ -10,19 +10,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
-def check_out_path(path: str | os.PathLike[str], suffix: str) -> Path:
+def check_out_path(path: str | os.PathLike[str], *suffixes: str) -> Path:
     """The path, if a file can be written there; call it before long work starts.
 
     Args:
         path: of a file that may exist already; its directory must exist.
-        suffix: the path must end in, with the dot, in either case.
+        suffixes: the path must end in one of them, with the dot, in either case.
 
     Raises:
         ValueError: another suffix. OSError: no such directory, not writable, or the path is one.
     """
     path = Path(path)
-    if path.suffix.lower() != suffix:
-        raise ValueError(f"the output must be a {suffix} file, got {path.name!r}")
+    if path.suffix.lower() not in suffixes:
+        known = " or ".join(filter(None, (", ".join(suffixes[:-1]), suffixes[-1])))
+        raise ValueError(f"the output must be a {known} file, got {path.name!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the output directory does not exist: {path.parent}")
     if path.is_dir():

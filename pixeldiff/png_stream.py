@@ -12,8 +12,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from .row_bands import CHANNELS, checked
+
 LEVEL = 6  # zlib's own choice
-_CHANNELS = 3
 
 
 def write_png(
@@ -37,20 +38,12 @@ def write_png(
     for key, text in texts.items():
         _chunk(file, b"tEXt", key.encode("ascii") + b"\0" + text.encode("ascii"))
     pack = zlib.compressobj(LEVEL, zlib.DEFLATED, 15, 9, zlib.Z_FILTERED)  # Pillow's settings
-    above, left = np.zeros(width * _CHANNELS, np.uint8), height
-    for band in bands:
-        if band.shape[1:] != (width, _CHANNELS) or band.dtype != np.uint8 or len(band) > left:
-            raise ValueError(
-                f"write_png: bands must be (rows, {width}, {_CHANNELS}) uint8 with {left} more "
-                f"rows, got {band.shape} {band.dtype}"
-            )
-        left -= len(band)
+    above = np.zeros(width * CHANNELS, np.uint8)
+    for band in checked("write_png", size, bands):
         rows = np.ascontiguousarray(band).reshape(len(band), -1)
         if len(rows):
             _chunk(file, b"IDAT", pack.compress(_filtered(rows, above)))
             above = rows[-1].copy()
-    if left:
-        raise ValueError(f"write_png: the bands must have {height} rows, got {height - left}")
     _chunk(file, b"IDAT", pack.flush())
     _chunk(file, b"IEND", b"")
 
@@ -70,7 +63,7 @@ def _filtered(rows: np.ndarray, above: np.ndarray) -> np.ndarray:
         rows: (n, bytes) uint8. above: the row before the first, zeros at the top.
     """
     up = np.concatenate((above[None], rows[:-1]))
-    left, corner = (np.pad(a[:, :-_CHANNELS], ((0, 0), (_CHANNELS, 0))) for a in (rows, up))
+    left, corner = (np.pad(a[:, :-CHANNELS], ((0, 0), (CHANNELS, 0))) for a in (rows, up))
     out = np.empty((len(rows), 1 + rows.shape[1]), np.uint8)
     least = np.full(len(rows), np.iinfo(np.int64).max)
     for number, predicted in enumerate((None, left, up, None, None)):

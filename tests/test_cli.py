@@ -20,13 +20,13 @@ import pixeldiff
 from pixeldiff import cli, sources
 from pixeldiff.cli_errors import clean_errors
 from pixeldiff.cli_verify import _print_report
-from pixeldiff.images import read_png_metadata
 from pixeldiff.models.autoencoder import ConvAutoencoder
 from pixeldiff.models.pid import PiDNet, checkpoint_location
 from pixeldiff.models.pid import decoder as decoder_module
 from pixeldiff.models.pid.decoder import PiDDecoder
 from pixeldiff.models.pid.samplers import STUDENT_T_LIST
 from pixeldiff.models.pid.variants import SamplingSettings, variant
+from pixeldiff.picture_files import read_picture_metadata
 from pixeldiff.text import load_caption, save_captions
 from pixeldiff.text.tiny import TinyTextEmbedder
 
@@ -96,7 +96,7 @@ def test_decode_writes_what_the_decoder_gives(files, out):
     assert os.listdir(out) == ["a.png"]
     expected = by_hand(files, seed=7, steps=3, sigma=0.2, caption="a fox")
     assert np.array_equal(pixels(out / "a.png"), expected[0])
-    assert read_png_metadata(out / "a.png") == {
+    assert read_picture_metadata(out / "a.png") == {
         "model": "pid.safetensors",
         "backbone": "demo",
         "pixeldiff": pixeldiff.__version__,
@@ -115,7 +115,7 @@ def test_decode_writes_what_the_decoder_gives(files, out):
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_metadata_decodes_to_the_same_picture(files, out, precision):
     decode(files, out, "--seed", 3, "--precision", precision)
-    metadata = read_png_metadata(out / "a.png")
+    metadata = read_picture_metadata(out / "a.png")
     options = [metadata[k] for k in ("seed", "steps", "sigma", "precision")]
     flags = ("--seed", "--steps", "--sigma", "--precision")
     first = pixels(out / "a.png")
@@ -130,8 +130,45 @@ def test_several_latents_are_numbered(files, out):
     assert result.stdout.splitlines() == [str(out / name) for name in names]
     expected = by_hand(files, latent=tiny_latent(2))
     for i, name in enumerate(names):
-        assert read_png_metadata(out / name)["batch_index"] == i
+        assert read_picture_metadata(out / name)["batch_index"] == i
         assert np.array_equal(pixels(out / name), expected[i])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.tif", "a.tiff"])
+def test_the_suffix_is_the_format(files, out, name):
+    if "tif" in name:
+        pytest.importorskip("tifffile")
+    source, options = files / "two.safetensors", ("--device", "cpu", "--quiet", "--seed", 3)
+    run("decode", source, "-o", out / name, "--model", files / "pid.safetensors", *options)
+    for i, expected in enumerate(by_hand(files, latent=tiny_latent(2), seed=3)):
+        path = (out / name).with_stem(f"a-{i}")
+        got = pixels(path)
+        if name.lower().endswith(("jpg", "jpeg")):
+            assert got.shape == expected.shape
+            assert np.abs(got.astype(int) - expected).mean() < 8  # noise, which JPEG is not for
+        else:
+            assert np.array_equal(got, expected)
+        metadata = read_picture_metadata(path)
+        assert (metadata["seed"], metadata["batch_index"]) == (3, i)
+    assert len(os.listdir(out)) == 2
+
+
+def test_a_format_is_refused_before_the_model_is_read(files, out, monkeypatch):
+    source = files / "one.safetensors"
+    args = ("decode", source, "--model", out / "not-there.safetensors")
+    stderr = run(*args, "-o", out / "a.jpg", "--size", "65536x64", code=1).stderr
+    assert "a JPEG has at most 65500 pixels a side, got 65536 x 64 (H x W)" in stderr
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    stderr = run(*args, "-o", out / "a.tif", code=1).stderr
+    assert "install the extra pixeldiff[tiff]" in stderr
+
+
+def test_the_latents_own_size_is_checked_before_the_work(files, out, monkeypatch):
+    monkeypatch.setattr("pixeldiff.jpeg_file.LONGEST_SIDE", 63)
+    stop_with(AssertionError("it began to work"), monkeypatch, after=1)
+    args = ("decode", files / "one.safetensors", "--model", files / "pid.safetensors")
+    stderr = run(*args, "-o", out / "a.jpg", "--device", "cpu", code=1).stderr
+    assert "at most 63 pixels a side, got 64 x 64" in stderr
 
 
 def test_size(files, out):
@@ -163,13 +200,13 @@ def test_caption_file(files, out):
     expected = by_hand(files, latent=tiny_latent(2), caption=y)
     for i in range(2):
         assert np.array_equal(pixels(out / f"a-{i}.png"), expected[i])
-    assert read_png_metadata(out / "a-0.png")["caption"] == ["a fox", "an owl"]
+    assert read_picture_metadata(out / "a-0.png")["caption"] == ["a fox", "an owl"]
 
 
 def test_picture_through_the_demo_model(files, out, demo):
     decode(files, out, "--model", "demo", source="picture.png")
     assert pixels(out / "a.png").shape == (64, 128, 3)
-    assert read_png_metadata(out / "a.png")["model"] == "demo"
+    assert read_picture_metadata(out / "a.png")["model"] == "demo"
 
 
 def test_progress_goes_to_stderr(files, out):
@@ -188,7 +225,7 @@ def teacher(monkeypatch):
 def test_guidance_of_an_undistilled_network(files, out, teacher):
     save_captions(out / "y.safetensors", tiny_caption(), "blurry", dtype=torch.float32)
     decode(files, out, "--negative-caption-file", out / "y.safetensors", "--cfg-scale", 3)
-    metadata = read_png_metadata(out / "a.png")
+    metadata = read_picture_metadata(out / "a.png")
     assert (metadata["cfg_scale"], metadata["negative_caption"]) == (3.0, "blurry")
     expected = by_hand(files, negative_caption=tiny_caption(), cfg_scale=3)
     assert np.array_equal(pixels(out / "a.png"), expected[0])
@@ -211,7 +248,7 @@ def test_licence_is_shown_with_released_weights(files, out, monkeypatch):
     assert "note: The released PiD weights are under" in result.stderr
     assert "non-commercial" in result.stderr
     assert "flux-2k was not trained near 64 x 64" in result.stderr
-    assert read_png_metadata(out / "a.png")["model"] == variant("flux-2k").checkpoint
+    assert read_picture_metadata(out / "a.png")["model"] == variant("flux-2k").checkpoint
 
 
 # --- decode, refused
@@ -274,7 +311,7 @@ def test_the_output_is_checked_before_anything_is_read(files, out):
     source = out / "not-there.safetensors"
     (out / "folder.png").mkdir()
     for output, words in [
-        (out / "a.jpg", "must be a .png file, got 'a.jpg'"),
+        (out / "a.webp", "must be a .png, .jpg, .jpeg, .tif or .tiff file, got 'a.webp'"),
         (out / "nowhere" / "a.png", "output directory does not exist"),
         (out / "folder.png", "output is a directory"),
     ]:

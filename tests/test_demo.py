@@ -12,9 +12,10 @@ from PIL import Image
 from tiny_pid import save_net, tiny_net
 
 from pixeldiff import demo, sources
-from pixeldiff.images import from_pil, read_png_metadata
+from pixeldiff.images import from_pil
 from pixeldiff.models.autoencoder import ConvAutoencoder
 from pixeldiff.models.pid import checkpoint_location
+from pixeldiff.picture_files import read_picture_metadata
 
 
 def picture(width, height, seed=0):
@@ -57,7 +58,7 @@ def test_shipped_picture(folder):
         assert image.size == (64, 64)
     with Image.open(out / "picture-compare.png") as image:
         assert image.size == (3 * 512, 2 * 512 + 24)
-    metadata = read_png_metadata(out / "picture-pid.png")
+    metadata = read_picture_metadata(out / "picture-pid.png")
     assert (metadata["model"], metadata["seed"], metadata["size"]) == ("demo", 3, [64, 64])
     for words in ("16x16 -> latent (1, 16, 2, 2) -> 64x64", "PSNR dB", "SSIM", "peak memory"):
         assert words in result.stdout

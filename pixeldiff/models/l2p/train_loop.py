@@ -26,8 +26,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...images import convert, save_png
+from ...images import convert
 from ...out_files import written_whole
+from ...picture_files import save_picture
 from .checkpoint import LoadedCheckpoint
 from .network import L2PNet
 from .sampler import guided, sample
@@ -286,7 +287,7 @@ class Trainer:
             name = f"{self.data.pictures[i].path.stem}-step-{self.steps_done:08d}.png"
             picture = convert(sample(predict, noise, levels), "pil", rounded=True)[0]
             facts = {"step": self.steps_done, "steps": plan.sample_steps, **self._facts()}
-            written.append(save_png(folder / name, picture, facts))
+            written.append(save_picture(folder / name, picture, facts))
         return written
 
     # ---- Checkpoints ---------------------------------------------------------------------------

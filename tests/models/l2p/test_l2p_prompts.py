@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from tiny_l2p import config, draw, network
 
 from pixeldiff import cli
-from pixeldiff.images import read_png_metadata
 from pixeldiff.models.l2p import L2PPipeline
 from pixeldiff.models.l2p.prompts import PromptSource
 from pixeldiff.models.pid.captions import CaptionSource
+from pixeldiff.picture_files import read_picture_metadata
 from pixeldiff.text import CaptionFile, Qwen3PromptEncoder, load_caption, save_captions
 
 WIDTH = 2560  # of the released encoder, which the command insists on
@@ -99,10 +99,10 @@ def test_baked_and_generated_without_the_encoder(qwen3, checkpoint, tmp_path, mo
     monkeypatch.setitem(sys.modules, "transformers", None)  # it need not be installed
     run(*make, "-o", baked, "--prompt-embeds", file)
     assert np.array_equal(pixels(whole), pixels(baked))
-    said = read_png_metadata(baked)
+    said = read_picture_metadata(baked)
     assert (said["prompt"], said["negative_prompt"]) == ("a red fox", "blurry")
     for key in ("prompt", "negative_prompt", "seed", "guidance_scale"):
-        assert said[key] == read_png_metadata(whole)[key]
+        assert said[key] == read_picture_metadata(whole)[key]
     assert "transformers >= 4.51 is needed" in run(*make, "-o", whole, *text, code=1)
 
 

@@ -15,13 +15,14 @@ from tiny_l2p import LATENT, captions, config, draw, network
 
 from pixeldiff import backend, cli
 from pixeldiff.errors import CheckpointNotFoundError, SizeError
-from pixeldiff.images import from_pil, read_png_metadata, to_uint8
+from pixeldiff.images import from_pil, to_uint8
 from pixeldiff.models.l2p import VARIANTS, L2PPipeline
 from pixeldiff.models.l2p.pipeline import SAMPLING, Sampling
 from pixeldiff.models.l2p.prompts import PromptSource
 from pixeldiff.models.l2p.sampler import guided, sample
 from pixeldiff.models.l2p.scheduler import schedule
 from pixeldiff.models.steps import Interrupted
+from pixeldiff.picture_files import read_picture_metadata
 from pixeldiff.text import CaptionFile, save_captions
 
 SIZE = {"height": 32, "width": 48}
@@ -398,7 +399,7 @@ def test_generate_command(net, checkpoint, tmp_path):
     assert str(out) in result.output
     expected = generate(L2PPipeline(net), prompt_embeds=y, output_type="pil")
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(expected.images[0]))
-    metadata = read_png_metadata(out)
+    metadata = read_picture_metadata(out)
     assert (metadata["prompt"], metadata["model"]) == ("a fox", "tiny.safetensors")
     second = tmp_path / "second.png"
     result = run(
@@ -407,7 +408,32 @@ def test_generate_command(net, checkpoint, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert Image.open(second).size == (32, 48)
-    assert read_png_metadata(second)["strength"] == 0.3
+    assert read_picture_metadata(second)["strength"] == 0.3
+
+
+@pytest.mark.parametrize("name", ["out.jpg", "out.tif"])
+def test_generate_in_other_formats(net, checkpoint, tmp_path, name):
+    if name.endswith("tif"):
+        pytest.importorskip("tifffile")
+    embeds, out = tmp_path / "fox.safetensors", tmp_path / name
+    y = save_captions(embeds, Y[None], "a fox").embedding
+    common = ("--model", checkpoint, "--prompt-embeds", embeds, "--device", "cpu", "--steps", 2)
+    result = run("generate", *common, "-o", out, "--size", "32x48", "--seed", 3)
+    assert result.exit_code == 0, result.output
+    expected = np.asarray(generate(L2PPipeline(net), prompt_embeds=y, output_type="pil").images[0])
+    difference = np.abs(np.asarray(Image.open(out)).astype(int) - expected)
+    assert difference.mean() < 8 if name.endswith("jpg") else difference.max() == 0
+    assert read_picture_metadata(out)["seed"] == 3
+
+
+def test_a_format_that_cannot_hold_the_picture(checkpoint, tmp_path, monkeypatch):
+    Image.new("RGB", (48, 32)).save(tmp_path / "start.png")
+    monkeypatch.setattr("pixeldiff.jpeg_file.LONGEST_SIDE", 47)
+    common = ("generate", "a fox", "--model", tmp_path / "not-there", "-o", tmp_path / "out.jpg")
+    for args in (("--size", "32x48"), ("--image", tmp_path / "start.png")):
+        result = run(*common, *args)
+        assert result.exit_code == 1
+        assert "at most 47 pixels a side, got 32 x 48" in " ".join(result.output.split())
 
 
 def test_generate_refusals(checkpoint, tmp_path):
