@@ -131,13 +131,13 @@ def decode(
 @main.command()
 @click.argument("prompt", required=False)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="PNG to write")
-@click.option("--model", required=True, help="L2P checkpoint, or hub id")
+@click.option("--model", required=True, help="L2P checkpoint, hub id, or demo")
 @click.option("--prompt-embeds", type=click.Path(path_type=Path), help="embeddings, for PROMPT")
 @click.option("--negative-prompt", help='text, for guidance; "" where PROMPT is given')
 @click.option(
     "--negative-prompt-embeds", type=click.Path(path_type=Path), help="embeddings, for guidance"
 )
-@click.option("--text-encoder", help="folder or hub id of the Qwen3 used for texts")
+@click.option("--text-encoder", help="folder or hub id of the Qwen3 for texts, or demo")
 @click.option("--size", callback=_size, help="HEIGHTxWIDTH; default: the picture's, or the model's")
 @click.option("--steps", type=int, help="network calls; default: the model's")
 @click.option("--guidance", type=float, help="1 is none; default: the model's")
@@ -171,6 +171,11 @@ def generate(
     """Make a picture of PROMPT with an L2P model.
 
     With --image the picture is the start, resized to --size where that is given.
+
+    The demo model draws one shape (circle, square, triangle, star, ring, cross, diamond, heart),
+    small or large, on a plain, striped, checkered or dotted background, each of them red, orange,
+    yellow, green, blue, purple, pink, white or black: "a red circle on a blue striped background".
+    Other words are no error, but mean nothing to it.
     """
     from .images import check_png_path, save_png
     from .models.l2p import L2PPipeline
@@ -326,7 +331,7 @@ def bake_caption(
 @click.option("--sample-every", default=0, type=click.IntRange(0), help="0: no sample pictures")
 @click.option("--samples", default=1, show_default=True, help="pictures, of the first captions")
 @click.option("--sample-steps", default=30, show_default=True, type=click.IntRange(1))
-@click.option("--text-encoder", help="folder or hub id of the Qwen3 used for texts")
+@click.option("--text-encoder", help="folder or hub id of the Qwen3 for texts, or demo")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", help="cuda, cpu, ...; default: cuda where there is one")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="default: bf16 on CUDA")
@@ -408,8 +413,12 @@ def train(
     check_size(config, size)
 
     def encoder():
+        from .models.l2p.prompts import DEMO
         from .text import Qwen3PromptEncoder
+        from .text.tiny import TinyPromptEncoder
 
+        if text_encoder == DEMO:
+            return TinyPromptEncoder(config.cap_feat_dim)
         return Qwen3PromptEncoder.from_pretrained(
             text_encoder, device=processes.device, embed_dim=config.cap_feat_dim
         )

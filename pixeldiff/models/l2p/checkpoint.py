@@ -26,6 +26,8 @@ from .checkpoint_keys import FINAL_LAYER, is_fused, split_names, without_prefix
 from .config import VARIANTS, L2PConfig, Variant
 from .network import L2PNet
 
+PACKAGED = "l2p.safetensors"  # the file that "demo" means
+
 
 @dataclass(frozen=True)
 class CheckpointInfo:
@@ -72,7 +74,8 @@ class LoadedCheckpoint:
     Args:
         state_dict: exactly the tensors of `L2PNet(config)`, all finite.
         config: geometry.
-        variant: the released network, or None for any other.
+        variant: the released network, or what another one's file says of itself (metadata
+            "variant", JSON with "name" and "native_size"), or None.
         info: details of the file.
     """
 
@@ -96,7 +99,7 @@ def read_checkpoint(
     network it is, is told by its tensors' names and shapes.
 
     Args:
-        path: a file, a directory with one checkpoint, or a hub id.
+        path: a file, a directory with one checkpoint, "demo" (the packaged one), or a hub id.
         config: geometry of a network that was never released; a safetensors file may carry it
             as metadata "config" (JSON of `L2PConfig.to_dict`).
         dtype: of the result; None leaves every tensor as stored, which a network takes only if all
@@ -114,7 +117,7 @@ def read_checkpoint(
         UnknownGeometryError: never released, and no `config`.
     """
     check_dtype(dtype)
-    file = resolve(path)
+    file = resolve(path, packaged=PACKAGED)
     tensors, metadata = read_tensors(file)
     own, prefix, others = without_prefix(tensors, file)
     del tensors
@@ -149,6 +152,7 @@ def read_checkpoint(
         metadata=metadata,
     )
     variant = next((v for v in VARIANTS.values() if v.config == config), None)
+    variant = variant or _stated_variant(metadata, config, file)
     return LoadedCheckpoint(ready, config, variant, info)
 
 
@@ -160,6 +164,19 @@ def load_net(path: str | Path, **options) -> L2PNet:
 def net_from(checkpoint: LoadedCheckpoint) -> L2PNet:
     """The network that owns the tensors of a checkpoint; see `pixeldiff.models.meta.owning`."""
     return owning(L2PNet(checkpoint.config, device="meta"), checkpoint.state_dict)
+
+
+def _stated_variant(metadata: dict[str, str], config: L2PConfig, file: Path) -> Variant | None:
+    if "variant" not in metadata:
+        return None
+    try:
+        values = json.loads(metadata["variant"])
+        return Variant(str(values["name"]), int(values["native_size"]), config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointFormatError(
+            f"read_checkpoint: metadata 'variant' of {file} must be JSON with name and "
+            f"native_size: {error}"
+        ) from error
 
 
 def _stated_config(metadata: dict[str, str], file: Path) -> L2PConfig | None:
