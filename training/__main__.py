@@ -19,12 +19,14 @@ from pixeldiff.sources import demo_autoencoder
 
 from . import cache, train_autoencoder, train_l2p, train_pid, train_source
 from .source_model import SourceModel
+from .synthesise import synthesise
 
 ROOT = Path(__file__).resolve().parent
 ASSETS = ROOT.parent / "pixeldiff" / "assets" / "demo"
 PICTURES = 480
 AUTOENCODER_STEPS = 1000
 L2P_FILES = ("l2p.safetensors", "l2p_source.safetensors")
+SYNTHESISED = "synthesised"
 SHEET = ROOT.parent / "docs" / "l2p-demo.png"
 FILES = ("autoencoder.safetensors", "pid.safetensors")
 
@@ -174,9 +176,15 @@ def l2p_source(work: Path, effort: float, compiled: bool, resume: bool) -> None:
 @_effort
 def l2p_pictures(work: Path, effort: float) -> None:
     """Let the source make the pictures that L2P learns from."""
-    for each in train_l2p.PICTURES:
-        source = SourceModel.load(work / L2P_FILES[1])
-        each.make(source, work, effort)
+    wanted = train_l2p.PICTURES
+    synthesise(
+        SourceModel.load(work / L2P_FILES[1], torch.bfloat16),
+        work / SYNTHESISED,
+        _few(wanted.count, effort),
+        wanted.side,
+        steps=wanted.steps,
+        guidance=wanted.guidance,
+    )
 
 
 @main.command("l2p-shallow")
@@ -185,9 +193,8 @@ def l2p_pictures(work: Path, effort: float) -> None:
 def l2p_shallow(work: Path, effort: float) -> None:
     """Convert the source and train L2P's shallow layers (needs the source and its pictures)."""
     recipe = train_l2p.ShallowRecipe().scaled(effort)
-    folders = {each.side: each.folder(work) for each in train_l2p.PICTURES}
-    trained = train_l2p.train(work / L2P_FILES[1], folders, recipe, work)
-    pictures = [asdict(each) for each in train_l2p.PICTURES]
+    trained = train_l2p.train(work / L2P_FILES[1], work / SYNTHESISED, recipe, work)
+    pictures = asdict(train_l2p.PICTURES)
     facts = {"command": _command(), "recipe": asdict(recipe), "pictures": pictures}
     train_l2p.ship(
         trained, work / L2P_FILES[0], side=train_l2p.SIDE, sampling=train_l2p.SAMPLING, facts=facts

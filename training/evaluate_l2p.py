@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pixeldiff.images import convert
 from pixeldiff.models.l2p import L2PPipeline
+from pixeldiff.models.l2p.scheduler import SHIFT
 from pixeldiff.out_files import written_whole
 
 from .recognise import recognise
@@ -35,18 +36,16 @@ def held_out_scenes(count: int) -> list[Scene]:
     return [random_scene(rng, held_out=True) for _ in range(count)]
 
 
-def makers(source: SourceModel, l2p: L2PPipeline, side: int, steps: int) -> dict[str, Make]:
-    """By name, (captions, seeds) -> pictures (B, 3, side, side), all with L2P's sampling."""
-    guidance, shift = l2p.sampling.guidance_scale, l2p.sampling.shift
+def makers(source: SourceModel, l2p: L2PPipeline, side: int) -> dict[str, Make]:
+    """By name, (captions, seeds) -> pictures (B, 3, side, side), with L2P's steps and guidance."""
+    steps, guidance = l2p.sampling.steps, l2p.sampling.guidance_scale
 
     def of_source(texts: list[str], seeds: list[int]) -> Tensor:
-        settings = {"steps": steps, "guidance": guidance, "shift": shift}
-        return source.pictures(texts, seeds, side, **settings)
+        return source.pictures(texts, seeds, side, steps=steps, guidance=guidance)
 
     def of_l2p(texts: list[str], seeds: list[int]) -> Tensor:
         generators = [torch.Generator(l2p.device).manual_seed(seed) for seed in seeds]
-        size = {"height": side, "width": side, "num_inference_steps": steps}
-        return l2p(texts, **size, generator=generators, output_type="pt").images
+        return l2p(texts, height=side, width=side, generator=generators, output_type="pt").images
 
     return {"source": of_source, "l2p": of_l2p}
 
@@ -119,16 +118,15 @@ def evaluate(
         repeats: timed pictures of each model.
         side: of the pictures, in pixels.
     """
-    steps = l2p.sampling.steps
-    makes = makers(source, l2p, side, steps)
+    makes = makers(source, l2p, side)
     scenes = held_out_scenes(count)
     parameters = {"source": source.net, "l2p": l2p.net, "autoencoder": source.autoencoder}
     facts = {
         "device": f"{_processor()}, {torch.get_num_threads()} threads, fp32",
         "side": side,
-        "steps": steps,
+        "steps": l2p.sampling.steps,
         "guidance": l2p.sampling.guidance_scale,
-        "shift": l2p.sampling.shift,
+        "shift": {"source": SHIFT, "l2p": l2p.sampling.shift},
         "captions": count,
         "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in parameters.items()},
         "score": {name: score(make, scenes) for name, make in makes.items()},

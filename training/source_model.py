@@ -15,7 +15,7 @@ from pixeldiff.models.autoencoder import ConvAutoencoder
 from pixeldiff.models.l2p import L2PNet
 from pixeldiff.models.l2p.checkpoint import load_net
 from pixeldiff.models.l2p.sampler import guided, sample
-from pixeldiff.models.l2p.scheduler import schedule
+from pixeldiff.models.l2p.scheduler import SHIFT, schedule
 from pixeldiff.sources import demo_autoencoder
 from pixeldiff.text.tiny import TinyPromptEncoder
 
@@ -47,7 +47,7 @@ class SourceModel:
         *,
         steps: int,
         guidance: float,
-        shift: float = 3.0,
+        shift: float = SHIFT,
     ) -> Tensor:
         """(B, 3, side, side) fp32 in [-1, 1]; each picture depends on its caption and seed alone.
 

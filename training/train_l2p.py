@@ -20,22 +20,19 @@ from pixeldiff.models.l2p.pipeline import Sampling
 from pixeldiff.models.l2p.training import TRAINABLE_SETS, TrainableSet
 from pixeldiff.out_files import written_whole
 
-from .source_model import SourceModel
-from .synthesise import synthesise
-
 DECODER_WIDTH = 0.25  # of the released local decoder's, for a trunk of 128 channels
 FORM = 1024  # the released form whose patches and decoder levels it takes: 16 pixels, four levels
 
 
 @dataclass(frozen=True)
 class Round:
-    """One run of `pixeldiff l2p train`."""
+    """One run of `pixeldiff l2p train`; pictures are resized to `side`."""
 
     side: int
     steps: int
     batch: int
     learning_rate: float
-    shift: float = 3.0
+    shift: float = 5.0  # as for 4K: pixels average noise away that latents do not
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,9 @@ class ShallowRecipe:
     """Of the shallow layers: `blocks` main blocks at either end, `trainable` as for l2p train."""
 
     rounds: tuple[Round, ...] = (
-        Round(side=128, steps=1500, batch=16, learning_rate=1e-3),
-        Round(side=256, steps=1500, batch=8, learning_rate=5e-4),
-        Round(side=256, steps=500, batch=8, learning_rate=1e-4),
+        Round(side=128, steps=3000, batch=16, learning_rate=1e-3),
+        Round(side=128, steps=1500, batch=16, learning_rate=3e-4),
+        Round(side=128, steps=800, batch=16, learning_rate=1e-4),
     )
     blocks: int = 2
     trainable: str = "strict"
@@ -65,28 +62,10 @@ class SourcePictures:
     steps: int
     guidance: float
 
-    def folder(self, work: Path) -> Path:
-        """Where they lie."""
-        return work / f"synthesised-{self.side}"
 
-    def make(self, source: SourceModel, work: Path, effort: float = 1.0) -> None:
-        """Makes `effort` times the count of them, those that lie there already excepted."""
-        synthesise(
-            source,
-            self.folder(work),
-            max(1, round(self.count * effort)),
-            self.side,
-            steps=self.steps,
-            guidance=self.guidance,
-        )
-
-
-SIDE = 256  # of the pictures that the shipped network makes where nothing is said
-PICTURES = (
-    SourcePictures(side=128, count=3000, steps=12, guidance=2.5),
-    SourcePictures(side=256, count=2000, steps=12, guidance=2.5),
-)
-SAMPLING = Sampling(steps=20, guidance_scale=2.5)
+SIDE = 128  # of the pictures that the shipped network makes where nothing is said
+PICTURES = SourcePictures(side=SIDE, count=4000, steps=16, guidance=2.5)
+SAMPLING = Sampling(steps=20, guidance_scale=2.5, shift=5.0)
 
 
 def trainable_set(recipe: ShallowRecipe) -> TrainableSet:
@@ -94,12 +73,12 @@ def trainable_set(recipe: ShallowRecipe) -> TrainableSet:
     return replace(TRAINABLE_SETS[recipe.trainable], first=recipe.blocks, last=recipe.blocks)
 
 
-def train(source: Path, pictures: dict[int, Path], recipe: ShallowRecipe, work: Path) -> Path:
+def train(source: Path, pictures: Path, recipe: ShallowRecipe, work: Path) -> Path:
     """Converts the source and trains what is new and what is next to it.
 
     Args:
         source: file of the latent model.
-        pictures: by side, folder of synthesised pictures.
+        pictures: folder of synthesised pictures.
         recipe: of the rounds.
         work: folder for what comes in between.
 
@@ -112,7 +91,7 @@ def train(source: Path, pictures: dict[int, Path], recipe: ShallowRecipe, work: 
     for number, each in enumerate(recipe.rounds):
         folder = work / f"l2p-round-{number}"
         shutil.rmtree(folder, ignore_errors=True)
-        _run("l2p", "train", "--model", base, "--data", pictures[each.side], "-o", folder,
+        _run("l2p", "train", "--model", base, "--data", pictures, "-o", folder,
              "--steps", each.steps, "--size", f"{each.side}x{each.side}", "--batch", each.batch,
              "--lr", each.learning_rate, "--shift", each.shift, "--weight-decay", 0,
              "--trainable", recipe.trainable, "--blocks", recipe.blocks, "--clip", 1,

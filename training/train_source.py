@@ -51,6 +51,9 @@ class Stage:
         pictures: by side, how many are drawn.
         other: one step in so many is of the second size.
         learning_rate: the peak, after `warm_up` steps; it falls to `last` of it along a cosine.
+        muon: the matrices' rate in that one.
+        noise: mean and deviation of the noise level's logit. What a picture shows is decided at
+            high noise.
     """
 
     steps: int
@@ -60,6 +63,8 @@ class Stage:
     learning_rate: float = 1.5e-3
     warm_up: int = 200
     last: float = 0.05
+    muon: float = 1.0
+    noise: tuple[float, float] = (0.5, 1.2)
 
     def rate(self, step: int) -> float:
         """Learning rate of step number `step`, from 0."""
@@ -78,13 +83,8 @@ class Recipe:
     """Of the whole training; `dropout` of the captions are empty, for guidance."""
 
     stages: tuple[Stage, ...] = (
-        Stage(steps=4000, batches={128: 64}, pictures={128: 24576}),
-        Stage(
-            steps=2400,
-            batches={256: 20, 128: 64},
-            pictures={256: 8192, 128: 24576},
-            learning_rate=1e-3,
-        ),
+        Stage(steps=3000, batches={128: 64}, pictures={128: 24576}, last=0.15),
+        Stage(steps=4000, batches={128: 64}, pictures={128: 24576}, muon=3.0, noise=(0.9, 1.2)),
     )
     dropout: float = 0.1
     average: float = 0.998
@@ -167,24 +167,24 @@ class SourceTrainer:
         if compiled:
             for block in (*self.net.noise_refiner, *self.net.context_refiner, *self.net.layers):
                 block.forward = torch.compile(block.forward, dynamic=False)
-        rng = np.random.default_rng(self.recipe.seed)
-        generator = torch.Generator().manual_seed(self.recipe.seed)
         # The flash kernel's backward is slow for sequences this short.
         with sdpa_kernel(SDPBackend.MATH):
             for number, stage in enumerate(self.recipe.stages):
                 if number < self.stages_done:
                     continue
-                self._stage(number, stage, rng, generator)
+                self._stage(number, stage)
                 self.stages_done = number + 1
                 self._checkpoint()
 
-    def _stage(self, number: int, stage: Stage, rng, generator: torch.Generator) -> None:
-        optimisers = _optimisers(self.weights)
+    def _stage(self, number: int, stage: Stage) -> None:
+        rng = np.random.default_rng([self.recipe.seed, number])
+        generator = torch.Generator().manual_seed(self.recipe.seed + number)
+        optimisers = _optimisers(self.weights, stage.muon)
         losses, begun = [], time.perf_counter()
         for step in range(stage.steps):
             side = stage.side(step)
             batch = stage.batches[side]
-            loss = self._loss(self.data[side], batch, rng, generator)
+            loss = self._loss(self.data[side], batch, stage.noise, rng, generator)
             loss.backward()
             for name, p in self.net.named_parameters():
                 self.weights[name].grad = None if p.grad is None else p.grad.float()
@@ -192,7 +192,7 @@ class SourceTrainer:
             nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
             for optimiser in optimisers:
                 for group in optimiser.param_groups:
-                    group["lr"] = stage.rate(step)
+                    group["lr"] = stage.rate(step) * group["share"]
                 optimiser.step()
             self._take_over(step if number == 0 else 10**6)
             self.seen[side] = self.seen.get(side, 0) + batch
@@ -204,7 +204,14 @@ class SourceTrainer:
             if (step + 1) % 500 == 0:
                 self.save(self.work / "source.safetensors", "")
 
-    def _loss(self, data: ShapeLatents, batch: int, rng, generator: torch.Generator) -> Tensor:
+    def _loss(
+        self,
+        data: ShapeLatents,
+        batch: int,
+        level: tuple[float, float],
+        rng: np.random.Generator,
+        generator: torch.Generator,
+    ) -> Tensor:
         chosen = rng.integers(len(data), size=batch)
         shape = (1, -1, 1, 1)
         x0 = data.latents[chosen].float().sub(self.shift.view(shape)).div(self.scale.view(shape))
@@ -213,8 +220,7 @@ class SourceTrainer:
             for i in chosen
         ]
         noise = torch.randn(x0.shape, generator=generator)
-        # Logit-normal about high noise, where what is in the picture is decided.
-        sigma = (0.5 + 1.2 * torch.randn(batch, generator=generator)).sigmoid()
+        sigma = (level[0] + level[1] * torch.randn(batch, generator=generator)).sigmoid()
         return training_loss(self.net, x0, noise, sigma, 1 - sigma, self.words.encode(texts))
 
     @torch.no_grad()
@@ -245,14 +251,18 @@ class SourceTrainer:
             partial.write_bytes(save(tensors, metadata))
 
 
-def _optimisers(weights: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for the rest."""
+def _optimisers(weights: dict[str, Tensor], share: float) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, at `share` of the rate; AdamW for the rest."""
     matrices, others = [], []
     for name, p in weights.items():
         inside = name.startswith(("layers.", "noise_refiner.", "context_refiner."))
         muon = inside and p.dim() == 2 and "adaLN" not in name
         (matrices if muon else others).append(p)
     return [
-        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
-        torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([{"params": others, "share": 1.0}], betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(
+            [{"params": matrices, "share": share}],
+            weight_decay=0.0,
+            adjust_lr_fn="match_rms_adamw",
+        ),
     ]
