@@ -17,8 +17,9 @@ from .shapes import COLOURS, SHAPES, coverage, tones
 
 SIDE = 128  # pictures are looked at in this size
 _BORDER = 7  # pixels at the edge that no shape reaches
-_CELLS = 40  # of a shape's bounding box, stretched to a square
-LEAST_OVERLAP = 0.72  # intersection over union below which no shape is recognised
+_CELLS = 48  # along a side of the square that a shape is compared in
+_AREA = 0.22  # of the square, that every shape is scaled to
+LEAST_OVERLAP = 0.6  # intersection over union below which no shape is recognised
 _TURNS = (-0.1, 0.0, 0.1)
 _MATCHING_COLOUR = 0.25  # RGB distance to the nearest colour, beyond which it is none
 _PLAIN = 0.07  # share of the background in its second tone, below which it has no texture
@@ -102,26 +103,28 @@ def _largest(mask: np.ndarray) -> np.ndarray:
 def _shape(mask: np.ndarray) -> str | None:
     if not mask.any():
         return None
-    stretched = _stretched(mask.astype(np.float32))
+    normalised = _normalised(mask)
     overlaps = {
-        name: max(_overlap(stretched, template) for template in _templates(name)) for name in SHAPES
+        name: max(_overlap(normalised, template) for template in _templates(name))
+        for name in SHAPES
     }
     best = max(overlaps, key=overlaps.get)
     return best if overlaps[best] >= LEAST_OVERLAP else None
 
 
-def _stretched(mask: np.ndarray) -> np.ndarray:
-    """(_CELLS, _CELLS) bool: what the bounding box holds."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = Image.fromarray(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-    return np.asarray(box.resize((_CELLS, _CELLS), Image.Resampling.BILINEAR)) > 0.5
+def _normalised(mask: np.ndarray) -> np.ndarray:
+    """(_CELLS, _CELLS) bool: the mask scaled to an area of its own about its centre of mass."""
+    middle = np.array(ndimage.center_of_mass(mask))
+    step = np.sqrt(mask.sum() / _AREA) / _CELLS  # pixels from cell to cell
+    cells = (np.mgrid[0:_CELLS, 0:_CELLS] + 0.5 - _CELLS / 2) * step
+    places = middle[:, None, None] + cells
+    return ndimage.map_coordinates(mask.astype(np.float32), places, order=1) > 0.5
 
 
 @functools.cache
 def _templates(shape: str) -> tuple[np.ndarray, ...]:
     return tuple(
-        _stretched((coverage(shape, SIDE, (0.5, 0.5), 0.35, turn) > 0.5).astype(np.float32))
-        for turn in _TURNS
+        _normalised(coverage(shape, SIDE, (0.5, 0.5), 0.35, turn) > 0.5) for turn in _TURNS
     )
 
 

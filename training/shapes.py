@@ -26,8 +26,9 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
 TEXTURES = ("plain", "striped", "checkered", "dotted")
-SMALL, LARGE = 0.24, 0.31  # radii below and above which a shape may be called so
-RADII = (0.19, 0.36)
+SMALL, LARGE = 0.295, 0.345  # radii below and above which a shape may be called so
+RADII = (0.26, 0.38)
+WANDER = 0.07  # of a side, how far a shape may be off the middle
 MARGIN = 0.07  # of a side, which no shape touches
 HELD_OUT_SHARE = 12  # one combination in so many
 SUPERSAMPLING = 4
@@ -74,7 +75,7 @@ def random_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
         if is_held_out((shape, colour, background, texture)) == held_out:
             break
     radius = float(rng.uniform(*RADII))
-    free = MARGIN + radius
+    wander = min(WANDER, 0.5 - MARGIN - radius)
     angle = float(rng.choice([0.0, np.pi / 2, np.pi / 4])) if texture == "striped" else 0.0
     return Scene(
         shape=shape,
@@ -82,8 +83,8 @@ def random_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
         background=background,
         texture=texture,
         radius=radius,
-        centre=(float(rng.uniform(free, 1 - free)), float(rng.uniform(free, 1 - free))),
-        turn=float(rng.uniform(-0.12, 0.12)),
+        centre=(float(0.5 + rng.uniform(-1, 1) * wander), float(0.5 + rng.uniform(-1, 1) * wander)),
+        turn=float(rng.uniform(-0.04, 0.04)),
         period=float(rng.uniform(0.17, 0.27)),
         angle=angle,
         phase=(float(rng.uniform()), float(rng.uniform())),

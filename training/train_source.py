@@ -84,7 +84,17 @@ class Recipe:
 
     stages: tuple[Stage, ...] = (
         Stage(steps=3000, batches={128: 64}, pictures={128: 24576}, last=0.15),
-        Stage(steps=4000, batches={128: 64}, pictures={128: 24576}, muon=3.0, noise=(0.9, 1.2)),
+        Stage(steps=3500, batches={128: 64}, pictures={128: 24576}, muon=3.0, noise=(0.9, 1.2)),
+        Stage(
+            steps=1500,
+            batches={128: 64},
+            pictures={128: 12288},
+            learning_rate=1.2e-3,
+            warm_up=100,
+            last=0.1,
+            muon=2.0,
+            noise=(0.9, 1.2),
+        ),
     )
     dropout: float = 0.1
     average: float = 0.998
@@ -150,12 +160,14 @@ class SourceTrainer:
         if path.is_file():
             stored = torch.load(path, weights_only=True)
             self.weights, self.average = stored["weights"], stored["average"]
+            self.shift, self.scale = stored["latent"]
             self.seen, self.stages_done = stored["seen"], stored["stages_done"]
             self._into_network()
 
     def _checkpoint(self) -> None:
         stored = {
             "weights": self.weights,
+            "latent": (self.shift, self.scale),
             "average": self.average,
             "seen": self.seen,
             "stages_done": self.stages_done,
