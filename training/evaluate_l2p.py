@@ -20,7 +20,7 @@ from pixeldiff.models.l2p.scheduler import SHIFT
 from pixeldiff.out_files import written_whole
 
 from .recognise import recognise
-from .shapes import Scene, caption, random_scene
+from .shapes import Scene, caption, draw, random_scene
 from .source_model import SourceModel
 
 ATTRIBUTES = ("shape", "colour", "background", "texture")
@@ -64,6 +64,21 @@ def score(make: Make, scenes: list[Scene]) -> dict[str, float]:
     return {**shares, "all": float(table.all(1).mean())}
 
 
+@torch.no_grad()
+def ceilings(source: SourceModel, scenes: list[Scene], side: int) -> dict[str, dict[str, float]]:
+    """Scores of pictures that are right: as drawn, and after the autoencoder."""
+
+    def drawn(_: list[str], seeds: list[int]) -> Tensor:
+        pixels = np.stack([draw(scenes[seed - _SEED], side) for seed in seeds])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() * 2 / 255 - 1
+
+    def coded(texts: list[str], seeds: list[int]) -> Tensor:
+        images = drawn(texts, seeds).to(source.net.dtype)
+        return source.autoencoder(images).float().clamp(-1, 1)
+
+    return {"drawn": score(drawn, scenes), "autoencoder": score(coded, scenes)}
+
+
 def times(makes: dict[str, Make], repeats: int) -> dict[str, dict[str, float]]:
     """Seconds of one picture, by name: median and range of runs that take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in makes}
@@ -86,12 +101,12 @@ def sheet(makes: dict[str, Make], scenes: list[Scene], path: Path) -> None:
     side, label, left = 192, 34, 60
     size = (left + side * len(texts), label + side * len(rows))
     canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
+    pen = ImageDraw.Draw(canvas)
     for i, text in enumerate(texts):
         what, _, ground = text.partition(" on ")
-        draw.text((left + i * side + 6, 4), f"{what}\non {ground}", fill="black")
+        pen.text((left + i * side + 6, 4), f"{what}\non {ground}", fill="black")
     for k, (name, row) in enumerate(zip(makes, rows, strict=True)):
-        draw.text((8, label + k * side + side // 2), {"l2p": "L2P"}.get(name, name), fill="black")
+        pen.text((8, label + k * side + side // 2), {"l2p": "L2P"}.get(name, name), fill="black")
         for i, picture in enumerate(row):
             small = picture.resize((side - 4, side - 4), Image.Resampling.LANCZOS)
             canvas.paste(small, (left + i * side, label + k * side))
@@ -130,6 +145,7 @@ def evaluate(
         "captions": count,
         "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in parameters.items()},
         "score": {name: score(make, scenes) for name, make in makes.items()},
+        "ceiling": ceilings(source, scenes, side),
         "seconds": {"repeats": repeats, **times(makes, repeats)},
     }
     sheet(makes, scenes[:6], picture)

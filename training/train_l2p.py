@@ -40,9 +40,9 @@ class ShallowRecipe:
     """Of the shallow layers: `blocks` main blocks at either end, `trainable` as for l2p train."""
 
     rounds: tuple[Round, ...] = (
-        Round(side=128, steps=2800, batch=16, learning_rate=1e-3),
-        Round(side=128, steps=1000, batch=16, learning_rate=3e-4),
-        Round(side=128, steps=500, batch=16, learning_rate=1e-4),
+        Round(side=128, steps=1700, batch=16, learning_rate=1e-3),
+        Round(side=128, steps=600, batch=16, learning_rate=3e-4),
+        Round(side=128, steps=300, batch=16, learning_rate=1e-4),
     )
     blocks: int = 2
     trainable: str = "strict"
@@ -65,7 +65,7 @@ class SourcePictures:
 
 SIDE = 128  # of the pictures that the shipped network makes where nothing is said
 PICTURES = SourcePictures(side=SIDE, count=3000, steps=16, guidance=2.5)
-SAMPLING = Sampling(steps=20, guidance_scale=2.5, shift=5.0)
+SAMPLING = Sampling(steps=30, guidance_scale=3.0, shift=5.0)
 
 
 def trainable_set(recipe: ShallowRecipe) -> TrainableSet:
