@@ -43,6 +43,7 @@ class ShallowRecipe:
         Round(side=128, steps=1700, batch=16, learning_rate=1e-3),
         Round(side=128, steps=600, batch=16, learning_rate=3e-4),
         Round(side=128, steps=300, batch=16, learning_rate=1e-4),
+        Round(side=128, steps=400, batch=16, learning_rate=2e-4),
     )
     blocks: int = 2
     trainable: str = "strict"
