@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+PROMPT ?= a red circle on a blue striped background
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 REQUIREMENTS := $(VENV)/.requirements
@@ -14,13 +15,14 @@ IN_VENV := PATH="$(abspath $(BIN)):$$PATH"
 .PHONY: help setup demo test bench lint format ext sanitize train-demo clean distclean
 
 help:
-	@echo "make demo [IMAGE=file]  decode a picture 4x and write the result and a comparison"
+	@echo "make demo [IMAGE=file]  decode a picture 4x and write the result and a comparison;"
+	@echo "     [PROMPT=words]     then draw what PROMPT says"
 	@echo "make test [ARGS=...]    run the test suite; ARGS goes to pytest"
 	@echo "make lint | format      check | rewrite the layout of the sources"
 	@echo "make bench [ARGS=...]   measure this machine: some ops and the demo decode; see bench/README.md"
 	@echo "make ext                rebuild the compiled kernels in place, only what changed"
 	@echo "make sanitize           kernel tests under the address and undefined-behaviour sanitizers"
-	@echo "make train-demo         train the demo model again"
+	@echo "make train-demo         train the demo models again"
 	@echo "make clean | distclean  remove build outputs | and .venv"
 
 $(REQUIREMENTS): requirements-dev.txt
@@ -38,6 +40,7 @@ setup: $(INSTALLED)
 
 demo: setup
 	$(BIN)/python -m pixeldiff.demo $(if $(IMAGE),--image "$(IMAGE)")
+	$(BIN)/pixeldiff generate "$(PROMPT)" --model demo --seed 3 -o out/generated.png
 
 # A thread each: processes that share the cores spend their time waiting for each other's threads.
 test: setup
@@ -86,6 +89,7 @@ sanitize: setup
 
 train-demo: setup
 	$(BIN)/python -m training demo
+	$(BIN)/python -m training l2p-demo
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

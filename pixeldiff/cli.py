@@ -127,7 +127,7 @@ def decode(
 @main.command()
 @click.argument("prompt", required=False)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=_OUTPUT)
-@click.option("--model", required=True, help="L2P checkpoint, or hub id")
+@click.option("--model", required=True, help="L2P checkpoint, hub id, or demo")
 @click.option(
     "--prompt-embeds", type=click.Path(path_type=Path), help="of bake-caption, for PROMPT"
 )
@@ -135,7 +135,7 @@ def decode(
 @click.option(
     "--negative-prompt-embeds", type=click.Path(path_type=Path), help="embeddings, for guidance"
 )
-@click.option("--text-encoder", help="folder or hub id of the Qwen3 used for texts")
+@click.option("--text-encoder", help="folder or hub id of the Qwen3 for texts, or demo")
 @click.option(
     "--size", callback=parsed_size, help="HEIGHTxWIDTH; default: the picture's, or the model's"
 )
@@ -172,6 +172,11 @@ def generate(
 
     With --image the picture is the start, resized to --size where that is given. OUTPUT's suffix
     decides between PNG, JPEG and TIFF.
+
+    The demo model draws one shape (circle, square, triangle, star, ring, cross, diamond, heart),
+    small or large, on a plain, striped, checkered or dotted background, each of them red, orange,
+    yellow, green, blue, purple, pink, white or black: "a red circle on a blue striped background".
+    Other words are no error, but mean nothing to it.
     """
     from .models.l2p import L2PPipeline
     from .picture_files import check_picture_path, save_picture

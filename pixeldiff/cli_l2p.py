@@ -25,6 +25,12 @@ def l2p() -> None:
 @click.option("--resolution", type=int, required=True, help="1024, 4096, 8192 or 10240")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=".safetensors")
 @click.option("--seed", default=42, show_default=True, help="of the new layers")
+@click.option(
+    "--decoder-width",
+    default=1.0,
+    show_default=True,
+    help="channels of the local decoder in the released ones, for a narrower trunk",
+)
 @click.option("--report", type=click.Path(path_type=Path), help="JSON file to write")
 @click.option("--force", is_flag=True, help="replace OUTPUT if it exists")
 @click.option("--quiet", is_flag=True, help="no progress bar")
@@ -34,6 +40,7 @@ def convert(
     resolution: int,
     output: Path,
     seed: int,
+    decoder_width: float,
     report: Path | None,
     force: bool,
     quiet: bool,
@@ -46,7 +53,10 @@ def convert(
     from .models.l2p.conversion import convert as run
 
     with _shown(report, quiet) as (progress, finish):
-        finish(run(source, output, resolution, seed=seed, overwrite=force, progress=progress))
+        finish(
+            run(source, output, resolution, seed=seed, decoder_width=decoder_width,
+                overwrite=force, progress=progress)
+        )  # fmt: skip
 
 
 @l2p.command()

@@ -42,7 +42,7 @@ from .cli_options import err, out, parsed_size, progress_bar
 @click.option("--sample-every", default=0, type=click.IntRange(0), help="0: no sample pictures")
 @click.option("--samples", default=1, show_default=True, help="pictures, of the first captions")
 @click.option("--sample-steps", default=30, show_default=True, type=click.IntRange(1))
-@click.option("--text-encoder", help="folder or hub id of the Qwen3 used for texts")
+@click.option("--text-encoder", help="folder or hub id of the Qwen3 for texts, or demo")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", help="cuda, cpu, ...; default: cuda where there is one")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="default: bf16 on CUDA")
@@ -124,8 +124,12 @@ def train(
     check_size(config, size)
 
     def encoder():
+        from .models.l2p.prompts import DEMO
         from .text import Qwen3PromptEncoder
+        from .text.tiny import TinyPromptEncoder
 
+        if text_encoder == DEMO:
+            return TinyPromptEncoder(config.cap_feat_dim)
         return Qwen3PromptEncoder.from_pretrained(
             text_encoder, device=processes.device, embed_dim=config.cap_feat_dim
         )

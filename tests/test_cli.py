@@ -65,7 +65,7 @@ def out(tmp_path):
 @pytest.fixture
 def demo(files, monkeypatch):
     """The tiny files in place of the packaged demo model."""
-    monkeypatch.setattr(checkpoint_location, "_packaged_demo", lambda: files / "pid.safetensors")
+    monkeypatch.setattr(checkpoint_location, "_packaged_demo", lambda name: files / name)
     monkeypatch.setattr(sources, "demo_asset", lambda name: files / name)
 
 

@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
     ConvAutoencoder().save(files / "autoencoder.safetensors")
     picture(160, 128).save(files / "picture.png")
-    monkeypatch.setattr(checkpoint_location, "_packaged_demo", lambda: files / "pid.safetensors")
+    monkeypatch.setattr(checkpoint_location, "_packaged_demo", lambda name: files / name)
     monkeypatch.setattr(sources, "demo_asset", lambda name: files / name)
     monkeypatch.setattr(demo, "demo_asset", lambda name: files / name)
     return tmp_path

@@ -6,6 +6,7 @@ word is computed from a hash of its letters, on every machine the same.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
@@ -51,25 +52,47 @@ class TinyTextEmbedder:
             captions = [captions]
         out = torch.zeros(len(captions), self.length, self.width)
         for row, caption in zip(out, captions, strict=True):
-            row[0] = self._signs("<begin>")
+            row[0] = _signs("<begin>", self.width)
             words = _WORD.findall(caption.lower())[: self.length - 1]
             for token, word in enumerate(words, 1):
-                row[token] = self._word(word)
+                row[token] = _word(word, self.width)
         return out
 
     def null(self) -> Tensor:
         """(1, length, width): the embedding of the empty caption, for unconditional decoding."""
         return self.encode("")
 
-    def _word(self, word: str) -> Tensor:
-        padded = f"^{word}$"
-        pieces = [word] + [padded[i : i + 3] for i in range(len(padded) - 2)]
-        total = torch.stack([self._signs(piece) for piece in pieces]).sum(0)
-        return total / len(pieces) ** 0.5
 
-    def _signs(self, piece: str) -> Tensor:
-        """(width,) of +1 and -1 from the bits of a hash."""
-        need = -(-self.width // 8)
-        digest = hashlib.shake_128(piece.encode()).digest(need)
-        bits = torch.tensor([byte >> i & 1 for byte in digest for i in range(8)])
-        return (bits[: self.width] * 2 - 1).float()
+@functools.lru_cache(maxsize=4096)
+def _word(word: str, width: int) -> Tensor:
+    """(width,); shared between calls, not to be changed."""
+    padded = f"^{word}$"
+    pieces = [word] + [padded[i : i + 3] for i in range(len(padded) - 2)]
+    total = torch.stack([_signs(piece, width) for piece in pieces]).sum(0)
+    return total / len(pieces) ** 0.5
+
+
+def _signs(piece: str, width: int) -> Tensor:
+    """(width,) of +1 and -1 from the bits of a hash."""
+    need = -(-width // 8)
+    digest = hashlib.shake_128(piece.encode()).digest(need)
+    bits = torch.tensor([byte >> i & 1 for byte in digest for i in range(8)])
+    return (bits[:width] * 2 - 1).float()
+
+
+class TinyPromptEncoder:
+    """Captions of any length as one tensor each, without padding: what `L2PPipeline` takes.
+
+    Args:
+        width: E, channels of an embedding; see `TinyTextEmbedder`.
+        length: most tokens of a caption; words that do not fit are dropped.
+    """
+
+    def __init__(self, width: int = 64, length: int = 64) -> None:
+        self._embedder = TinyTextEmbedder(width, length)
+
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """B embeddings (T_b, width) fp32 on the CPU: a first token, then one per word."""
+        rows = self._embedder.encode(captions)
+        # Every token has a vector; only padding is zero.
+        return [row[: int(row.any(-1).sum())] for row in rows]

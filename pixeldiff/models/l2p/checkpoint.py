@@ -19,10 +19,18 @@ from ..pid.checkpoint_format import read_tensors
 from ..pid.checkpoint_geometry import check_shapes
 from ..pid.checkpoint_location import resolve
 from ..pid.checkpoint_values import check_dtype, converted
-from .checkpoint_geometry import identify, shapes_within, signature, stated_config
+from .checkpoint_geometry import (
+    identify,
+    shapes_within,
+    signature,
+    stated_config,
+    stated_variant,
+)
 from .checkpoint_keys import FINAL_LAYER, is_fused, split_names, without_prefix
 from .config import VARIANTS, L2PConfig, Variant
 from .network import L2PNet
+
+PACKAGED = "l2p.safetensors"  # the file that "demo" means
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,8 @@ class LoadedCheckpoint:
     Args:
         state_dict: exactly the tensors of `L2PNet(config)`, all finite.
         config: geometry.
-        variant: the released network, or None for any other.
+        variant: the released network, or what another one's file says of itself (metadata
+            "variant", JSON with "name" and "native_size"), or None.
         info: details of the file.
     """
 
@@ -94,7 +103,7 @@ def read_checkpoint(
     network it is, is told by its tensors' names and shapes.
 
     Args:
-        path: a file, a directory with one checkpoint, or a hub id.
+        path: a file, a directory with one checkpoint, "demo" (the packaged one), or a hub id.
         config: geometry of a network that was never released; a safetensors file may carry it
             as metadata "config" (JSON of `L2PConfig.to_dict`).
         dtype: of the result; None leaves every tensor as stored, which a network takes only if all
@@ -112,7 +121,7 @@ def read_checkpoint(
         UnknownGeometryError: never released, and no `config`.
     """
     check_dtype(dtype)
-    file = resolve(path)
+    file = resolve(path, packaged=PACKAGED)
     tensors, metadata = read_tensors(file)
     own, prefix, others = without_prefix(tensors, file)
     del tensors
@@ -147,6 +156,7 @@ def read_checkpoint(
         metadata=metadata,
     )
     variant = next((v for v in VARIANTS.values() if v.config == config), None)
+    variant = variant or stated_variant(metadata, config, file)
     return LoadedCheckpoint(ready, config, variant, info)
 
 

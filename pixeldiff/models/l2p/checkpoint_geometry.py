@@ -47,6 +47,24 @@ def stated_config(metadata: Mapping[str, str], path: Path) -> L2PConfig | None:
         ) from error
 
 
+def stated_variant(metadata: Mapping[str, str], config: L2PConfig, path: Path) -> Variant | None:
+    """What a file that is no released network calls itself, or None.
+
+    Raises:
+        CheckpointFormatError: its metadata "variant" is not a name and a native size.
+    """
+    if "variant" not in metadata:
+        return None
+    try:
+        values = loads(metadata["variant"])
+        return Variant(str(values["name"]), int(values["native_size"]), config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointFormatError(
+            f"read_checkpoint: metadata 'variant' of {path} must be JSON with name and "
+            f"native_size: {str(error)[:300]}"
+        ) from error
+
+
 def shapes_within(config: L2PConfig, held: Shapes, path: Path) -> dict[str, tuple[int, ...]]:
     """`network_shapes` of a geometry that a file states, which is no larger than the file.
 

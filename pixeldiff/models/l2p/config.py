@@ -74,6 +74,18 @@ class LocalDecoderConfig:
         levels = tuple(Level(v.name, width(v.skip), width(v.up), width(v.out)) for v in self.levels)
         return LocalDecoderConfig(levels, width(self.bottleneck))
 
+    def scaled(self, factor: float) -> LocalDecoderConfig:
+        """The same levels with `factor` times the channels; those of the image (3) stay.
+
+        Raises:
+            ValueError: factor is not a positive number.
+        """
+        if not 0 < factor < math.inf:
+            raise ValueError(f"LocalDecoderConfig: factor must be a positive number, got {factor}")
+        counts = {v for level in self.levels for v in (level.skip, level.up, level.out)}
+        counts.add(self.bottleneck)
+        return self.with_widths({v: max(1, round(v * factor)) for v in counts if v > 3})
+
 
 _INNER = (Level("2", 128, 128, 64), Level("3", 256, 256, 128))
 _OUTER = (Level("0", 16, 16, 16), Level("0b", 32, 32, 16), Level("1", 64, 64, 32))

@@ -112,6 +112,7 @@ def convert(
     target: int | L2PConfig = 1024,
     *,
     seed: int = SEED,
+    decoder_width: float = 1.0,
     source_config: L2PConfig | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -128,6 +129,8 @@ def convert(
         target: side of the images that the released form was trained at (1024, 4096, 8192, 10240),
             or a geometry whose trunk is the source's.
         seed: of the new tensors; each depends on it and on its own name only.
+        decoder_width: channels of the local decoder in those of the released form, for a trunk
+            narrower than the released one. Not with a geometry as target, which has its own.
         source_config: geometry of a source that was never released and does not state its own (in
             metadata "config", or as diffusers' config.json).
         overwrite: replace an existing `output`.
@@ -142,11 +145,13 @@ def convert(
     if not isinstance(target, L2PConfig) and target not in RESOLUTIONS:
         known = ", ".join(map(str, RESOLUTIONS))
         raise UnknownNameError(f"convert: resolution must be one of {known}, got {target}")
+    if isinstance(target, L2PConfig) and decoder_width != 1:
+        raise ValueError("convert: decoder_width is for a resolution; the target states its own")
     output = check_new_path(output, overwrite, "convert")
     files = stored_files(source)
     state, dropped = own_tensors(files)
     config = geometry(state, files, source_config)
-    target_config = resolved_target(config, target, files)
+    target_config = resolved_target(config, target, files, decoder_width)
     expected = network_shapes(target_config)
     plan = planned(state, expected, files.path)
     plan = dataclasses.replace(plan, dropped=(*plan.dropped, *dropped))
@@ -239,7 +244,9 @@ def geometry(
     return config
 
 
-def resolved_target(config: L2PConfig, target: int | L2PConfig, files: StoredFiles) -> L2PConfig:
+def resolved_target(
+    config: L2PConfig, target: int | L2PConfig, files: StoredFiles, decoder_width: float = 1.0
+) -> L2PConfig:
     """The geometry of the result: the source's trunk behind other ends.
 
     Raises:
@@ -253,7 +260,7 @@ def resolved_target(config: L2PConfig, target: int | L2PConfig, files: StoredFil
             config,
             patch_size=form.patch_size,
             in_channels=form.in_channels,
-            local_decoder=form.local_decoder,
+            local_decoder=form.local_decoder.scaled(decoder_width),
         )
     if wanted == config:
         raise ForeignCheckpointError(

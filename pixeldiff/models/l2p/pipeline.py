@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ... import __version__, images
+from ...errors import CheckpointFormatError
 from ...text import CaptionFile
 from ...text.qwen3 import EMBED_DIM, QWEN3
 from ..devices import PRECISIONS, check_device, no_autocast
@@ -23,11 +25,11 @@ from ..noise import noise_source
 from ..provenance import describe, forced_backends
 from ..steps import Callback, Interrupted
 from .bands import DECODER_MEMORY
-from .checkpoint import net_from, read_checkpoint
+from .checkpoint import LoadedCheckpoint, net_from, read_checkpoint
 from .config import L2PConfig, Variant
 from .graphs import Trajectory
 from .network import L2PNet
-from .prompts import Embeddings, PromptSource
+from .prompts import DEMO, Embeddings, PromptSource
 from .sampler import Steps, guided, sample, start
 from .scheduler import SHIFT, schedule
 from .sizes import check_size
@@ -119,14 +121,17 @@ class L2PPipeline:
         """Read a checkpoint.
 
         Args:
-            path: a .safetensors, .pth or .pt file, a folder with one, or a hub id.
+            path: a .safetensors, .pth or .pt file, a folder with one, a hub id, or "demo" (the
+                small network that comes with the package, with its own text encoder).
             device: default "cuda" where there is one, else "cpu".
             precision: "fp32" or "bf16", the dtype the weights are held and multiplied in. Default
                 bf16 on CUDA, fp32 elsewhere.
-            text_encoder: folder or hub id of a Qwen3, or an object with `encode(list of str)`. It
-                is not loaded before a text is given. Default "Qwen/Qwen3-4B", 8 GB.
+            text_encoder: folder or hub id of a Qwen3, "demo", or an object with `encode(list of
+                str)`. It is not loaded before a text is given. Default "Qwen/Qwen3-4B", 8 GB, or
+                "demo" where the file says so.
             config: as for `read_checkpoint`.
-            sampling, cuda_graphs: see the class.
+            sampling: see the class; default also what the file's metadata "sampling" says.
+            cuda_graphs: see the class.
 
         Raises:
             CheckpointError: what is wrong with the file (see `pixeldiff.errors`); nothing stays
@@ -140,8 +145,12 @@ class L2PPipeline:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         loaded = read_checkpoint(path, config=config, dtype=PRECISIONS[precision], device=device)
         embed_dim = loaded.config.cap_feat_dim
-        if text_encoder is None and embed_dim == EMBED_DIM:
-            text_encoder = QWEN3
+        if text_encoder is None:
+            if loaded.info.metadata.get("text_encoder") == DEMO:
+                text_encoder = DEMO
+            elif embed_dim == EMBED_DIM:
+                text_encoder = QWEN3
+        sampling = sampling or _stated_sampling(loaded)
         prompts = PromptSource(embed_dim, text_encoder=text_encoder, device=device)
         net = net_from(loaded)
         loaded.state_dict.clear()  # the network owns its weights
@@ -416,6 +425,20 @@ class L2PPipeline:
         if not bool((image.abs() <= 1).all()):
             raise ValueError("image must be in [-1, 1], got values outside or NaN")
         return image.detach().to(self.device, torch.float32)
+
+
+def _stated_sampling(loaded: LoadedCheckpoint) -> Sampling | None:
+    """What a file says it is sampled with: metadata "sampling", JSON of `Sampling`'s fields."""
+    stated = loaded.info.metadata.get("sampling")
+    if stated is None:
+        return None
+    try:
+        return Sampling(**json.loads(stated))
+    except (ValueError, TypeError) as error:
+        raise CheckpointFormatError(
+            f"L2PPipeline: metadata 'sampling' of {loaded.info.path} must be JSON with steps, "
+            f"guidance_scale and, if not 3, shift: {error}"
+        ) from error
 
 
 def _count(prompt: Prompt, embeds: Embeddings | None) -> int:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ...text import CaptionFile, Qwen3PromptEncoder
+from ...text.tiny import TinyPromptEncoder
 
+DEMO = "demo"  # names the text encoder of the packaged model, which is no model itself
 Embeddings = Tensor | Sequence[Tensor] | CaptionFile
 
 
@@ -21,8 +23,8 @@ class PromptSource:
 
     Args:
         embed_dim: E the network takes.
-        text_encoder: None (embeddings only), a folder or hub id of a Qwen3, or an object with
-            `encode(list of B str) -> B tensors (T_b, E)`.
+        text_encoder: None (embeddings only), "demo" (that of the packaged model), a folder or hub
+            id of a Qwen3, or an object with `encode(list of B str) -> B tensors (T_b, E)`.
         device: where a Qwen3 is loaded.
 
     Raises:
@@ -35,6 +37,8 @@ class PromptSource:
         self.embed_dim = embed_dim
         self.device = device
         self._lock = threading.RLock()
+        if text_encoder == DEMO:
+            text_encoder = TinyPromptEncoder(embed_dim)
         # A str has a method `encode` of its own.
         self._location = text_encoder if isinstance(text_encoder, str | os.PathLike) else None
         self._encoder = text_encoder if self._location is None else None

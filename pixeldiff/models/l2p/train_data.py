@@ -8,6 +8,7 @@ made them from.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,9 @@ def pictures_of(
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise ValueError(f"l2p train: {folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
-    _refuse("share one caption", [p for p in paths if _twin(p, paths)], "rename one of each pair")
+    stems = Counter(p.stem for p in paths)
+    twins = [p for p in paths if stems[p.stem] > 1]
+    _refuse("share one caption", twins, "rename one of each pair")
     bare, texts, found = [], {}, {}
     for path in paths:
         ready, text = path.with_suffix(".safetensors"), path.with_suffix(".txt")
@@ -128,10 +131,6 @@ def pictures_of(
     for embedding in found.values():
         _check_embedding(embedding, config)
     return [Picture(path, found[path]) for path in paths]
-
-
-def _twin(path: Path, paths: list[Path]) -> bool:
-    return sum(other.stem == path.stem for other in paths) > 1
 
 
 def _refuse(what: str, paths: list[Path], way_out: str) -> None:

@@ -16,7 +16,9 @@ DEMO = "demo"
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<file>[^:]+))?")
 
 
-def resolve(path_or_id: str | Path, *, prefer: Sequence[str] = ()) -> Path:
+def resolve(
+    path_or_id: str | Path, *, prefer: Sequence[str] = (), packaged: str = "pid.safetensors"
+) -> Path:
     """The one local file that `path_or_id` means.
 
     Args:
@@ -25,6 +27,7 @@ def resolve(path_or_id: str | Path, *, prefer: Sequence[str] = ()) -> Path:
             cache by the optional package huggingface_hub.
         prefer: names that settle a directory or repository with several checkpoints: when the
             path of exactly one candidate contains one of them, that one is taken.
+        packaged: the file that "demo" means.
 
     Raises:
         CheckpointNotFoundError: nothing there, or several candidates (listed), or the hub or its
@@ -32,7 +35,7 @@ def resolve(path_or_id: str | Path, *, prefer: Sequence[str] = ()) -> Path:
     """
     text = str(path_or_id)
     if text == DEMO:
-        return _packaged_demo()
+        return _packaged_demo(packaged)
     path = Path(path_or_id).expanduser()
     if path.is_file():
         return path
@@ -47,8 +50,8 @@ def resolve(path_or_id: str | Path, *, prefer: Sequence[str] = ()) -> Path:
     )
 
 
-def _packaged_demo() -> Path:
-    path = Path(str(importlib.resources.files("pixeldiff"))) / "assets" / "demo" / "pid.safetensors"
+def _packaged_demo(name: str) -> Path:
+    path = Path(str(importlib.resources.files("pixeldiff"))) / "assets" / "demo" / name
     if not path.is_file():
         raise CheckpointNotFoundError(
             f'resolve: the packaged model "demo" is not installed (no {path}); reinstall pixeldiff'
