@@ -14,11 +14,11 @@ from safetensors import safe_open
 
 from pixeldiff.cli import main
 from pixeldiff.errors import CheckpointFormatError
-from pixeldiff.images import read_png_metadata
 from pixeldiff.models.l2p import L2PPipeline, read_checkpoint
 from pixeldiff.models.l2p.checkpoint_geometry import network_shapes
 from pixeldiff.models.l2p.config import DECODERS, L2PConfig
 from pixeldiff.models.l2p.pipeline import Sampling
+from pixeldiff.picture_files import read_picture_metadata
 from pixeldiff.sources import demo_asset, demo_autoencoder
 from pixeldiff.text.tiny import TinyPromptEncoder, TinyTextEmbedder
 from training import shapes, train_l2p, train_source
@@ -111,7 +111,7 @@ def test_generate_writes_a_picture_with_metadata(tmp_path):
         ],
     )
     assert result.exit_code == 0, result.output
-    metadata = read_png_metadata(out)
+    metadata = read_picture_metadata(out)
     assert (metadata["model"], metadata["prompt"], metadata["seed"]) == ("L2P demo", prompt, SEED)
     assert recognise(Image.open(out)).combination == CAPTIONS[prompt]
 
