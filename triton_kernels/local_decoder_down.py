@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import arithmetic, configs, convolution
+from . import arithmetic, configs, convolution, launching
 from .convolution import Config
 
 OP = "local_decoder_down"
@@ -168,13 +168,21 @@ def heuristic(capability: tuple[int, int], x: Tensor, weight: Tensor, bias: Tens
     if weight.dtype == torch.float32 or before > MAX_SQUARES[0] or after > MAX_SQUARES[1]:
         return convolution.wide(capability, weight.dtype, after)
     if not convolution.joins(capability, before):
-        return Config(False, 8, 16, convolution.block(after), 16, 4, 3)
+        return _image(after)[0]
     # 64 squares for 4 warps: four warps' worth of rows for the tensor cores, and few enough sums a
     # thread for several blocks a processor. Of packed channels, whose loads give a thread a square
     # and which have the sums of one pixel at a time, 128.
     if convolution.packed(before):
         return Config(True, 16, 32, 0, 0, 4 if after <= 32 else 8, 1)
     return Config(True, 8, 32, 0, 0, 4, 1)
+
+
+def _image(channels: int) -> list[Config]:
+    """Pixels for an image of three channels: blocks of 16 waste the least of a product."""
+    n = min(convolution.block(channels), 128)
+    return [Config(False, 8, 16, n, 16, w, 3) for w in (4, 8)] + [
+        Config(False, 16, 16, n, 16, 8, 3)
+    ]
 
 
 def key(x: Tensor, weight: Tensor, bias: Tensor) -> str:
@@ -187,6 +195,8 @@ def candidates(x: Tensor, weight: Tensor, bias: Tensor) -> list[Config]:
     wide = convolution.wide_candidates(weight.dtype, after)
     if weight.dtype == torch.float32 or before > MAX_SQUARES[0] or after > MAX_SQUARES[1]:
         return wide
+    if not convolution.joins(launching.capability(x), before):
+        return _image(after)
     if convolution.packed(before):
         warps = 4 if after <= 32 else 8
         squares = [Config(True, 16, 32, 0, 0, warps, 1), Config(True, 8, 64, 0, 0, warps, 1)]

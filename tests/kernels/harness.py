@@ -166,7 +166,7 @@ def run_in_interpreter(test_file: str) -> None:
         pytest.skip("triton is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test_file]
     done = subprocess.run(
-        [*command, "-k", "triton and not interpreter and not ahead"],
+        [*command, "-m", "not gpu", "-k", "triton and not interpreter and not ahead"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

@@ -1,5 +1,6 @@
 """local_decoder_down against fp64: a 3x3 convolution written tap by tap, SiLU, 2x2 maximum."""
 
+import re
 from importlib import import_module
 
 import aot
@@ -133,7 +134,7 @@ def test_negative_results_pool_too(backend):
 def test_an_fp32_image_channels_first(dtype, backend):
     """As the network gives it: a view of (B, 3, H, W), in another type than the weights."""
     _, weight, bias = arguments(dtype, (1, 1, 1, 3, 16))
-    image = Draw()(2, 3, 12, 20)
+    image = Draw()(2, 3, 6, 10)
     with forced(OP, backend):
         got = local_decoder_down(image.permute(0, 2, 3, 1), weight, bias)
         want = local_decoder_down(image.permute(0, 2, 3, 1).contiguous().to(dtype), weight, bias)
@@ -330,13 +331,13 @@ def test_refusals_of_the_cpu_kernel(monkeypatch):
 
 each_triton = pytest.mark.parametrize("backend", TRITON)
 SQUARES = (True, 8, 16, 0, 0, 4, 1)  # 4 x 8 of them
-PIXELS = (False, 4, 8, 16, 16, 4, 1)
+PIXELS = (False, 8, 8, 16, 16, 4, 1)  # 4 x 4 of them: two eights, in the order of a pool
 # Config and (B, H, W, Ci, Co): one tile more than full along each axis, or two blocks of channels.
 TRITON_CASES = {
     "packed": (SQUARES, (1, 6, 18, 3, 5)),
     "squares": (SQUARES, (2, 10, 4, 5, 7)),
-    "pixels": (PIXELS, (1, 4, 10, 20, 20)),
-    "pixels-of-an-image": (PIXELS, (1, 6, 2, 3, 3)),
+    "pixels": (PIXELS, (1, 10, 6, 20, 20)),
+    "pixels-of-two-images": (PIXELS, (2, 4, 2, 3, 3)),
 }
 
 
@@ -352,7 +353,9 @@ def on_triton(backend, args, config=None):
 @precisions
 def test_on_triton(dtype, std, config, shape, backend):
     args = arguments(dtype, shape, std)
-    check(on_triton(backend, args, config), args, assert_within_twice_eager_or_spacing)
+    with guarded_outputs():
+        got = on_triton(backend, args, config)
+    check(got, args, assert_within_twice_eager_or_spacing)
 
 
 @each_triton
@@ -383,6 +386,16 @@ def test_not_finite_on_triton(config, channels, backend):
     # In fp32, as PyTorch's own bf16 convolution on a CPU multiplies infinities by zeros of padding.
     for y, want in zip(got, eager(x.float(), weight.float(), bias.float()), strict=True):
         check_not_finite_like(y, want.bfloat16())
+
+
+@each_triton
+@pytest.mark.parametrize(("config", "channels"), [(SQUARES, 3), (SQUARES, 4), (PIXELS, 4)])
+def test_not_finite_weights_on_triton(config, channels, backend):
+    """What a product reads of the next channel's weights, it reads as zeros."""
+    x, weight, bias = arguments(torch.bfloat16, (1, 2, 2, channels, 5))
+    weight[2, 0, 0, 0] = torch.nan
+    for y in on_triton(backend, (x, weight, bias), config):
+        assert torch.equal(y.isnan().any(2).any(1)[0], torch.arange(5) == 2)
 
 
 @each_triton
@@ -448,11 +461,22 @@ def test_triton_compiles_ahead_of_time(level, target):
     args = aot.released(OP, system="l2p", patch=64, level=level)
     (kernel,) = aot.compile_launch(lambda: module.launch(*args), target)
     aot.assert_lean(kernel, tensor_cores=True)
+    # The interpreter's maximum of either kind keeps a NaN.
+    assert set(re.findall(r"\bmax[\w.]*f(?:32|16|16x2)\b", kernel.ptx)) == {"max.NaN.f32"}
     assert "st.global.v4.b32" in kernel.ptx
     if level == 4:
         assert kernel.ptx.count("cp.async.cg.shared.global") >= 2  # 16 bytes each
     elif level:
         assert "ld.global.v4.b32" in kernel.ptx
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_triton_compiles_three_channels(target):
+    """The outermost level at 8192 x 8192."""
+    module = pytest.importorskip("pixeldiff.triton_kernels.local_decoder_down")
+    args = aot.released(OP, system="l2p", patch=128, pixel=3)
+    (kernel,) = aot.compile_launch(lambda: module.launch(*args), target)
+    aot.assert_lean(kernel, tensor_cores=True)
 
 
 def test_triton_compiles_for_fp32():

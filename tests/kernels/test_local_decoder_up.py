@@ -115,7 +115,7 @@ def test_no_images(skips, backend):
 
 @every_backend(OP)
 def test_image_b_reads_skip_b_modulo_s(backend):
-    x, skip, *rest = arguments(torch.float32, (4, 2, 5, 7, 8, 6, 5, 4))
+    x, skip, *rest = arguments(torch.float32, (4, 2, 2, 3, 8, 6, 5, 4))
     with forced(OP, backend):
         y = local_decoder_up(x, skip, *rest)
         for b in range(4):
@@ -126,7 +126,7 @@ def test_image_b_reads_skip_b_modulo_s(backend):
 @every_backend(OP)
 def test_strided(backend):
     """Views: channels first, and part of a wider tensor."""
-    x, skip, *rest = arguments(torch.float32, (2, 2, 5, 7, 8, 6, 5, 4))
+    x, skip, *rest = arguments(torch.float32, (2, 2, 2, 3, 8, 6, 5, 4))
     with forced(OP, backend):
         want = local_decoder_up(x, skip, *rest)
         first = [t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for t in (x, skip)]
@@ -141,13 +141,15 @@ def test_strided(backend):
 @each_dtype
 def test_not_finite(dtype, backend):
     """A NaN of the skip reaches nine pixels; one of x four doubled ones and two around them."""
-    args = arguments(dtype, (1, 1, 6, 6, 3, 4, 2, 5))
+    if backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("too slow in the interpreter; smaller tiles are below")
+    args = arguments(dtype, (1, 1, 4, 4, 3, 4, 2, 5))
     with forced(OP, backend):
-        for which, rows in ((1, slice(4, 7)), (0, slice(4, 10))):
+        for which, rows in ((1, slice(4, 7)), (0, slice(2, 8))):
             bad = [a.clone() for a in args]
-            bad[which][0, 5 if which else 3, 5 if which else 3, 1] = torch.nan
+            bad[which][0, 5 if which else 2, 5 if which else 2, 1] = torch.nan
             y = local_decoder_up(*bad)
-            where = torch.zeros(12, 12, dtype=torch.bool)
+            where = torch.zeros(8, 8, dtype=torch.bool)
             where[rows, rows] = True
             assert torch.equal(y[0].isnan(), where[:, :, None].expand(-1, -1, 5))
 
@@ -388,7 +390,8 @@ def on_triton(backend, args, config=None):
 )
 def test_on_triton(config, shape, dtype, std, backend):
     args = arguments(dtype, shape, std)
-    y = on_triton(backend, args, config)
+    with guarded_outputs():
+        y = on_triton(backend, args, config)
     assert y.dtype == dtype
     assert y.is_contiguous()
     assert_within_twice_eager_or_spacing(y, eager(*args), oracle(*args))
@@ -420,13 +423,15 @@ def test_any_strides_on_triton(config, backend):
 )
 def test_not_finite_on_triton(config, beside, backend):
     """An infinity of x becomes one of u's, of either sign, so that the result may be NaN or not."""
-    for which, at in ((0, (0, 1, 1)), (1, (0, 3, 2)), (1, (0, 0, 5))):
+    for which, places in ((0, {(0, 0): torch.inf}), (1, {(3, 1): torch.nan, (0, 5): torch.inf})):
         args = arguments(torch.bfloat16, (1, 1, 2, 3, 3, 4, beside, 5))
-        args[which][at][1] = torch.inf if at[1] == 0 else torch.nan
+        for (row, column), value in places.items():
+            args[which][0, row, column, 1] = value
         y, want = on_triton(backend, args, config), eager(*(a.float() for a in args))
         assert torch.equal(y.isfinite(), want.isfinite())
         assert not want.isfinite().all()
-        if at[1] != 0:
+        assert want.isfinite().any()
+        if which:
             assert torch.equal(y.isnan(), want.isnan())
 
 
