@@ -96,7 +96,7 @@ def wide_candidates(dtype: torch.dtype, channels: int) -> list[Config]:
         Config(False, 8, 16, n, 64, 8, 3),
         Config(False, 8, 16, n, 32, 4, 4),
         Config(False, 8, 16, n, 32, 8, 4),
-        Config(False, 16, 16, n, 64, 8, 3),
+        Config(False, 16, 16, n, 64, 8 if n <= 64 else 16, 3),
         Config(False, 8, 8, n, 64, 4, 4),
     ]
     if channels >= 256:
