@@ -71,7 +71,8 @@ def document(usages: Sequence[Usage], size: int, dtype: str) -> str:
     places: dict[tuple[str, ...], list[str]] = {}  # (op, kernel, cells) -> where it is so
     for usage in usages:
         for i, first in enumerate(max(usage.kernels.values(), key=len)):
-            cells = [cell(usage.kernels[t][i]) if usage.kernels[t] else "-" for t in targets]
+            ran = [usage.kernels[t][i : i + 1] for t in targets]
+            cells = [cell(k[0], besides=first.name) if k else "-" for k in ran]
             sites = places.setdefault((usage.case.op, first.name, *cells), [])
             if usage.case.site not in sites:  # a launch may run one kernel several times
                 sites.append(usage.case.site)
@@ -82,8 +83,10 @@ def document(usages: Sequence[Usage], size: int, dtype: str) -> str:
     return DOC.format(version=version, size=size, dtype=dtype) + "\n".join(lines) + "\n"
 
 
-def cell(kernel: Compiled) -> str:
-    parts = [f"{kernel.registers} regs", f"{kernel.warps} warps"]
+def cell(kernel: Compiled, besides: str = "") -> str:
+    """`besides`: the name of its row, which a device may have another kernel in place of."""
+    parts = [f"`{kernel.name}`"] if besides not in ("", kernel.name) else []
+    parts += [f"{kernel.registers} regs", f"{kernel.warps} warps"]
     if kernel.shared >= 1024:
         parts.append(f"{kernel.shared / 1024:.0f} KB")
     parts += sorted(kernel.tensor_cores)

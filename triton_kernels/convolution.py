@@ -70,16 +70,21 @@ def taps_last(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).contiguous()
 
 
+def roomy(capability: tuple[int, int]) -> bool:
+    """Whether a block may take 160 KB of shared memory; 8.6, 8.9 and 12.0 have 99 KB."""
+    return capability in ((8, 0), (9, 0)) or capability[0] in (10, 11)
+
+
 def wide(capability: tuple[int, int], dtype: torch.dtype, channels: int) -> Config:
     """Pixels for a result of so many channels. A heuristic; not yet measured."""
     if dtype == torch.float32:  # on the FMA units: a tile whose operands fit the registers
         return Config(False, 4, 8, min(block(channels), 32), 16, 4, 2)
     n = min(block(channels), 128)
-    if capability in ((8, 0), (9, 0)) or capability[0] in (10, 11):
+    if roomy(capability):
         # 128 x 128: 32 KB a stage, so that two blocks share a processor and one multiplies while
         # the other stores.
         return Config(False, 8, 16, n, 64, 8 if n > 64 else 4, 3)
-    return Config(False, 8, 16, n, 32, 8 if n > 64 else 4, 3)  # 8.6, 8.9 and 12.0 have 99 KB
+    return Config(False, 8, 16, n, 32, 8 if n > 64 else 4, 3)
 
 
 def wide_candidates(dtype: torch.dtype, channels: int) -> list[Config]:
@@ -92,13 +97,13 @@ def wide_candidates(dtype: torch.dtype, channels: int) -> list[Config]:
             Config(False, 8, 8, small, 16, 8, 2),
         ]
     few = [
-        Config(False, 8, 16, n, 64, 4, 3),
         Config(False, 8, 16, n, 64, 8, 3),
-        Config(False, 8, 16, n, 32, 4, 4),
         Config(False, 8, 16, n, 32, 8, 4),
-        Config(False, 16, 16, n, 64, 8, 3),
+        Config(False, 16, 16, n, 64, 8 if n <= 64 else 16, 3),
         Config(False, 8, 8, n, 64, 4, 4),
     ]
+    if n <= 64:  # of more, four warps spill
+        few[:0] = [Config(False, 8, 16, n, 64, 4, 3), Config(False, 8, 16, n, 32, 4, 4)]
     if channels >= 256:
         few.append(Config(False, 8, 16, 256, 64, 8, 3))
     return few

@@ -180,9 +180,8 @@ def heuristic(capability: tuple[int, int], x: Tensor, weight: Tensor, bias: Tens
 def _image(channels: int) -> list[Config]:
     """Pixels for an image of three channels: blocks of 16 waste the least of a product."""
     n = min(convolution.block(channels), 128)
-    return [Config(False, 8, 16, n, 16, w, 3) for w in (4, 8)] + [
-        Config(False, 16, 16, n, 16, 8, 3)
-    ]
+    few = [Config(False, 8, 16, n, 16, warps, 3) for warps in (4, 8)]
+    return [*few, Config(False, 16, 16, n, 16, 8, 3)]
 
 
 def key(x: Tensor, weight: Tensor, bias: Tensor) -> str:
@@ -195,15 +194,14 @@ def candidates(x: Tensor, weight: Tensor, bias: Tensor) -> list[Config]:
     wide = convolution.wide_candidates(weight.dtype, after)
     if weight.dtype == torch.float32 or before > MAX_SQUARES[0] or after > MAX_SQUARES[1]:
         return wide
-    if not convolution.joins(launching.capability(x), before):
-        return _image(after)
     if convolution.packed(before):
+        if not convolution.joins(launching.capability(x), before):
+            return _image(after)
         warps = 4 if after <= 32 else 8
         squares = [Config(True, 16, 32, 0, 0, warps, 1), Config(True, 8, 64, 0, 0, warps, 1)]
-    else:
-        squares = [Config(True, 8, 32, 0, 0, 4, 1), Config(True, 4, 64, 0, 0, 4, 1)]
-        squares += [Config(True, 16, 32, 0, 0, 8, 1)]
-    return [*squares, *wide[:2]]
+        return [*squares, *_image(after)[:2]]
+    squares = [Config(True, 8, 32, 0, 0, 4, 1), Config(True, 4, 64, 0, 0, 4, 1)]
+    return [*squares, Config(True, 16, 32, 0, 0, 8, 1), *wide[:2]]
 
 
 def launch(

@@ -447,13 +447,15 @@ def candidates(
     x: Tensor, skip: Tensor, up_weight: Tensor, up_bias: Tensor, weight: Tensor, bias: Tensor
 ) -> list[Config]:
     wide = convolution.wide_candidates(x.dtype, weight.shape[0])
-    joins = convolution.joins(launching.capability(x), skip.shape[3])
+    capability = launching.capability(x)
+    joins = convolution.joins(capability, skip.shape[3])
     if not (composes(x, skip, up_weight, weight) and joins):
         return wide
     squares = [Config(True, 16, 32, 0, 0, 4, 1), Config(True, 8, 64, 0, 0, 4, 1)]
     if not convolution.packed(skip.shape[3]):
         squares = [Config(True, 8, 32, 0, 0, 4, 1), Config(True, 4, 64, 0, 0, 4, 1)]
-        squares += [Config(True, 16, 32, 0, 0, 8, 1)]
+        if convolution.roomy(capability):
+            squares += [Config(True, 16, 32, 0, 0, 8, 1)]
     return [*squares, *wide[:2]]
 
 

@@ -462,9 +462,11 @@ def test_triton_compiles_ahead_of_time(level, target):
     (kernel,) = aot.compile_launch(lambda: module.launch(*args), target)
     aot.assert_lean(kernel, tensor_cores=True)
     # The interpreter's maximum of either kind keeps a NaN.
-    assert set(re.findall(r"\bmax[\w.]*f(?:32|16|16x2)\b", kernel.ptx)) == {"max.NaN.f32"}
+    maxima = re.findall(r"\bmax\.[\w.]*f(?:32|16|16x2)\b", kernel.ptx)
+    assert maxima
+    assert all(".NaN." in m for m in maxima), maxima
     assert "st.global.v4.b32" in kernel.ptx
-    if level == 4:
+    if level > 1:
         assert kernel.ptx.count("cp.async.cg.shared.global") >= 2  # 16 bytes each
     elif level:
         assert "ld.global.v4.b32" in kernel.ptx
