@@ -49,7 +49,6 @@ def test_figures_of_a_tiled_decode(narrow):
     assert (found.image, found.result) == (12 * 256 * 256, 12 * 256 * 256)
     assert found.features == 4 * 16 * 16 * 48
     assert found.estimate <= narrow.budget
-    assert found.image + found.features + found.weights < found.held < found.peak + 1_000_000
     assert found.backends.keys() == {"local_decoder_down", "local_decoder_up"}
     assert found.seam_error < 1e-5
     assert found.whole_error < 1e-5
@@ -70,7 +69,10 @@ def test_the_command_of_the_decoder(tmp_path):
     assert "became resident, more than 0.01 GB" in text
     report = json.loads(path.read_text())
     assert report["plan"]["budget"] == 1_000_000_000
-    assert [r["dtype"] for r in report["runs"]] == ["fp32"]
+    (run,) = report["runs"]
+    assert run["dtype"] == "fp32"
+    # In a process of its own: no memory is left there from before.
+    assert run["image"] + run["features"] + run["weights"] < run["held"] < run["peak"] + 1_000_000
     code, text = command("local-decoder", "--json", tmp_path / "a.txt")
     assert "must be a .json file" in text
 
