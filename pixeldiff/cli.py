@@ -139,6 +139,8 @@ def decode(
 @click.option(
     "--size", callback=parsed_size, help="HEIGHTxWIDTH; default: the picture's, or the model's"
 )
+@click.option("--height", type=click.IntRange(1), help="pixels, instead of --size")
+@click.option("--width", type=click.IntRange(1), help="pixels, instead of --size")
 @click.option("--steps", type=int, help="network calls; default: the model's")
 @click.option("--guidance", type=float, help="1 is none; default: the model's")
 @click.option("--shift", type=float, help="of the schedule; default: 3")
@@ -158,6 +160,8 @@ def generate(
     negative_prompt_embeds: Path | None,
     text_encoder: str | None,
     size: tuple[int, int] | None,
+    height: int | None,
+    width: int | None,
     steps: int | None,
     guidance: float | None,
     shift: float | None,
@@ -170,7 +174,7 @@ def generate(
 ) -> None:
     """Make a picture of PROMPT with an L2P model.
 
-    With --image the picture is the start, resized to --size where that is given. OUTPUT's suffix
+    With --image the picture is the start, resized to the size where that is given. OUTPUT's suffix
     decides between PNG, JPEG and TIFF.
 
     The demo model draws one shape (circle, square, triangle, star, ring, cross, diamond, heart),
@@ -184,20 +188,22 @@ def generate(
 
     if (prompt is None) == (prompt_embeds is None):
         raise click.UsageError("give either PROMPT or --prompt-embeds")
+    if size is not None and (height, width) != (None, None):
+        raise click.UsageError("give either --size or --height and --width")
+    height, width = size or (height, width)
     family = Qwen3PromptEncoder.family
     given = caption_option("PROMPT", prompt, "--prompt-embeds", prompt_embeds, family)
     negative = caption_option(
         *("--negative-prompt", negative_prompt),
         *("--negative-prompt-embeds", negative_prompt_embeds, family),
     )
-    check_picture_path(output, size)
-    picture = None if image is None else _picture(image, size)
+    check_picture_path(output, None if None in (height, width) else (height, width))
+    picture = None if image is None else _picture(image, height, width)
     if picture is not None:
         check_picture_path(output, picture.size[::-1])
     pipeline = L2PPipeline.from_pretrained(
         model, device=device, precision=precision, text_encoder=text_encoder
     )
-    height, width = size or (None, None)
     with progress_bar(quiet, "generating") as callback:
         result = pipeline(
             prompt,
@@ -221,16 +227,15 @@ def generate(
     out.print(str(path), markup=False)
 
 
-def _picture(path: Path, size: tuple[int, int] | None):
+def _picture(path: Path, height: int | None, width: int | None):
     from PIL import Image
 
     from .images import to_rgb
 
     with Image.open(path) as opened:
         picture = to_rgb(opened)
-    if size is None or picture.size == size[::-1]:
-        return picture
-    return picture.resize(size[::-1], Image.Resampling.LANCZOS)
+    size = (width or picture.width, height or picture.height)
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def _output_paths(output: Path, count: int) -> list[Path]:

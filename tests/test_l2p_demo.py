@@ -91,29 +91,49 @@ def test_unknown_words_and_other_sizes_are_no_error(pipe):
     assert out.images[0].size == (side, side // 2)
 
 
+def run(*args, code=0):
+    words = ["generate", "--model", "demo", "--device", "cpu", "--quiet", *map(str, args)]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == code, result.output
+    return result
+
+
 def test_generate_writes_a_picture_with_metadata(tmp_path):
     out = tmp_path / "out.png"
     prompt = next(iter(CAPTIONS))
-    result = CliRunner().invoke(
-        main,
-        [
-            "generate",
-            prompt,
-            "--model",
-            "demo",
-            "-o",
-            str(out),
-            "--seed",
-            str(SEED),
-            "--device",
-            "cpu",
-            "--quiet",
-        ],
-    )
-    assert result.exit_code == 0, result.output
+    run(prompt, "-o", out, "--seed", SEED)
     metadata = read_picture_metadata(out)
     assert (metadata["model"], metadata["prompt"], metadata["seed"]) == ("L2P demo", prompt, SEED)
     assert recognise(Image.open(out)).combination == CAPTIONS[prompt]
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (("--height", 64, "--width", 96), (96, 64)),
+        (("--height", 64), (128, 64)),
+        (("--width", 96), (96, 128)),
+        (("--size", "64x96"), (96, 64)),
+    ],
+    ids=str,
+)
+def test_generate_in_other_sizes(tmp_path, options, size):
+    run("a red circle", "-o", tmp_path / "a.png", "--steps", 1, *options)
+    assert Image.open(tmp_path / "a.png").size == size
+    # From a picture: its own sides are the default, and it is resized to the others.
+    Image.new("RGB", (160, 48)).save(tmp_path / "start.png")
+    start = ("--image", tmp_path / "start.png")
+    run("a red circle", "-o", tmp_path / "b.png", "--steps", 1, *start, *options)
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    own = size if "--size" in given else (given.get("--width", 160), given.get("--height", 48))
+    assert Image.open(tmp_path / "b.png").size == own
+
+
+def test_a_size_is_given_once(tmp_path):
+    out = tmp_path / "a.png"
+    result = run("a red circle", "-o", out, "--size", "64x64", "--width", 64, code=2)
+    assert "either --size or --height and --width" in result.output
+    assert not out.exists()
 
 
 # --- drawing and recognising --------------------------------------------------------------------
