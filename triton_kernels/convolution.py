@@ -99,11 +99,11 @@ def wide_candidates(dtype: torch.dtype, channels: int) -> list[Config]:
     few = [
         Config(False, 8, 16, n, 64, 8, 3),
         Config(False, 8, 16, n, 32, 8, 4),
-        Config(False, 16, 16, n, 64, 8 if n <= 64 else 16, 3),
         Config(False, 8, 8, n, 64, 4, 4),
     ]
-    if n <= 64:  # of more, four warps spill
+    if n <= 64:  # of more, these spill
         few[:0] = [Config(False, 8, 16, n, 64, 4, 3), Config(False, 8, 16, n, 32, 4, 4)]
+        few.append(Config(False, 16, 16, n, 64, 8, 3))
     if channels >= 256:
         few.append(Config(False, 8, 16, 256, 64, 8, 3))
     return few

@@ -481,6 +481,12 @@ def test_triton_compiles_three_channels(target):
     aot.assert_lean(kernel, tensor_cores=True)
 
 
+@pytest.mark.parametrize("target", [100, 120])
+def test_triton_compiles_every_candidate(target):
+    """Where not all forms of a tile compile, and where the least shared memory is."""
+    aot.check_candidates(OP, *aot.released(OP, system="l2p", patch=64), target=target)
+
+
 def test_triton_compiles_for_fp32():
     module = pytest.importorskip("pixeldiff.triton_kernels.local_decoder_down")
     args = aot.released(OP, torch.float32, system="l2p", patch=64)
