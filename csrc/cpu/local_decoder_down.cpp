@@ -22,6 +22,7 @@
 #include "local_decoder_down.h"
 
 #include "convolution.h"
+#include "strips.h"
 
 namespace pixeldiff::cpu::PIXELDIFF_ISA {
 
@@ -67,13 +68,13 @@ static inline void pool(const float* above, const float* below, int64_t pixels, 
     }
 }
 
-// Pairs of rows [begin, end) of the columns from `left` on. The four rows of x that a pair needs
-// are in a ring, of which every next pair replaces two.
+// Pairs of rows [begin, end) of at most `most` columns from `left` on. The four rows of x that a
+// pair needs are in a ring, of which every next pair replaces two.
 template <class A, class T>
-static void strip(const LocalDecoderDownArgs& a, int64_t b, int64_t left, int64_t begin,
-                  int64_t end, const DownMemory& m) {
+static void strip(const LocalDecoderDownArgs& a, int64_t b, int64_t left, int64_t most,
+                  int64_t begin, int64_t end, const DownMemory& m) {
   using Scalar = typename A::Scalar;
-  const int64_t pixels = min_i64(a.W - left, kDownPixels), step = step_of<A>(a.Ci);
+  const int64_t pixels = min_i64(a.W - left, most), step = step_of<A>(a.Ci);
   const auto pack_row = pack_row_from<T, Scalar>(a.x_dtype);
   const auto row = [&](int64_t y) { return (Scalar*)(m.rows + (y & 3) * m.row); };
   int64_t next = begin > 0 ? 2 * begin - 1 : 0;
@@ -96,11 +97,13 @@ static void strip(const LocalDecoderDownArgs& a, int64_t b, int64_t left, int64_
 
 template <class A, class T>
 static void strips(const LocalDecoderDownArgs& a, int64_t begin, int64_t end, const DownMemory& m) {
-  const int64_t pairs = a.H / 2, across = (a.W + kDownPixels - 1) / kDownPixels;
+  const int64_t pairs = a.H / 2;
+  const Strips split = strips_of(a.W, kDownPixels);
   while (begin < end) {
     const int64_t column = begin / pairs, first = begin % pairs;
     const int64_t count = min_i64(pairs - first, end - begin);
-    strip<A, T>(a, column / across, column % across * kDownPixels, first, first + count, m);
+    strip<A, T>(a, column / split.across, column % split.across * split.pixels, split.pixels, first,
+                first + count, m);
     begin += count;
   }
 }

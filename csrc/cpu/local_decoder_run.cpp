@@ -7,6 +7,7 @@
 #include "local_decoder_down.h"
 #include "local_decoder_up.h"
 #include "parallel.h"
+#include "strips.h"
 #include "variant.h"
 
 namespace pixeldiff::cpu {
@@ -116,15 +117,13 @@ void run(const Args& args, int64_t count, double flops, int threads,
       &job);
 }
 
-int64_t strips_of(int64_t pixels, int64_t most) { return (pixels + most - 1) / most; }
-
 }  // namespace
 
 #define PIXELDIFF_BF16_VARIANT(isa, name) \
   (isa == Isa::avx512_bf16 ? &PIXELDIFF_AVX512_BF16(name) : PIXELDIFF_VARIANT(isa, name))
 
 void local_decoder_down(const LocalDecoderDownArgs& a, Isa isa, int threads) {
-  const int64_t across = strips_of(a.W, kDownPixels);
+  const int64_t across = strips_of(a.W, kDownPixels).across;
   const double flops = 2.0 * 18 * (double)a.W / across * a.Ci * a.Co;
   run(a, a.B * across * (a.H / 2), flops, threads,
       PIXELDIFF_BF16_VARIANT(isa, local_decoder_down_prepare),
@@ -133,8 +132,8 @@ void local_decoder_down(const LocalDecoderDownArgs& a, Isa isa, int threads) {
 
 void local_decoder_up(const LocalDecoderUpArgs& a, Isa isa, int threads) {
   if (a.B == 0) return;
-  const int64_t across = strips_of(a.W, kUpPixels);
-  const int64_t groups = a.S * strips_of(a.B / a.S, kUpTogether);
+  const int64_t across = strips_of(a.W, kUpPixels).across;
+  const int64_t groups = a.S * ((a.B / a.S + kUpTogether - 1) / kUpTogether);
   const double per_pixel = a.Cu * (8.0 * a.Ci + 18.0 * a.Co) + 18.0 * a.Cs * a.Co;
   run(a, groups * across * (a.H / 2), 2.0 * a.W / across * per_pixel, threads,
       PIXELDIFF_BF16_VARIANT(isa, local_decoder_up_prepare),

@@ -26,6 +26,7 @@
 #include "local_decoder_up.h"
 
 #include "convolution.h"
+#include "strips.h"
 
 namespace pixeldiff::cpu::PIXELDIFF_ISA {
 
@@ -193,15 +194,16 @@ struct Strip {
 
 template <class A1, class A2, class T>
 static void strips(const LocalDecoderUpArgs& a, int64_t begin, int64_t end, const UpMemory& m) {
-  const int64_t pairs = a.H / 2, across = (a.W + kUpPixels - 1) / kUpPixels;
+  const int64_t pairs = a.H / 2;
+  const Strips split = strips_of(a.W, kUpPixels);
   while (begin < end) {
     const int64_t column = begin / pairs, first = begin % pairs;
     const int64_t count = min_i64(pairs - first, end - begin);
-    const int64_t left = column % across * kUpPixels, group = column / across;
+    const int64_t left = column % split.across * split.pixels, group = column / split.across;
     const int64_t s = group % a.S, image = s + group / a.S * kUpTogether * a.S;
     const int64_t together = min_i64((a.B - image + a.S - 1) / a.S, kUpTogether);
     const Strip<A1, A2, T> strip{a,     m,        {a, m}, s,
-                                 image, together, left,   min_i64(a.W - left, kUpPixels)};
+                                 image, together, left,   min_i64(a.W - left, split.pixels)};
     strip.run(first, first + count);
     begin += count;
   }
