@@ -10,10 +10,8 @@
 //   1K, 1        3 -> 64    1024^2  3.6     0.18
 //
 // Compute-bound at a core's 10 GB/s but for the image's own level, where SiLU costs as much as the
-// products. One Zen 5 core at 3.9 GHz, busy with other work (250 GFLOP/s at most in fp32, 500 in
-// bf16 pairs): 16 -> 32 runs at 158 and 247, 32 -> 64 at 198 and 325 GFLOP/s, the image in 10 ns a
-// pixel to 16 channels and 44 to 64. On two idle cores that is 0.96 to 2.0 times as fast as PyTorch's
-// convolution, SiLU and pool, and 0.8 to 1.1 times as fast as these under torch.compile
+// products. On two idle Zen 5 cores 0.96 to 2.0 times as fast as PyTorch's convolution, SiLU and
+// pool, 0.8 to 1.1 times as fast as these under torch.compile
 // (bench/results/epyc-2core/kernels-l2p.json).
 //
 // A strip of columns goes down the image in pairs of rows. What is in scratch, four rows of x and

@@ -9,9 +9,8 @@
 //   4K, 1        64, 64, 64 -> 32     1024^2  112     0.23
 //   1K, 1        64, 64, 64 -> 64     1024^2  189     0.30
 //
-// Compute-bound on a CPU. One Zen 5 core at 3.9 GHz, busy with other work (250 GFLOP/s at most in
-// fp32, 500 in bf16 pairs), does these at 161, 185, 216 and 220 GFLOP/s in fp32, at 284, 314, 381
-// and 408 in bf16: 1.2 to 1.6 times as fast as PyTorch's convolutions of the doubled x.
+// Compute-bound on a CPU. On two idle Zen 5 cores, up to 64 channels, 0.95 to 2.6 times as fast as
+// PyTorch's convolutions of the doubled x (bench/results/epyc-2core/kernels-l2p.json).
 //
 // A value of x meets several taps of the first convolution: 8 FLOPs are left of 18 once these are
 // summed. The four results under a 2x2 window of x are one product of 4*Ci values with 4*Cu

@@ -9,8 +9,8 @@ from ... import native
 from .pixels import by_output, fp32, pixels, why_not_pixels
 
 # Numbers of the kernel's weights that it takes. They are read again for every row of a strip: up to
-# 128 channels (0.4 million) it is 1.1 to 1.6 times as fast as PyTorch's convolutions, at 256 (1.6
-# million) 0.7 to 1.1 times, at 512 (6.6 million) 0.6 to 0.8.
+# 64 channels it is 0.95 to 2.6 times as fast as PyTorch's convolutions on two cores
+# (kernels-l2p.json); at 256 and 512 (1.6 and 6.6 million) it was slower on one busy core.
 MOST_WEIGHTS = 1 << 19
 
 
