@@ -23,7 +23,8 @@ from ..graphs import Graphs, graph_limit
 from ..noise import NoiseSource, noise_source
 from ..provenance import Caption, describe, forced_backends
 from ..recent import Recent
-from ..steps import Callback, Interrupted, StepInfo
+from ..steps import Callback, Interrupted, StepInfo, one_of
+from ..tiles import Layout
 from .captions import CaptionSource
 from .checkpoint import LoadedCheckpoint, net_from, read_checkpoint
 from .config import PiDConfig
@@ -39,6 +40,8 @@ from .samplers import (
     teacher_times,
 )
 from .sizes import check_size
+from .tile_layout import Tiling, tile_layout
+from .tiling import MODES, TileCallback, TiledSampling, TileInfo, sample_tiled
 from .variants import LICENCE_NOTE, SamplingSettings, Variant
 
 # What weights are held in; in "fp8" the network's linear layers are then quantised.
@@ -249,6 +252,11 @@ class PiDDecoder:
         state_dtype: str | None = None,
         cfg_scale: float | None = None,
         negative_caption: Caption = None,
+        tile: Tiling = None,
+        overlap: int | None = None,
+        tile_mode: str = "sync",
+        tile_batch: int = 1,
+        tile_callback: TileCallback | None = None,
     ) -> DecodeOutput:
         """Decode latents to images.
 
@@ -271,6 +279,16 @@ class PiDDecoder:
                 where the device has it. A teacher's is fp32.
             cfg_scale: guidance of a teacher; a distilled network takes none.
             negative_caption: for guidance; text or embeddings.
+            tile: decode in tiles: (h, w) in latent cells; "auto", in tiles as large as the network
+                was trained for, where the image is larger than that; None, in one piece. Other
+                pixels than in one piece: within a tile positions are the tile's own, as if it were
+                a whole image, and no tile attends to another. Always without CUDA graphs.
+            overlap: of tiles, in latent cells, at most a third of a tile; default an eighth.
+            tile_mode: "sync" blends the tiles after every network call, so that there are no seams;
+                "independent" samples each tile to its end alone and blends once.
+            tile_batch: tiles in one network call: a little faster, more memory. Equal pixels up to
+                rounding.
+            tile_callback: told after each tile (`TileInfo`); returning False stops.
 
         Returns:
             Images and metadata. Nothing else that shows is kept or changed, so a decoder may be
@@ -283,9 +301,17 @@ class PiDDecoder:
         """
         images.check_output(output)
         latent, sigma = self._latent(latent), self._sigma(sigma, latent.shape[0])
-        size = check_size(self.net.config, tuple(latent.shape[-2:]), size, self.variant)
+        layout = self._layout(tuple(latent.shape[-2:]), size, tile, overlap, tile_mode, tile_batch)
+        if layout is not None and tile_mode == "independent" and callback is not None:
+            raise ValueError(
+                "callback is told of the whole image after each network call, which "
+                "tile_mode='independent' never has; use tile_callback"
+            )
+        variant = self.variant if layout is None else None
+        size = check_size(self.net.config, tuple(latent.shape[-2:]), size, variant)
+        own_size = size if layout is None else layout.tile_pixels  # of what the network sees
         steps = self.sampling.steps if steps is None else steps
-        times = self._times(steps, size)
+        times = self._times(steps, own_size)
         cfg_scale = self._cfg_scale(cfg_scale, negative_caption)
         self._check_sampler(sample_type, state_dtype)
         if state_dtype is None:
@@ -296,9 +322,27 @@ class PiDDecoder:
         null = None
         if cfg_scale != 1:
             null = self._caption("negative_caption", negative_caption, latent.shape[0])
-        tables = self._tables_for(size, y.shape[1], times)
+        tables = self._tables_for(own_size, y.shape[1], times)
         with torch.no_grad(), no_autocast(self.device):
-            if self.distilled:
+            if layout is not None:
+                tiled = TiledSampling(
+                    latent,
+                    y,
+                    sigma,
+                    null,
+                    layout=layout,
+                    together=tile_batch,
+                    times=times,
+                    tables=tables,
+                    student=self.distilled,
+                    sample_type=sample_type,
+                    prediction_type=self.sampling.prediction_type,
+                    state_dtype=STATE_DTYPES[state_dtype],
+                    cfg_scale=cfg_scale,
+                )
+                result = sample_tiled(self.net, tiled, tile_mode, draw, callback, tile_callback)
+                result = result.clamp_(-1, 1)
+            elif self.distilled:
                 result = self._student(
                     Student(
                         latent,
@@ -349,6 +393,10 @@ class PiDDecoder:
             "state": state_dtype,
             "size": list(size),
         }
+        if layout is not None:
+            metadata["tile"] = list(layout.tile)
+            metadata["overlap"] = list(layout.overlap)
+            metadata["tile_mode"] = tile_mode
         if not self.distilled:
             metadata["cfg_scale"] = cfg_scale
             metadata["negative_caption"] = describe(negative_caption)
@@ -369,6 +417,30 @@ class PiDDecoder:
                 callback=callback,
             )
             return x.clamp(-1, 1)  # a copy: x may be a graph's
+
+    def _layout(
+        self,
+        latent_hw: tuple[int, int],
+        size: tuple[int, int] | None,
+        tile: Tiling,
+        overlap: int | None,
+        mode: str,
+        together: int,
+    ) -> Layout | None:
+        one_of("tile_mode", mode, MODES)
+        if isinstance(together, bool) or not isinstance(together, int) or together < 1:
+            raise ValueError(f"tile_batch must be an integer >= 1, got {together!r}")
+        config = self.net.config
+        layout = tile_layout(config, self.variant, latent_hw, tile, overlap)
+        if layout is None:
+            return None
+        if size is not None and tuple(size) != layout.image_pixels:
+            raise ValueError(
+                f"size must be the latent's own, {layout.image_pixels}, where it is decoded in "
+                f"tiles, got {size}; leave it out and resize the image"
+            )
+        check_size(config, layout.tile, None, self.variant)  # warns of untrained tiles
+        return layout
 
     def _tables_for(
         self, size: tuple[int, int], text_rows: int, times: tuple[float, ...]
@@ -493,5 +565,6 @@ __all__ = [
     "LicenceNotice",
     "PiDDecoder",
     "StepInfo",
+    "TileInfo",
     "load_caption",
 ]

@@ -1,0 +1,252 @@
+"""Sampling an image in tiles of its latent, each at most as large as the network was trained for.
+
+A tile is a whole image to the network: its latent is cut out, its positions are its own. Two ways:
+
+    sync         every network call goes tile by tile, and the tiles' results are blended before
+                 the sampler moves on: one image all the way, without seams
+    independent  every tile is sampled to its end alone and blended once: nothing is exchanged
+                 between them, so that workers can share an image
+
+With windows that sum to 1, blending velocities is blending the estimates of the image that they
+stand for, x - t v: all tiles have the same x.
+
+Source: tiled sampling of overlapping windows, MultiDiffusion (arXiv 2302.08113); PiD itself
+(arXiv 2605.23902) decodes images whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...ops.pixel_head_step import update
+from ..noise import NoiseSource
+from ..steps import Callback, Interrupted
+from ..tile_noise import SquareNoise
+from ..tiles import Layout, Tile
+from .network import PiDCondition, PiDNet, Tables
+from .samplers import Draw, network_time, run_student, sample_teacher
+
+MODES = ("sync", "independent")
+_BAND = 1 << 20  # pixels of a band of the sampler's arithmetic, in fp64 8 MB a value and channel
+
+
+@dataclass(frozen=True)
+class TileInfo:
+    """What a tile callback is told after each tile of each network call (sync), or after each
+    finished tile (independent: `step` is then `steps`)."""
+
+    step: int  # 1-based
+    steps: int
+    tile: int  # 1-based, row by row
+    tiles: int
+
+
+TileCallback = Callable[[TileInfo], bool | None]
+
+
+@dataclass(frozen=True)
+class TiledSampling:
+    """What is sampled, and how.
+
+    Args:
+        latent, caption, sigma: (B, Cz, zh, zw), (B, T, E), (B,), as for `PiDNet.prepare`.
+        negative: (B, T', E) for guidance, or None.
+        layout: tiles of the latent.
+        together: tiles in one network call.
+        times, tables: of the schedule, and of a tile's size.
+        student: whether the network is a distilled one; `sample_type` and `state_dtype` are its
+            sampler's, `cfg_scale` is the teacher's.
+    """
+
+    latent: Tensor
+    caption: Tensor
+    sigma: Tensor
+    negative: Tensor | None
+    layout: Layout
+    together: int
+    times: tuple[float, ...]
+    tables: Tables
+    student: bool
+    sample_type: str
+    prediction_type: str
+    state_dtype: torch.dtype
+    cfg_scale: float
+
+
+class Tiles:
+    """The tiles of an image as a network's calls see them.
+
+    Features of the latent are made where they are needed: kept for all tiles they would be as large
+    as those of the whole image.
+    """
+
+    def __init__(
+        self, net: PiDNet, what: TiledSampling, callback: TileCallback | None = None
+    ) -> None:
+        self.net, self.what, self.layout = net, what, what.layout
+        self.steps = len(what.times) - 1
+        self._callback = callback
+        self._steps_at = {network_time(t): i + 1 for i, t in enumerate(what.times[:-1])}
+        self._conditions: list[tuple[tuple[Tile, ...], PiDCondition, PiDCondition | None]] = []
+
+    def prepare(self, tiles: Sequence[Tile]) -> tuple[PiDCondition, PiDCondition | None]:
+        """Conditions of the tiles, one after the other in the batch: with the caption, and with the
+        negative one if there is one."""
+        w, count = self.what, len(tiles)
+        condition = self.net.prepare(
+            torch.cat([self.layout.cells(w.latent, tile) for tile in tiles]),
+            w.caption.repeat(count, 1, 1),
+            w.sigma.repeat(count),
+            size=self.layout.tile_pixels,
+            tables=w.tables,
+            keep_features=False,
+        )
+        if w.negative is None:
+            return condition, None
+        return condition, self.net.recaption(condition, w.negative.repeat(count, 1, 1))
+
+    def prepare_all(self) -> None:
+        """Conditions of all tiles, in the groups that the calls take."""
+        self._conditions = [
+            (tiles, *self.prepare(tiles)) for tiles in self.layout.groups(self.what.together)
+        ]
+
+    def velocity(self, x: Tensor, tau: float, *, negative: bool = False) -> Tensor:
+        """The blended output of a network call at x (B, 3, H, W)."""
+        out = torch.zeros_like(x)
+        done = 0
+        for tiles, condition, other in self._conditions:
+            crops = torch.cat([self.layout.crop(x, tile) for tile in tiles])
+            self.add(out, tiles, self.net.step(crops, tau, other if negative else condition))
+            done += len(tiles)
+            if not negative:
+                self.report(self._steps_at[tau], done)
+        return out
+
+    def add(self, out: Tensor, tiles: Sequence[Tile], results: Tensor) -> None:
+        """Adds the tiles' results, (n B, 3, h, w), with their windows."""
+        for tile, result in zip(tiles, results.chunk(len(tiles)), strict=True):
+            window = self.layout.window(tile, out.device)
+            self.layout.crop(out, tile).addcmul_(result, window)
+
+    def report(self, step: int, done: int) -> None:
+        """Raises Interrupted where the callback returns False."""
+        info = TileInfo(step, self.steps, done, len(self.layout.tiles))
+        if self._callback is not None and self._callback(info) is False:
+            raise Interrupted(
+                f"stopped by the callback after tile {done} of {info.tiles} in step {step} of "
+                f"{self.steps}"
+            )
+
+
+def sample_tiled(
+    net: PiDNet,
+    what: TiledSampling,
+    mode: str,
+    source: NoiseSource,
+    callback: Callback | None,
+    tile_callback: TileCallback | None,
+) -> Tensor:
+    """(B, 3, H, W) fp32, unclamped.
+
+    Raises:
+        Interrupted: a callback returned False.
+    """
+    tiles = Tiles(net, what, tile_callback)
+    if mode == "sync":
+        return sample_sync(tiles, source, callback)
+    noise = SquareNoise(source, what.latent.shape[0], net.config.in_channels)
+    return sample_independent(tiles, noise)
+
+
+def sample_sync(tiles: Tiles, draw: Draw, callback: Callback | None) -> Tensor:
+    """(B, 3, H, W) fp32, unclamped; noise and callback as for an image in one piece."""
+    w = tiles.what
+    tiles.prepare_all()
+    shape = (w.latent.shape[0], tiles.net.config.in_channels, *w.layout.image_pixels)
+    if not w.student:
+        return sample_teacher(
+            tiles.velocity,
+            partial(tiles.velocity, negative=True),
+            draw(shape),
+            w.times,
+            cfg_scale=w.cfg_scale,
+            prediction_type=w.prediction_type,
+            callback=callback,
+        )
+
+    def advance(
+        x: Tensor, t: float, t_next: float, draw: Draw | None, want_x0: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        out = tiles.velocity(x, network_time(t))
+        noise = None if draw is None else draw(tuple(x.shape))
+        # In bands and in place: the arithmetic's own fp64 would be larger than all the rest.
+        rows = max(1, _BAND // (x.shape[0] * x.shape[3]))
+        for band in range(0, x.shape[2], rows):
+            part = (..., slice(band, band + rows), slice(None))
+            x[part], x0 = update(
+                x[part],
+                out[part],
+                None if noise is None else noise[part],
+                t,
+                t_next,
+                sample_type=w.sample_type,
+                prediction_type=w.prediction_type,
+                state_dtype=w.state_dtype,
+            )
+            if want_x0:
+                out[part] = x0
+        return x, out if want_x0 else None
+
+    return run_student(
+        advance, draw(shape), w.times, draw, sample_type=w.sample_type, callback=callback
+    )
+
+
+def sample_independent(tiles: Tiles, noise: SquareNoise) -> Tensor:
+    """(B, 3, H, W) fp32, unclamped."""
+    w, layout = tiles.what, tiles.layout
+    batch, channels = w.latent.shape[0], tiles.net.config.in_channels
+    out = torch.zeros(batch, channels, *layout.image_pixels, device=w.latent.device)
+    done = 0
+    for group in layout.groups(w.together):
+        tiles.add(out, group, _sample_alone(tiles, group, noise))
+        done += len(group)
+        tiles.report(tiles.steps, done)
+    return out
+
+
+def _sample_alone(tiles: Tiles, group: Sequence[Tile], noise: SquareNoise) -> Tensor:
+    w, layout, net = tiles.what, tiles.layout, tiles.net
+    condition, negative = tiles.prepare(group)
+    drawn = 0
+
+    def draw(_: tuple[int, ...]) -> Tensor:
+        nonlocal drawn
+        places = [(tile.row * layout.pixels, tile.column * layout.pixels) for tile in group]
+        parts = [noise(drawn, *place, layout.tile_pixels) for place in places]
+        drawn += 1
+        return torch.cat(parts)
+
+    if not w.student:
+        return sample_teacher(
+            lambda x, tau: net.step(x, tau, condition),
+            lambda x, tau: net.step(x, tau, negative),
+            draw(()),
+            w.times,
+            cfg_scale=w.cfg_scale,
+            prediction_type=w.prediction_type,
+        )
+    advance = partial(
+        net.student_step,
+        condition,
+        sample_type=w.sample_type,
+        prediction_type=w.prediction_type,
+        state_dtype=w.state_dtype,
+    )
+    return run_student(advance, draw(()), w.times, draw, sample_type=w.sample_type)
