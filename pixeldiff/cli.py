@@ -14,7 +14,7 @@ from . import __version__
 from .cli_bake import bake_caption
 from .cli_errors import clean_errors
 from .cli_l2p import l2p
-from .cli_options import caption_option, out, parsed_size, progress_bar
+from .cli_options import caption_option, out, parsed_size, parsed_tile, progress_bar
 from .cli_verify import verify
 
 _OUTPUT = "picture to write: .png, .jpg or .tif"
@@ -52,6 +52,11 @@ def main() -> None:
     help="default: bf16 on CUDA; fp8: e4m3 products, capability 8.9 (docs/precision.md)",
 )
 @click.option("--low-memory", is_flag=True, help="half the activations, about 1% slower")
+@click.option(
+    "--tile", callback=parsed_tile, help="decode in tiles: auto, or HEIGHTxWIDTH in latent cells"
+)
+@click.option("--overlap", type=int, help="of tiles, in latent cells; default: an eighth")
+@click.option("--tile-mode", type=click.Choice(["sync", "independent"]), default="sync")
 @click.option("--quiet", is_flag=True, help="no progress bar")
 @clean_errors
 def decode(
@@ -72,6 +77,9 @@ def decode(
     device: str | None,
     precision: str | None,
     low_memory: bool,
+    tile: tuple[int, int] | str | None,
+    overlap: int | None,
+    tile_mode: str,
     quiet: bool,
 ) -> None:
     """Decode SOURCE to a PNG, JPEG or TIFF.
@@ -115,7 +123,10 @@ def decode(
             negative_caption=negative,
             seed=seed,
             size=size,
-            callback=callback,
+            tile=tile,
+            overlap=overlap,
+            tile_mode=tile_mode,
+            **{"tile_callback" if tile else "callback": callback},
         )
     metadata = [result.metadata]
     if len(paths) > 1:

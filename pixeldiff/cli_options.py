@@ -27,6 +27,10 @@ def parsed_size(_ctx, _param, value: str | None) -> tuple[int, int] | None:
     return height, width
 
 
+def parsed_tile(_ctx, _param, value: str | None) -> tuple[int, int] | str | None:
+    return value if value in (None, "auto") else parsed_size(_ctx, _param, value)
+
+
 def caption_option(
     name: str, text: str | None, file_name: str, file: Path | None, family: str
 ) -> str | CaptionFile | None:
@@ -54,6 +58,8 @@ def progress_bar(quiet: bool, what: str = "decoding") -> Iterator[Callable]:
         task = bar.add_task(what, total=None)
 
         def callback(info) -> None:
-            bar.update(task, completed=info.step, total=info.steps)
+            # Of a tile: step s of n, tile k of m.
+            tiles, tile = getattr(info, "tiles", 1), getattr(info, "tile", 1)
+            bar.update(task, completed=(info.step - 1) * tiles + tile, total=info.steps * tiles)
 
         yield callback

@@ -178,6 +178,25 @@ def test_size(files, out):
     assert "64 x 96 is not the latent's own size" in result.stderr
 
 
+def test_tiles(files, out):
+    """As the decoder makes them; what the metadata says of them makes the same picture again."""
+    latent = out / "large.safetensors"
+    save_file({"latent": tiny_latent(1, 5, 6)}, latent)
+    options = {"tile": (3, 4), "overlap": 1, "tile_mode": "independent"}
+    flags = ["--tile", "3x4", "--overlap", 1, "--tile-mode", "independent"]
+    decode(files, out, *flags, source=latent)
+    want = by_hand(files, latent=tiny_latent(1, 5, 6), **options)[0]
+    assert np.array_equal(pixels(out / "a.png"), want)
+    found = read_picture_metadata(out / "a.png")
+    assert (found["tile"], found["overlap"]) == ([3, 4], [1, 1])
+    decode(files, out, "--tile", "auto", source=latent)
+    assert np.array_equal(pixels(out / "a.png"), by_hand(files, latent=tiny_latent(1, 5, 6))[0])
+    assert (
+        "two positive integers" in decode(files, out, "--tile", "3x0", source=latent, code=1).stderr
+    )
+    assert "HEIGHTxWIDTH" in decode(files, out, "--tile", "3", source=latent, code=2).stderr
+
+
 def test_low_memory_makes_the_same_picture(files, out, monkeypatch):
     asked, prepare = [], PiDNet.prepare
     monkeypatch.setattr(

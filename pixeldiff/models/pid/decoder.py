@@ -41,7 +41,14 @@ from .samplers import (
 )
 from .sizes import check_size
 from .tile_layout import Tiling, tile_layout
-from .tiling import MODES, TileCallback, TiledSampling, TileInfo, sample_tiled
+from .tiling import (
+    MODES,
+    TileCallback,
+    TiledSampling,
+    TileInfo,
+    sample_tiled,
+    with_tile_callback,
+)
 from .variants import LICENCE_NOTE, SamplingSettings, Variant
 
 # What weights are held in; in "fp8" the network's linear layers are then quantised.
@@ -307,6 +314,8 @@ class PiDDecoder:
                 "callback is told of the whole image after each network call, which "
                 "tile_mode='independent' never has; use tile_callback"
             )
+        if layout is None:
+            callback = with_tile_callback(callback, tile_callback)
         variant = self.variant if layout is None else None
         size = check_size(self.net.config, tuple(latent.shape[-2:]), size, variant)
         own_size = size if layout is None else layout.tile_pixels  # of what the network sees

@@ -219,12 +219,15 @@ class PiDNet(nn.Module):
         timesteps: Sequence[float] = (),
         tables: Tables | None = None,
         keep_features: bool = True,
+        stack: Tensor | None = None,
         trace: Trace | None = None,
     ) -> PiDCondition:
         """Everything that is the same for all steps of one image.
 
         Args:
             lq_latent, y, degrade_sigma: as in `forward`.
+            stack: (B, Q, H/P, W/P) of `latent_stack`, or what of a larger image's lies under this
+                one, instead of lq_latent.
             size: (H, W) of the output.
             timesteps: network times whose modulation vectors to compute now; `step` then takes
                 them as plain floats.
@@ -238,8 +241,10 @@ class PiDNet(nn.Module):
         if tables is None:
             tables = self.tables(size, y.shape[1], timesteps)
         features, logits, make_injection = [], [], None
-        if lq_latent is not None:
-            make_injection = self._latent_branch(lq_latent, degrade_sigma, grid, y, trace)
+        if lq_latent is not None or stack is not None:
+            if stack is None:
+                stack = self.latent_stack(lq_latent, size)
+            make_injection = self._latent_branch(stack, degrade_sigma, grid, y, trace)
             if keep_features:
                 every = range(self.config.num_injections + self.config.pit_lq_inject)
                 features, logits = map(list, zip(*map(make_injection, every), strict=True))
@@ -427,28 +432,37 @@ class PiDNet(nn.Module):
         final = self.final_layer
         return final.norm.weight, final.linear.weight, final.linear.bias
 
-    def _latent_branch(self, latent, sigma, grid, y, trace):
+    def latent_stack(self, lq_latent: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, Q, H/P, W/P), the latent branch's convolutions for an image of `size`. Their norms
+        are taken over all of it: a part of the latent alone has another stack."""
         c = self.config
         if c.lq_latent_channels is None:
             raise ValueError("PiDNet: this network has no latent branch; pass lq_latent=None")
-        if latent.dim() != 4 or latent.shape[1] != c.lq_latent_channels:
+        if lq_latent.dim() != 4 or lq_latent.shape[1] != c.lq_latent_channels:
             raise ValueError(
                 f"PiDNet: lq_latent must be (B, {c.lq_latent_channels}, zh, zw), got "
-                f"{tuple(latent.shape)}"
+                f"{tuple(lq_latent.shape)}"
             )
-        if latent.shape[0] != y.shape[0]:
+        return self.lq_proj.features(lq_latent.to(self.dtype), self._grid(size))
+
+    def _latent_branch(self, stack, sigma, grid, y, trace):
+        if stack.shape[0] != y.shape[0]:
             raise ValueError(
-                f"PiDNet: lq_latent and y must have the same batch size, got {latent.shape[0]} "
+                f"PiDNet: lq_latent and y must have the same batch size, got {stack.shape[0]} "
                 f"and {y.shape[0]}"
             )
-        if sigma is None:
-            sigma = torch.zeros(latent.shape[0], device=latent.device)
-        if tuple(sigma.shape) != (latent.shape[0],):
+        if tuple(stack.shape[-2:]) != grid:
             raise ValueError(
-                f"PiDNet: degrade_sigma must be (B,) = ({latent.shape[0]},), got "
+                f"PiDNet.prepare: stack must have a value for each of {grid} patches, got "
+                f"{tuple(stack.shape)}"
+            )
+        if sigma is None:
+            sigma = torch.zeros(stack.shape[0], device=stack.device)
+        if tuple(sigma.shape) != (stack.shape[0],):
+            raise ValueError(
+                f"PiDNet: degrade_sigma must be (B,) = ({stack.shape[0]},), got "
                 f"{tuple(sigma.shape)}"
             )
-        stack = self.lq_proj.features(latent.to(self.dtype), grid)
         if trace:
             trace("lq_features", stack)
         return partial(self._injection, self.lq_proj.tokens(stack), sigma.float(), trace)

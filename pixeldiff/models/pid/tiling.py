@@ -1,6 +1,8 @@
 """Sampling an image in tiles of its latent, each at most as large as the network was trained for.
 
-A tile is a whole image to the network: its latent is cut out, its positions are its own. Two ways:
+A tile is a whole image to the network, its positions are its own; but the latent's branch, whose
+norms are taken over the whole picture, sees the latent in one piece, and each tile gets what of its
+result lies under it. On its own a tile of sky would be normalised until it shows grain. Two ways:
 
     sync         every network call goes tile by tile, and the tiles' results are blended before
                  the sampler moves on: one image all the way, without seams
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from ...ops.pixel_head_step import update
 from ..noise import NoiseSource
-from ..steps import Callback, Interrupted
+from ..steps import Callback, Interrupted, StepInfo
 from ..tile_noise import SquareNoise
 from ..tiles import Layout, Tile
 from .network import PiDCondition, PiDNet, Tables
@@ -37,8 +39,8 @@ _BAND = 1 << 20  # pixels of a band of the sampler's arithmetic, in fp64 8 MB a 
 
 @dataclass(frozen=True)
 class TileInfo:
-    """What a tile callback is told after each tile of each network call (sync), or after each
-    finished tile (independent: `step` is then `steps`)."""
+    """What a tile callback is told: after each tile of each network call; of independent tiles
+    after each finished one, as if all network calls were one step."""
 
     step: int  # 1-based
     steps: int
@@ -89,9 +91,10 @@ class Tiles:
         self, net: PiDNet, what: TiledSampling, callback: TileCallback | None = None
     ) -> None:
         self.net, self.what, self.layout = net, what, what.layout
-        self.steps = len(what.times) - 1
         self._callback = callback
         self._steps_at = {network_time(t): i + 1 for i, t in enumerate(what.times[:-1])}
+        image = what.layout.image_pixels
+        self._stack: Tensor | None = net.latent_stack(what.latent, image)
         self._conditions: list[tuple[tuple[Tile, ...], PiDCondition, PiDCondition | None]] = []
 
     def prepare(self, tiles: Sequence[Tile]) -> tuple[PiDCondition, PiDCondition | None]:
@@ -99,12 +102,13 @@ class Tiles:
         negative one if there is one."""
         w, count = self.what, len(tiles)
         condition = self.net.prepare(
-            torch.cat([self.layout.cells(w.latent, tile) for tile in tiles]),
+            None,
             w.caption.repeat(count, 1, 1),
             w.sigma.repeat(count),
             size=self.layout.tile_pixels,
             tables=w.tables,
             keep_features=False,
+            stack=torch.cat([self._stack_under(tile) for tile in tiles]),
         )
         if w.negative is None:
             return condition, None
@@ -115,6 +119,15 @@ class Tiles:
         self._conditions = [
             (tiles, *self.prepare(tiles)) for tiles in self.layout.groups(self.what.together)
         ]
+        self._stack = None  # every tile holds its own part
+
+    def _stack_under(self, tile: Tile) -> Tensor:
+        patch = self.net.config.patch_size
+        top, left, h, w = (
+            cells * self.layout.pixels // patch
+            for cells in (tile.row, tile.column, *self.layout.tile)
+        )
+        return self._stack[..., top : top + h, left : left + w]
 
     def velocity(self, x: Tensor, tau: float, *, negative: bool = False) -> Tensor:
         """The blended output of a network call at x (B, 3, H, W)."""
@@ -125,7 +138,7 @@ class Tiles:
             self.add(out, tiles, self.net.step(crops, tau, other if negative else condition))
             done += len(tiles)
             if not negative:
-                self.report(self._steps_at[tau], done)
+                self.report(self._steps_at[tau], len(self._steps_at), done)
         return out
 
     def add(self, out: Tensor, tiles: Sequence[Tile], results: Tensor) -> None:
@@ -134,14 +147,30 @@ class Tiles:
             window = self.layout.window(tile, out.device)
             self.layout.crop(out, tile).addcmul_(result, window)
 
-    def report(self, step: int, done: int) -> None:
+    def report(self, step: int, steps: int, done: int) -> None:
         """Raises Interrupted where the callback returns False."""
-        info = TileInfo(step, self.steps, done, len(self.layout.tiles))
+        info = TileInfo(step, steps, done, len(self.layout.tiles))
         if self._callback is not None and self._callback(info) is False:
             raise Interrupted(
                 f"stopped by the callback after tile {done} of {info.tiles} in step {step} of "
-                f"{self.steps}"
+                f"{steps}"
             )
+
+
+def with_tile_callback(
+    callback: Callback | None, tile_callback: TileCallback | None
+) -> Callback | None:
+    """For an image in one piece, which is one tile: told of it too, before the caller's callback
+    is told."""
+    if tile_callback is None:
+        return callback
+
+    def both(info: StepInfo) -> bool | None:
+        if tile_callback(TileInfo(info.step, info.steps, 1, 1)) is False:
+            return False
+        return None if callback is None else callback(info)
+
+    return both
 
 
 def sample_tiled(
@@ -217,7 +246,7 @@ def sample_independent(tiles: Tiles, noise: SquareNoise) -> Tensor:
     for group in layout.groups(w.together):
         tiles.add(out, group, _sample_alone(tiles, group, noise))
         done += len(group)
-        tiles.report(tiles.steps, done)
+        tiles.report(1, 1, done)
     return out
 
 
