@@ -126,7 +126,7 @@ def decode(
             tile=tile,
             overlap=overlap,
             tile_mode=tile_mode,
-            **{"tile_callback" if tile else "callback": callback},
+            tile_callback=callback,
         )
     metadata = [result.metadata]
     if len(paths) > 1:
@@ -156,6 +156,8 @@ def decode(
 @click.option("--guidance", type=float, help="1 is none; default: the model's")
 @click.option("--shift", type=float, help="of the schedule; default: 3")
 @click.option("--image", type=click.Path(path_type=Path), help="picture to start from")
+@click.option("--tile", callback=parsed_tile, help="in tiles: auto, or HEIGHTxWIDTH in pixels")
+@click.option("--overlap", type=int, help="of tiles, in pixels; default: an eighth")
 @click.option("--strength", default=0.6, show_default=True, help="how much of it to give up, 0..1")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", help="cuda, cpu, ...; default: cuda where there is one")
@@ -177,6 +179,8 @@ def generate(
     guidance: float | None,
     shift: float | None,
     image: Path | None,
+    tile: tuple[int, int] | str | None,
+    overlap: int | None,
     strength: float,
     seed: int,
     device: str | None,
@@ -229,7 +233,9 @@ def generate(
             image=picture,
             strength=strength,
             shift=shift,
-            callback=callback,
+            tile=tile,
+            overlap=overlap,
+            tile_callback=callback,
             output_type="pt",
         )
     if len(result.images) > 1:

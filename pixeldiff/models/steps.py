@@ -23,11 +23,23 @@ class StepInfo:
     x0: Tensor
 
 
+@dataclass(frozen=True)
+class TileInfo:
+    """What a tile callback is told: after each tile of each network call; of independent tiles
+    after each finished one, as if all network calls were one step."""
+
+    step: int  # 1-based
+    steps: int
+    tile: int  # 1-based, row by row
+    tiles: int
+
+
 class Interrupted(RuntimeError):
     """A callback returned False. Nothing was written."""
 
 
 Callback = Callable[[StepInfo], bool | None]
+TileCallback = Callable[[TileInfo], bool | None]
 
 
 def fp32(value: float) -> float:
@@ -39,6 +51,31 @@ def report(callback: Callback | None, step: int, steps: int, t: float, x0: Tenso
     """Tell the callback, if there is one. Raises Interrupted where it returns False."""
     if callback is not None and callback(StepInfo(step, steps, t, x0)) is False:
         raise Interrupted(f"stopped by the callback after step {step} of {steps}")
+
+
+def report_tile(callback: TileCallback | None, info: TileInfo) -> None:
+    """Tell the callback, if there is one. Raises Interrupted where it returns False."""
+    if callback is not None and callback(info) is False:
+        raise Interrupted(
+            f"stopped by the callback after tile {info.tile} of {info.tiles} in step {info.step} "
+            f"of {info.steps}"
+        )
+
+
+def with_tile_callback(
+    callback: Callback | None, tile_callback: TileCallback | None
+) -> Callback | None:
+    """For an image in one piece, which is one tile: told of it too, before the caller's callback
+    is told."""
+    if tile_callback is None:
+        return callback
+
+    def both(info: StepInfo) -> bool | None:
+        if tile_callback(TileInfo(info.step, info.steps, 1, 1)) is False:
+            return False
+        return None if callback is None else callback(info)
+
+    return both
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -15,6 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import SizeError
+from .lengths import pair_of_multiples
+
+OVERLAP = 8  # one part in so many of a tile, where nothing is said
 # Windows are multiples of it: products of two are exact in fp32, and so is their sum, which is 1.
 # A step of a fade is then off by 2e-4 of the difference between two tiles.
 WINDOW_STEP = 2**-11
@@ -112,6 +116,46 @@ class Layout:
         """The tiles in order, up to so many at once."""
         for first in range(0, len(self.tiles), together):
             yield self.tiles[first : first + together]
+
+
+def cut(
+    size: tuple[int, int],
+    tile: tuple[int, int],
+    overlap: int | None,
+    *,
+    step: int,
+    pixels: int,
+    unit: str,
+) -> Layout | None:
+    """The tiles of an image as asked for, or None where one tile is all of it.
+
+    Args:
+        size: of the image. tile: as asked for; cut to the image's size where it is more.
+        overlap: along both axes; None is an eighth of the tile's.
+        step, pixels: as for `Layout`.
+        unit: of all lengths, for errors.
+
+    Raises:
+        SizeError: tile or overlap that do not fit the grid or each other.
+    """
+    tile = tuple(map(min, pair_of_multiples("tile", tile, step, unit), size))
+    if tile == tuple(size):
+        return None
+    cut_axes = [t < n for t, n in zip(tile, size, strict=True)]
+    if overlap is None:
+        both = [min(max(step, t // OVERLAP), t // 3) // step * step for t in tile]
+    else:
+        most = min(t for t, is_cut in zip(tile, cut_axes, strict=True) if is_cut) // 3
+        whole = isinstance(overlap, int) and not isinstance(overlap, bool)
+        if not whole or not 0 <= overlap <= most or overlap % step:
+            among = f", in multiples of {step}" if step > 1 else ""
+            raise SizeError(
+                f"overlap must be an integer of 0 to {most} {unit}, a third of the tile{among}, "
+                f"got {overlap!r}"
+            )
+        both = [overlap, overlap]
+    both = tuple(o if is_cut else 0 for o, is_cut in zip(both, cut_axes, strict=True))
+    return Layout(tuple(size), tile, both, step, pixels)
 
 
 def _starts(size: int, tile: int, overlap: int, step: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from ..devices import PRECISIONS, check_device, no_autocast
 from ..graphs import Graphs, graph_limit
 from ..noise import noise_source
 from ..provenance import describe, forced_backends
-from ..steps import Callback, Interrupted
+from ..steps import Callback, Interrupted, TileCallback, with_tile_callback
 from .bands import DECODER_MEMORY
 from .checkpoint import LoadedCheckpoint, net_from, read_checkpoint
 from .config import L2PConfig, Variant
@@ -33,6 +34,7 @@ from .prompts import DEMO, Embeddings, PromptSource
 from .sampler import Steps, guided, sample, start
 from .scheduler import SHIFT, schedule
 from .sizes import check_size
+from .tiling import TiledPrediction, Tiling, tile_layout
 
 Prompt = str | Sequence[str] | None
 StepEnd = Callable[["L2PPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | bool | None]
@@ -208,8 +210,11 @@ class L2PPipeline:
         time_dtype: str = "fp32",
         guidance_together: bool = True,
         decoder_memory: int | None = DECODER_MEMORY,
+        tile: Tiling = None,
+        overlap: int | None = None,
         callback: Callback | None = None,
         callback_on_step_end: StepEnd | None = None,
+        tile_callback: TileCallback | None = None,
         output_type: str = "pil",
     ) -> GenerateOutput:
         """Make images. Arguments are named as those of diffusers' ZImagePipeline.
@@ -237,10 +242,18 @@ class L2PPipeline:
                 less memory; the images are equal up to rounding.
             decoder_memory: bytes that the local decoder may hold beside its result; beyond them it
                 runs tile by tile, equal up to rounding. None is whole.
+            tile: denoise in tiles: (h, w) in pixels; "auto", squares of the variant's own size; or
+                None, in one piece. They are blended after every network call. For sizes beyond the
+                network's own, and less memory; other pixels than in one piece: positions are a
+                tile's own, no tile attends to another, and each is given the whole prompt, so that
+                from noise alone a picture may show its subject more than once. Start from `image`
+                to keep a composition. Always without CUDA graphs.
+            overlap: of tiles, in pixels, at most a third of a tile; default an eighth.
             callback: told after each step (`StepInfo`); returning False stops.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": x, "x0": x0})
                 after each step, x the state (B, 3, H, W) in pixels; returning a dict with "latents"
                 goes on from those, returning False stops.
+            tile_callback: told after each tile of each step (`TileInfo`); returning False stops.
             output_type: "pil", "pt" or "np"; see `GenerateOutput`.
 
         Returns:
@@ -255,7 +268,10 @@ class L2PPipeline:
         """
         images.check_output(output_type)
         image = self._image(image)
-        size = self._size(height, width, image)
+        size = self._size(height, width, image, whole=tile is None)
+        layout = tile_layout(self.net.config, self.variant, size, tile, overlap)
+        if layout is None:
+            callback = with_tile_callback(callback, tile_callback)
         steps = self.sampling.steps if num_inference_steps is None else num_inference_steps
         shift = self.sampling.shift if shift is None else shift
         plan = schedule(
@@ -294,14 +310,19 @@ class L2PPipeline:
                 self.net,
                 _repeated(positive, copies),
                 None if negative is None else _repeated(negative, copies),
-                size,
+                size if layout is None else layout.tile_pixels,
                 guidance_scale=scale,
                 times=plan.times,
                 together=guidance_together,
                 decoder_memory=decoder_memory,
             )
             shape = (batch, self.net.config.in_channels, *size)
-            with self.graphs.run(self.net, Trajectory(prediction, shape)) as running:
+            if layout is None:
+                steps_run = self.graphs.run(self.net, Trajectory(prediction, shape))
+            else:
+                tiled = TiledPrediction(prediction, layout, plan.steps, tile_callback)
+                steps_run = contextlib.nullcontext(Steps(tiled))
+            with steps_run as running:
                 result = sample(
                     running.predict,
                     start(draw(shape), plan, image),
@@ -339,6 +360,8 @@ class L2PPipeline:
             metadata["guidance_together"] = guidance_together
         if decoder_memory != DECODER_MEMORY:
             metadata["decoder_memory"] = decoder_memory
+        if layout is not None:
+            metadata["tile"], metadata["overlap"] = list(layout.tile), list(layout.overlap)
         if time_dtype != "fp32":
             metadata["time_dtype"] = time_dtype
         if image is not None:
@@ -365,7 +388,9 @@ class L2PPipeline:
 
         return replace
 
-    def _size(self, height: Any, width: Any, image: Tensor | None) -> tuple[int, int]:
+    def _size(
+        self, height: Any, width: Any, image: Tensor | None, *, whole: bool = True
+    ) -> tuple[int, int]:
         own = (None, None) if self.variant is None else (self.variant.native_size,) * 2
         if image is not None:
             own = tuple(image.shape[-2:])
@@ -374,7 +399,8 @@ class L2PPipeline:
             raise ValueError(
                 "height and width are needed for a network that was never released; pass both"
             )
-        check_size(self.net.config, size)
+        if whole:
+            check_size(self.net.config, size)
         if image is not None and size != own:
             raise ValueError(
                 f"image must be of the size asked for, {size} (H, W), got {own}; resize it first"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...errors import SizeError
-from ..pid.sizes import neighbours
+from ..lengths import neighbours
 from .config import L2PConfig
 
 

@@ -23,7 +23,15 @@ from ..graphs import Graphs, graph_limit
 from ..noise import NoiseSource, noise_source
 from ..provenance import Caption, describe, forced_backends
 from ..recent import Recent
-from ..steps import Callback, Interrupted, StepInfo, one_of
+from ..steps import (
+    Callback,
+    Interrupted,
+    StepInfo,
+    TileCallback,
+    TileInfo,
+    one_of,
+    with_tile_callback,
+)
 from ..tiles import Layout
 from .captions import CaptionSource
 from .checkpoint import LoadedCheckpoint, net_from, read_checkpoint
@@ -43,11 +51,8 @@ from .sizes import check_size
 from .tile_layout import Tiling, tile_layout
 from .tiling import (
     MODES,
-    TileCallback,
     TiledSampling,
-    TileInfo,
     sample_tiled,
-    with_tile_callback,
 )
 from .variants import LICENCE_NOTE, SamplingSettings, Variant
 
@@ -440,6 +445,8 @@ class PiDDecoder:
         if isinstance(together, bool) or not isinstance(together, int) or together < 1:
             raise ValueError(f"tile_batch must be an integer >= 1, got {together!r}")
         config = self.net.config
+        if tile is not None:
+            check_size(config, latent_hw)  # the latent itself
         layout = tile_layout(config, self.variant, latent_hw, tile, overlap)
         if layout is None:
             return None

@@ -10,6 +10,7 @@ import math
 import warnings
 
 from ...errors import SizeError, UntrainedSizeWarning
+from ..lengths import neighbours
 from .backbones import BACKBONES
 from .config import PiDConfig
 from .variants import Variant
@@ -142,14 +143,6 @@ def _pair(name: str, value: Size) -> Size:
     if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in pair):
         raise SizeError(f"check_size: {name} must be two positive integers (H, W), got {value!r}")
     return pair
-
-
-def neighbours(value: int, step: int) -> str:
-    """The multiples of `step` next to a length, as an error names them: "96 or 112"."""
-    below = value // step * step
-    if below == value:
-        return str(value)
-    return f"{below} or {below + step}" if below else str(step)
 
 
 def _round(value: float) -> int:

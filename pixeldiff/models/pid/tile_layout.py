@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 
-from ...errors import SizeError
-from ..tiles import Layout
+from ..tiles import Layout, cut
 from .config import PiDConfig
-from .sizes import Size, is_trained_size, neighbours, output_size, trained_sizes
+from .sizes import Size, is_trained_size, output_size, trained_sizes
 from .variants import Variant
 
 Tiling = str | Size | None
-_OVERLAP = 8  # one part in so many of a tile, where nothing is said
 
 
 def trained_tile(config: PiDConfig, variant: Variant | None) -> Size:
@@ -62,37 +60,7 @@ def tile_layout(
         if variant is not None and is_trained_size(variant, output_size(config, latent_hw)):
             return None
         tile = trained_tile(config, variant)
-    step = cell_step(config)
-    tile = tuple(min(t, n) for t, n in zip(_cells("tile", tile, step), latent_hw, strict=True))
-    if tile == tuple(latent_hw):
-        return None
-    if overlap is None:
-        both = [min(max(step, t // _OVERLAP), t // 3) // step * step for t in tile]
-    else:
-        both = [overlap if t < n else 0 for t, n in zip(tile, latent_hw, strict=True)]
-        _check_overlap(overlap, min(t for t, n in zip(tile, latent_hw, strict=True) if t < n), step)
     pixels = config.pixels_per_latent_cell
-    return Layout(tuple(latent_hw), tile, tuple(both), step, pixels)
-
-
-def _cells(name: str, value: Size, step: int) -> Size:
-    pair = tuple(value) if isinstance(value, tuple | list) else ()
-    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in pair):
-        raise SizeError(f"{name} must be two positive integers (h, w) in latent cells, got {value}")
-    if any(v % step for v in pair):
-        nearest = f"{neighbours(pair[0], step)}, {neighbours(pair[1], step)}"
-        raise SizeError(
-            f"{name} (h, w) must be multiples of {step} latent cells, so that it consists of whole "
-            f"patches, got {pair}; nearest: {nearest}"
-        )
-    return pair
-
-
-def _check_overlap(overlap: int, tile: int, step: int) -> None:
-    whole = isinstance(overlap, int) and not isinstance(overlap, bool)
-    if not whole or not 0 <= 3 * overlap <= tile or overlap % step:
-        among = f" and a multiple of {step}" if step > 1 else ""
-        raise SizeError(
-            f"overlap must be an integer of 0 to {tile // 3} latent cells, a third of the tile"
-            f"{among}, got {overlap!r}"
-        )
+    return cut(
+        tuple(latent_hw), tile, overlap, step=cell_step(config), pixels=pixels, unit="latent cells"
+    )

@@ -18,7 +18,7 @@ Source: tiled sampling of overlapping windows, MultiDiffusion (arXiv 2302.08113)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...ops.pixel_head_step import update
 from ..noise import NoiseSource
-from ..steps import Callback, Interrupted, StepInfo
+from ..steps import Callback, TileCallback, TileInfo, report_tile
 from ..tile_noise import SquareNoise
 from ..tiles import Layout, Tile
 from .network import PiDCondition, PiDNet, Tables
@@ -35,20 +35,6 @@ from .samplers import Draw, network_time, run_student, sample_teacher
 
 MODES = ("sync", "independent")
 _BAND = 1 << 20  # pixels of a band of the sampler's arithmetic, in fp64 8 MB a value and channel
-
-
-@dataclass(frozen=True)
-class TileInfo:
-    """What a tile callback is told: after each tile of each network call; of independent tiles
-    after each finished one, as if all network calls were one step."""
-
-    step: int  # 1-based
-    steps: int
-    tile: int  # 1-based, row by row
-    tiles: int
-
-
-TileCallback = Callable[[TileInfo], bool | None]
 
 
 @dataclass(frozen=True)
@@ -149,28 +135,7 @@ class Tiles:
 
     def report(self, step: int, steps: int, done: int) -> None:
         """Raises Interrupted where the callback returns False."""
-        info = TileInfo(step, steps, done, len(self.layout.tiles))
-        if self._callback is not None and self._callback(info) is False:
-            raise Interrupted(
-                f"stopped by the callback after tile {done} of {info.tiles} in step {step} of "
-                f"{steps}"
-            )
-
-
-def with_tile_callback(
-    callback: Callback | None, tile_callback: TileCallback | None
-) -> Callback | None:
-    """For an image in one piece, which is one tile: told of it too, before the caller's callback
-    is told."""
-    if tile_callback is None:
-        return callback
-
-    def both(info: StepInfo) -> bool | None:
-        if tile_callback(TileInfo(info.step, info.steps, 1, 1)) is False:
-            return False
-        return None if callback is None else callback(info)
-
-    return both
+        report_tile(self._callback, TileInfo(step, steps, done, len(self.layout.tiles)))
 
 
 def sample_tiled(
