@@ -22,6 +22,7 @@ from .l2p_commands import convert, local_decoder
 from .machine import DTYPES
 from .options import comma, json_option, threads_option
 from .recorder import Recorder
+from .tiles_command import tiles
 from .variants import VARIANTS
 
 
@@ -361,6 +362,7 @@ def _finish(recorder: Recorder, measured, table: Callable) -> None:
 
 main.add_command(local_decoder)
 main.add_command(convert)
+main.add_command(tiles)
 
 if __name__ == "__main__":
     main(prog_name="python -m bench")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -28,9 +27,10 @@ from pixeldiff.models.l2p.local_decoder import LocalDecoder
 from pixeldiff.ops.registry import explain, on_request
 from pixeldiff.out_files import written_whole
 
-from .machine import DTYPES, ROOT, machine
+from .machine import DTYPES, machine
 from .memory import Meter
 from .models import fill
+from .own_process import measured_alone
 
 VERSION = 1
 WINDOW = 1024  # of the full-size result, held to a whole decode of what it depends on
@@ -98,17 +98,8 @@ def run(plan: Plan, command: str) -> Iterator[Report]:
     report = Report(dataclasses.asdict(machine(CPU)), command, dataclasses.asdict(plan), [])
     for dtype in plan.dtypes:
         single = dataclasses.replace(plan, dtypes=(dtype,))
-        done = subprocess.run(
-            [sys.executable, "-m", __name__, json.dumps(dataclasses.asdict(single))],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(
-                f"local decoder, {dtype}: its process ended with {done.returncode}: {done.stderr}"
-            )
-        report.runs.append(Resident(**json.loads(done.stdout.splitlines()[-1])))
+        found = measured_alone(__name__, single, f"local decoder, {dtype}")
+        report.runs.append(Resident(**found))
         yield report
 
 
