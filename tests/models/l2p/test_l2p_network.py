@@ -13,6 +13,7 @@ from pixeldiff.models.l2p.block import Block
 from pixeldiff.models.l2p.positions import caption_positions, image_positions, rope_3d
 from pixeldiff.models.l2p.sampler import guided, sample
 from pixeldiff.models.l2p.scheduler import schedule
+from pixeldiff.models.l2p.sizes import check_size
 from pixeldiff.verify import verify_file
 
 TINY = config()
@@ -391,6 +392,13 @@ def test_sizes(form, size, text):
     net = L2PNet(config(form), device="meta")
     with pytest.raises(SizeError, match=f"^L2PNet: .*{text}"):
         net.prepare(captions(5), size)
+
+
+def test_the_largest_size_named_is_one_it_takes():
+    odd = config("10k", axes_lens=(1024, 7, 7))  # 7 patches of 160, where sizes go by two of them
+    with pytest.raises(SizeError, match="H must be at most 960 "):
+        check_size(odd, (1280, 320))
+    assert check_size(odd, (960, 960)) == (6, 6)
 
 
 def test_size_rules_of_the_released_networks():

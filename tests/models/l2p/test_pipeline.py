@@ -19,7 +19,7 @@ from pixeldiff.images import from_pil, to_uint8
 from pixeldiff.models.l2p import VARIANTS, L2PPipeline
 from pixeldiff.models.l2p.pipeline import SAMPLING, Sampling
 from pixeldiff.models.l2p.prompts import PromptSource
-from pixeldiff.models.l2p.sampler import guided, sample
+from pixeldiff.models.l2p.sampler import guided, sample, start
 from pixeldiff.models.l2p.scheduler import schedule
 from pixeldiff.models.steps import Interrupted
 from pixeldiff.picture_files import read_picture_metadata
@@ -156,6 +156,11 @@ def test_forms_of_embeddings(pipe):
     expected = generate(pipe).images
     for form in (Y[None], [Y], (Y,), CaptionFile(Y[None]), Y.clone().requires_grad_()):
         assert torch.equal(generate(pipe, prompt_embeds=form).images, expected)
+    stacked = torch.stack((Y, THIRD))
+    expected = generate(pipe, prompt_embeds=[Y, THIRD]).images
+    assert len(expected) == 2
+    for form in (stacked, (Y, THIRD), CaptionFile(stacked)):
+        assert torch.equal(generate(pipe, prompt_embeds=form).images, expected)
 
 
 def test_image_to_image(pipe):
@@ -168,6 +173,29 @@ def test_image_to_image(pipe):
     same = generate(pipe, image=from_pil(picture)).images
     assert torch.equal(generate(pipe, image=picture, **size).images, same)
     assert torch.equal(generate(pipe, image=image, strength=1.0).images, generate(pipe).images)
+
+
+def test_image_to_image_is_the_sampler_from_the_rules_own_level(pipe, net):
+    image, rules = draw(1, 3, 32, 48).clamp(-1, 1), {"strength_rule": "skip", "time_dtype": "bf16"}
+    out = generate(pipe, image=image, strength=0.5, num_inference_steps=4, **rules)
+    plan = schedule(4, strength=0.5, **rules)
+    noise = torch.randn((1, 3, 32, 48), generator=torch.Generator().manual_seed(3))
+    predict = guided(net, [Y], None, (32, 48), times=plan.times)
+    expected = sample(predict, start(noise, plan, image), plan).clamp(-1, 1)
+    assert torch.equal(out.images, expected)
+    assert not torch.equal(generate(pipe, image=image, strength=0.5).images, expected)
+
+
+def test_guidance_below_one_draws_towards_the_negative_prompt(pipe):
+    """0 is the negative prompt's own image; a half mixes the two velocities."""
+    both = {"negative_prompt_embeds": NEGATIVE, "num_inference_steps": 1}
+    none = generate(pipe, guidance_scale=0.0, **both).images
+    other = generate(pipe, prompt_embeds=NEGATIVE, num_inference_steps=1).images
+    torch.testing.assert_close(none, other, rtol=0, atol=2e-5)
+    seen = []
+    for scale in (0.0, 0.5, 1.0):
+        generate(pipe, guidance_scale=scale, **both, callback=lambda info: seen.append(info.x0))
+    torch.testing.assert_close(seen[1], (seen[0] + seen[2]) / 2, rtol=0, atol=1e-4)
 
 
 def test_the_guidance_branches_in_turn(pipe):
@@ -225,6 +253,24 @@ def test_texts(net):
         generate(pipe, **text)
 
 
+def test_what_a_text_encoder_gives_is_checked():
+    class Other(Encoder):
+        def encode(self, texts):
+            return self.gives
+
+    def encoded(*gives):
+        encoder = Other()
+        encoder.gives = list(gives)
+        return PromptSource(20, text_encoder=encoder).encode("prompt", ["a fox", "a dog"])
+
+    with pytest.raises(ValueError, match="encoder gave 1 embeddings of 2 prompts"):
+        encoded(Y)
+    with pytest.raises(ValueError, match=r"prompt, encoded, must be .* got \(5, 21\) for prompt 1"):
+        encoded(Y, draw(5, 21))
+    learning = Y.clone().requires_grad_()
+    assert not any(y.requires_grad for y in encoded(learning * 2, learning))
+
+
 def test_a_text_encoder_is_loaded_on_first_use(net, monkeypatch):
     from pixeldiff.models.l2p import prompts
 
@@ -275,12 +321,20 @@ def test_callbacks(pipe):
         generate(pipe, callback=lambda info: {}["mine"])
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_network_that_is_not_finite(bad):
     net = network(config())
     net.local_decoder.out_conv.bias.data[1] = bad
     with pytest.raises(ArithmeticError, match=r"NaN or infinity at 32 x 48 in fp32; try precision"):
         generate(L2PPipeline(net), num_inference_steps=1)  # infinity turns to NaN in two
+
+
+def test_a_network_whose_parameters_learn_makes_the_same_image_without_a_graph(pipe):
+    net = network(config()).requires_grad_()
+    calls = []
+    net.layers[0].register_forward_hook(lambda m, given, h: calls.append(h.requires_grad))
+    assert torch.equal(generate(L2PPipeline(net)).images, generate(pipe).images)
+    assert calls == [False, False]
 
 
 def test_autocast_of_the_caller_changes_nothing(pipe):
@@ -313,6 +367,7 @@ def test_autocast_of_the_caller_changes_nothing(pipe):
             r"must be embeddings \(T, 20\), got \(4, 21\)",
         ),
         ({"prompt_embeds": draw(20)}, TypeError, r"got \(20,\)"),
+        ({"prompt_embeds": draw(0, 20)}, ValueError, r"must be embeddings .* got \(0, 20\) for pr"),
         ({"prompt_embeds": Y.int()}, ValueError, "floating-point embeddings, got torch.int32"),
         ({"prompt_embeds": Y / 0}, ValueError, "must be finite, got .* for prompt 0; Qwen3 overfl"),
         ({"guidance_scale": 2.0}, ValueError, "guidance_scale = 2.0 needs the negative prompt too"),
@@ -343,6 +398,7 @@ def test_autocast_of_the_caller_changes_nothing(pipe):
         ),
         ({"image": torch.zeros(3, 32, 48)}, ValueError, r"image must be \(B, 3, H, W\)"),
         ({"image": torch.full((1, 3, 32, 48), 255.0)}, ValueError, r"image must be in \[-1, 1\]"),
+        ({"image": torch.full((1, 3, 32, 48), float("nan"))}, ValueError, "outside or NaN"),
         ({"image": torch.zeros(2, 3, 32, 48)}, ValueError, "image must hold 1 or 1 images, got 2"),
         ({"image": torch.zeros(1, 3, 32, 32)}, ValueError, r"image must be of the size asked for"),
         ({"image": torch.zeros(1, 3, 32, 48), "strength": 0}, ValueError, r"strength must be in"),
