@@ -51,6 +51,16 @@ def test_forward_is_step_of_prepare(form, dtype):
     assert torch.equal(net.step(x, torch.tensor([0.3]), condition), u)  # nothing is used up
 
 
+def test_a_geometrys_own_rotary_base_and_time_scale_count():
+    net = network(config(rope_theta=40.0, t_scale=500.0))
+    condition = net.prepare(captions(5), (32, 48))
+    where = torch.cat((image_positions((2, 3), 32, 33), caption_positions(32)))
+    for got, want in zip(condition.joint_rope, rope_3d(where, (8, 8, 8), theta=40.0), strict=True):
+        assert torch.equal(got, want)
+    times = [n.modulation(torch.tensor([t])).time for n, t in ((net, 0.5), (network(TINY), 0.25))]
+    assert torch.equal(*times)
+
+
 def test_latent_model():
     net = network(LATENT)
     x, y = draw(2, 16, 8, 12), captions(5, 40)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tiny_l2p import LATENT, captions, config, draw, network
 
 from pixeldiff import backend, cli
-from pixeldiff.errors import CheckpointNotFoundError, SizeError
+from pixeldiff.errors import CheckpointFormatError, CheckpointNotFoundError, SizeError
 from pixeldiff.images import from_pil, to_uint8
 from pixeldiff.models.l2p import VARIANTS, L2PPipeline
 from pixeldiff.models.l2p.pipeline import SAMPLING, Sampling
@@ -120,6 +120,9 @@ def test_metadata(pipe):
     kept = ("strength", "strength_rule", "time_dtype", "guidance_together", "backend")
     assert [metadata[k] for k in kept] == [0.5, "skip", "bf16", True, "reference"]
     json.dumps(metadata)
+    two = generate(pipe, prompt_embeds=[Y, NEGATIVE]).metadata["prompt"]
+    assert two[0] == digest
+    assert two[1] not in (digest, two[0])
 
 
 def test_seeds_and_generators(pipe):
@@ -184,6 +187,22 @@ def test_image_to_image_is_the_sampler_from_the_rules_own_level(pipe, net):
     expected = sample(predict, start(noise, plan, image), plan).clamp(-1, 1)
     assert torch.equal(out.images, expected)
     assert not torch.equal(generate(pipe, image=image, strength=0.5).images, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_pixels_may_come_in_any_floating_point_type(pipe, dtype):
+    """An image to start from, and what a callback goes on from."""
+    image = draw(1, 3, 32, 48).clamp(-1, 1).to(dtype)
+    given, expected = (generate(pipe, image=i) for i in (image, image.float()))
+    assert torch.equal(given.images, expected.images)
+    assert given.metadata == expected.metadata
+
+    def end(pipeline, step, timestep, values):
+        return {"latents": image}
+
+    given = generate(pipe, callback_on_step_end=end).images
+    assert given.dtype == torch.float32
+    assert torch.equal(given, image.float())
 
 
 def test_guidance_below_one_draws_towards_the_negative_prompt(pipe):
@@ -440,6 +459,24 @@ def test_from_pretrained(net, checkpoint):
     assert out.metadata["precision"] == "bf16"
     assert out.images.dtype == torch.float32
     assert (out.images - generate(pipe).images).abs().mean() < 0.05
+
+
+def test_how_a_file_says_it_is_sampled(net, tmp_path):
+    """Unless the caller says otherwise."""
+    path, stated = tmp_path / "own.safetensors", Sampling(3, 1.5, 4.0)
+
+    def saved(sampling):
+        metadata = {"config": json.dumps(net.config.to_dict()), "sampling": sampling}
+        save_file(net.state_dict(), path, metadata)
+
+    saved(json.dumps(vars(stated)))
+    assert L2PPipeline.from_pretrained(path, device="cpu").sampling == stated
+    own = Sampling(5, 1.0)
+    assert L2PPipeline.from_pretrained(path, device="cpu", sampling=own).sampling == own
+    for bad in ("{}", '{"steps": 3, "cfg": 2}', "fast"):
+        saved(bad)
+        with pytest.raises(CheckpointFormatError, match="metadata 'sampling' of .* must be JSON"):
+            L2PPipeline.from_pretrained(path, device="cpu")
 
 
 def run(*args):
