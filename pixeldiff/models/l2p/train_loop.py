@@ -132,6 +132,15 @@ class Schedule:
     sample_count: int = 1
     sample_steps: int = 30
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 1 if field.name in ("steps", "keep", "sample_steps") else 0
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"l2p train: {field.name} must be an integer >= {least}, got {value!r}"
+                )
+
 
 @dataclass(frozen=True)
 class TrainInfo:

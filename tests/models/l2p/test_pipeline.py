@@ -391,6 +391,7 @@ def test_autocast_of_the_caller_changes_nothing(pipe):
         ({"prompt_embeds": Y / 0}, ValueError, "must be finite, got .* for prompt 0; Qwen3 overfl"),
         ({"guidance_scale": 2.0}, ValueError, "guidance_scale = 2.0 needs the negative prompt too"),
         ({"guidance_scale": -1}, ValueError, "guidance_scale must be a number >= 0, got -1"),
+        ({"guidance_scale": "2"}, ValueError, "guidance_scale must be a number >= 0, got '2'"),
         ({"guidance_scale": float("nan")}, ValueError, "guidance_scale must be a number >= 0"),
         (
             {"guidance_scale": 2.0, "negative_prompt_embeds": [Y, Y]},
@@ -402,7 +403,9 @@ def test_autocast_of_the_caller_changes_nothing(pipe):
         ({"width": 48.0}, SizeError, r"two positive integers \(H, W\)"),
         ({"num_inference_steps": 0}, ValueError, "steps must be an integer >= 1, got 0"),
         ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt must be an integer >= 1"),
+        ({"num_images_per_prompt": True}, ValueError, "an integer >= 1, got True"),
         ({"generator": torch.Generator()}, ValueError, "seed and generator exclude each other"),
+        ({"seed": True}, ValueError, r"seed must be an integer .* got True"),
         ({"seed": -1}, ValueError, r"seed must be an integer in \[0, 2\^64\), got -1"),
         (
             {"seed": None, "generator": [torch.Generator()] * 2},
@@ -475,7 +478,7 @@ def test_how_a_file_says_it_is_sampled(net, tmp_path):
     assert L2PPipeline.from_pretrained(path, device="cpu", sampling=own).sampling == own
     for bad in ("{}", '{"steps": 3, "cfg": 2}', "fast"):
         saved(bad)
-        with pytest.raises(CheckpointFormatError, match="metadata 'sampling' of .* must be JSON"):
+        with pytest.raises(CheckpointFormatError, match=r"metadata 'sampling' of .* must be JSON"):
             L2PPipeline.from_pretrained(path, device="cpu")
 
 
