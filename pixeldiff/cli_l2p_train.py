@@ -36,6 +36,7 @@ from .cli_options import err, out, parsed_size, progress_bar
 @click.option("--lr", default=5e-5, show_default=True)
 @click.option("--weight-decay", default=0.01, show_default=True)
 @click.option("--clip", type=float, help="largest gradient norm; default: no limit")
+@click.option("--average", type=float, help="keep a running average of the weights, such as 0.999")
 @click.option("--no-recompute", is_flag=True, help="keep all activations: faster, far more memory")
 @click.option("--save-every", default=500, show_default=True, type=click.IntRange(0))
 @click.option("--keep", default=2, show_default=True, type=click.IntRange(1), help="checkpoints")
@@ -64,6 +65,7 @@ def train(
     lr: float,
     weight_decay: float,
     clip: float | None,
+    average: float | None,
     no_recompute: bool,
     save_every: int,
     keep: int,
@@ -120,6 +122,7 @@ def train(
         precision=precision or ("bf16" if processes.device.type == "cuda" else "fp32"),
         recompute=not no_recompute,
         seed=seed,
+        average=average,
     )
     check_size(config, size)
 

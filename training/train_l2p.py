@@ -37,7 +37,7 @@ class Round:
 
 @dataclass(frozen=True)
 class ShallowRecipe:
-    """Of the shallow layers: `blocks` main blocks at either end, `trainable` as for l2p train."""
+    """Of the shallow layers: `blocks` main blocks at either end; the rest as for l2p train."""
 
     rounds: tuple[Round, ...] = (
         Round(side=128, steps=1700, batch=16, learning_rate=1e-3),
@@ -47,6 +47,7 @@ class ShallowRecipe:
     )
     blocks: int = 2
     trainable: str = "strict"
+    average: float = 0.998
 
     def scaled(self, effort: float) -> ShallowRecipe:
         """The same with `effort` times the steps."""
@@ -96,7 +97,8 @@ def train(source: Path, pictures: Path, recipe: ShallowRecipe, work: Path) -> Pa
              "--steps", each.steps, "--size", f"{each.side}x{each.side}", "--batch", each.batch,
              "--lr", each.learning_rate, "--shift", each.shift, "--weight-decay", 0,
              "--trainable", recipe.trainable, "--blocks", recipe.blocks, "--clip", 1,
-             "--no-recompute", "--save-every", 1000, "--keep", 1, "--seed", number,
+             "--average", recipe.average, "--no-recompute",
+             "--save-every", 1000, "--keep", 1, "--seed", number,
              "--device", "cpu", "--precision", "bf16")  # fmt: skip
         (delta,) = folder.glob("step-*/delta.safetensors")
         merged = work / f"l2p-{number}.safetensors"

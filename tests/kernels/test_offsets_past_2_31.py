@@ -98,6 +98,13 @@ def sigma_gate_norm(t: Draw, n: int) -> Call:
     return Call(args, (*gate.tail, args[4], *map(_image, args[5:7]), EPS), _rows)
 
 
+def joint_attention(t: Draw, n: int) -> Call:
+    """Of n images of 128 rows, since attention over as many rows would take minutes."""
+    q, k, v = (t(n, 128, 2, 64) for _ in range(3))
+    how = (0.125, None, True)
+    return Call((q, k, v, *how), (*map(_image, (q, k, v)), *how), _image)
+
+
 # Two images of (h, w) patches; of the last one, the last row of patches.
 
 
@@ -158,6 +165,7 @@ def local_decoder_up(t: Draw, h: int, w: int) -> Call:
     return _convolved((x, skip, *weights), (x[-1:, -4:], skip[-1:, -8:], *weights), h)
 
 
+IMAGES = {joint_attention: 2**17 + 1}
 ROWS = {  # and the channels of the widest tensor
     rms_norm: D,
     rms_norm_modulate: D,
@@ -184,12 +192,14 @@ GIGABYTES = {  # arguments and results
     add_silu: 9,
     sigma_gate: 13,
     sigma_gate_norm: 18,
+    joint_attention: 18,
     pixel_embed: 9,
     pixel_head: 14,
     pixel_head_step: 40,
     local_decoder_down: 10,
     local_decoder_up: 10,
 }
+CUDA = (rms_norm_modulate, gated_residual_norm, joint_attention)  # have a kernel in CUDA C++ too
 each_case = pytest.mark.parametrize("case", GIGABYTES, ids=lambda case: case.__name__)
 
 
@@ -218,19 +228,27 @@ def largest(*values: Any) -> int:
     return max(v.numel() for v in values if isinstance(v, Tensor))
 
 
+def arguments(case: Callable[..., Call], t: Draw) -> Call:
+    """The case, large."""
+    if case in GRIDS:
+        return case(t, *GRIDS[case])
+    return case(t, IMAGES.get(case) or LIMIT // (2 * ROWS[case]) + LAST)
+
+
 @pytest.mark.gpu
-@each_case
-def test_last_rows(case):
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [(case, "triton-gpu") for case in GIGABYTES] + [(case, "cuda") for case in CUDA],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_last_rows(case, backend):
     op = case.__name__
-    launch, device = launcher(op, "triton-gpu")
+    launch, device = launcher(op, backend)
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] / 1e9
     if free < GIGABYTES[case] + 2:
         pytest.skip(f"takes {GIGABYTES[case] + 2} GB of device memory, {free:.0f} GB are free")
-    if case in GRIDS:
-        call = case(draw(device), *GRIDS[case])
-    else:
-        call = case(draw(device), LIMIT // (2 * ROWS[case]) + LAST)
+    call = arguments(case, draw(device))
     assert largest(*call.args) > LIMIT
     assert_last_rows(call, launch(*call.args), op)
 
@@ -249,7 +267,7 @@ def test_sizes_on_meta(case):
     def t(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    call = case(t, *GRIDS[case]) if case in GRIDS else case(t, LIMIT // (2 * ROWS[case]) + LAST)
+    call = arguments(case, t)
     result = getattr(torch.ops.pixeldiff, case.__name__)(*call.args)
     results = result if isinstance(result, tuple) else (result,)
     assert largest(*call.args) > LIMIT

@@ -192,6 +192,7 @@ def test_default_device_is_ignored(model, tokenizer):
     with torch.device("meta"):
         embeddings = encoder.encode("a red fox")
     assert embeddings.device.type == "cpu"
+    assert torch.equal(embeddings, encoder.encode("a red fox"))
 
 
 def test_release_frees_the_model(tokenizer):

@@ -126,6 +126,26 @@ def test_a_long_prompt_is_cut_at_its_end(model, tokenizer):
     assert record[0].filename == __file__
 
 
+def test_one_token_too_many_is_told_and_none_is_not(model, tokenizer):
+    whole = len(make_encoder(model, tokenizer).encode(PROMPTS[2])[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_encoder(model, tokenizer, max_length=whole).encode(PROMPTS[2])
+    with pytest.warns(UserWarning, match="caption 0 is 1 tokens too long"):
+        make_encoder(model, tokenizer, max_length=whole - 1).encode(PROMPTS[2])
+
+
+def test_512_tokens_unless_said_otherwise(model, tokenizer):
+    with pytest.warns(UserWarning, match=r"too long for max_length = 512;"):
+        (embedding,) = make_encoder(model, tokenizer).encode("xyz " * 300)
+    assert len(embedding) == 512
+
+
+def test_spaces_about_a_prompt_stay(model, tokenizer):
+    prompts = ["  a red fox\n", "\ta red fox "]
+    assert_same(make_encoder(model, tokenizer).encode(prompts), oracle(model, tokenizer, prompts))
+
+
 def test_golden(golden_dir, tokenizer):
     path = golden_dir / "l2p" / "text_encoder_tiny.safetensors"
     tensors = load_file(path)
@@ -156,6 +176,7 @@ def test_settings_of_the_tokenizer_do_not_matter(model):
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     tokenizer.chat_template = None
     tokenizer.backend_tokenizer.enable_truncation(5)
+    tokenizer.model_max_length = 5
     for a, b in zip(make_encoder(model, tokenizer).encode(PROMPTS), expected, strict=True):
         assert torch.equal(a, b)
 
@@ -165,6 +186,7 @@ def test_no_gradient_and_default_device(model, tokenizer):
     with torch.device("meta"):
         embedding = encoder.encode("a red fox")[0]
     assert embedding.device.type == "cpu"
+    assert_same([embedding], oracle(model, tokenizer, ["a red fox"]))
     assert not embedding.requires_grad
     assert not embedding.is_inference()
 
@@ -196,6 +218,11 @@ def test_errors(model, tokenizer):
         encoder.encode([None])
     with pytest.raises(ValueError, match=r"token id \d+, but the model has 8 tokens"):
         make_encoder(make_model(vocab_size=8), tokenizer).encode("a red fox")
+    larger = make_tokenizer()
+    known = len(larger)
+    larger.add_tokens(["zebra"])
+    with pytest.raises(ValueError, match=rf"token id {known}, but the model has {known} tokens"):
+        make_encoder(make_model(vocab_size=known), larger).encode(["a red fox", "a zebra"])
     broken = make_model()
     with torch.no_grad():
         broken.embed_tokens.weight.fill_(float("inf"))

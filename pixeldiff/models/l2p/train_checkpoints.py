@@ -2,7 +2,8 @@
 
 `step-00000100/delta.safetensors` holds the tensors that learn, under their names in the network:
 what `pixeldiff l2p merge` lays over the base. `state.safetensors` holds what only going on needs:
-the optimiser's moments, and the weights in fp32 where the network runs in less.
+the optimiser's moments, the weights in fp32 where the delta has them in less or averaged, and their
+running average in fp32 where one is kept.
 """
 
 from __future__ import annotations

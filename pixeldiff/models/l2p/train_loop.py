@@ -34,6 +34,7 @@ from .network import L2PNet
 from .sampler import guided, sample
 from .scheduler import schedule
 from .sizes import check_size
+from .train_average import RunningAverage
 from .train_checkpoints import (
     DELTA,
     STATE,
@@ -75,6 +76,8 @@ class TrainSettings:
             network's are the rounded ones. "fp32": both are the same.
         recompute: trade a third more arithmetic for the memory of activations.
         seed: of order, noise and noise levels.
+        average: weight of the past in a running average of the weights, which checkpoints and
+            sample pictures then are of; None takes the weights themselves, as released.
     """
 
     size: tuple[int, int]
@@ -88,6 +91,7 @@ class TrainSettings:
     precision: str = "bf16"
     recompute: bool = True
     seed: int = 0
+    average: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "accumulate"):
@@ -99,6 +103,10 @@ class TrainSettings:
                 raise ValueError(f"l2p train: {name} must be a positive number, got {value}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"l2p train: weight_decay must be >= 0, got {self.weight_decay}")
+        if self.average is not None and not 0 < self.average < 1:
+            raise ValueError(
+                f"l2p train: average must be above 0 and below 1, such as 0.999, got {self.average}"
+            )
 
     def rate(self, step: int) -> float:
         """Learning rate of the step after `step` steps."""
@@ -123,6 +131,15 @@ class Schedule:
     keep: int = 2
     sample_count: int = 1
     sample_steps: int = 30
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 1 if field.name in ("steps", "keep", "sample_steps") else 0
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"l2p train: {field.name} must be an integer >= {least}, got {value!r}"
+                )
 
 
 @dataclass(frozen=True)
@@ -169,6 +186,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             self.masters.values(), lr=settings.lr, weight_decay=settings.weight_decay
         )
+        self.average = RunningAverage(self.masters, settings.average) if settings.average else None
         self.steps_done = 0
         # The next batch by its first example: decoding a 4096x4096 picture takes as long as a step.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="l2p-train")
@@ -205,6 +223,8 @@ class Trainer:
         self.optimiser.zero_grad()
         self._round_into_network()
         self.steps_done += 1
+        if self.average is not None:
+            self.average.update(self.masters, self.steps_done)
         return {"loss": loss, "lr": rate, "grad_norm": norm, "sigma": sum(sigmas) / len(sigmas)}
 
     def _examples(self, begin: int) -> tuple[Tensor, float]:
@@ -281,22 +301,28 @@ class Trainer:
         levels = schedule(plan.sample_steps, shift=s.levels.shift, time_dtype=s.levels.time_dtype)
         for i in range(min(plan.sample_count, len(self.data))):
             caption = [self.data.caption(i)]
-            predict = guided(self.net, caption, None, s.size, times=levels.times)
             generator = generator_for(s.seed, "sample", i)
             noise = torch.randn((1, 3, *s.size), generator=generator).to(self.processes.device)
             name = f"{self.data.pictures[i].path.stem}-step-{self.steps_done:08d}.png"
-            picture = convert(sample(predict, noise, levels), "pil", rounded=True)[0]
+            with self._averaged_weights():
+                predict = guided(self.net, caption, None, s.size, times=levels.times)
+                picture = convert(sample(predict, noise, levels), "pil", rounded=True)[0]
             facts = {"step": self.steps_done, "steps": plan.sample_steps, **self._facts()}
             written.append(save_picture(folder / name, picture, facts))
         return written
+
+    def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the network has the averages, where there are any."""
+        return self.average.within(self.learning) if self.average else contextlib.nullcontext()
 
     # ---- Checkpoints ---------------------------------------------------------------------------
 
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint."""
         moments, values = 8, sum(p.numel() for p in self.learning.values())
-        rounded = next(iter(self.learning.values())).dtype != torch.float32
-        return values * (moments + (2 + 4 if rounded else 4))
+        kept = next(iter(self.learning.values())).element_size()
+        full = 4 * (self.average is not None) + 4 * (self.average is not None or kept != 4)
+        return values * (moments + kept + full)
 
     def save(self, keep: int = 2) -> Path | None:
         """Write a checkpoint; see `train_checkpoints`. The path, in the process that wrote it."""
@@ -304,8 +330,12 @@ class Trainer:
         if self.processes.first:
             delta = {name: p.detach() for name, p in self.learning.items()}
             state = {}
+            if self.average is not None:
+                averages = self.average.values
+                state = {f"average.{name}": value for name, value in averages.items()}
+                delta = {name: averages[name].to(p.dtype) for name, p in delta.items()}
             for name, master in self.masters.items():
-                if master is not self.learning[name]:
+                if master is not self.learning[name] or self.average is not None:
                     state[f"weight.{name}"] = master.detach()
                 for key, value in self.optimiser.state.get(master, {}).items():
                     state[f"{key}.{name}"] = value
@@ -342,11 +372,13 @@ class Trainer:
         moments: dict[int, dict[str, Tensor]] = {}
         for i, (name, master) in enumerate(self.masters.items()):
             master.copy_(state.get(f"weight.{name}", delta[name]))
-            self.learning[name].copy_(delta[name])
+            if self.average is not None:
+                self.average.values[name].copy_(state[f"average.{name}"])
             keys = ("step", "exp_avg", "exp_avg_sq")
             own = {key: state[f"{key}.{name}"] for key in keys if f"{key}.{name}" in state}
             if own:  # a pad token that nothing was padded with has none
                 moments[i] = own
+        self._round_into_network()
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
 

@@ -13,9 +13,11 @@ from tiny_l2p import LATENT, captions, config, draw, network, relative
 from torch import Tensor
 
 from pixeldiff import errors
-from pixeldiff.models.l2p import VARIANTS, L2PNet, load_net, read_checkpoint
+from pixeldiff.models.l2p import VARIANTS, L2PNet, L2PPipeline, load_net, read_checkpoint
 from pixeldiff.models.l2p.checkpoint_geometry import identify, network_shapes
 from pixeldiff.models.l2p.checkpoint_keys import split_names
+from pixeldiff.models.l2p.config import Variant
+from pixeldiff.models.l2p.pipeline import SAMPLING
 
 TINY = config()
 HERE = Path("model.safetensors")
@@ -76,7 +78,7 @@ def test_reads_what_was_saved(file):
     assert info.parameters == sum(t.numel() for t in state.values())
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "transformer.", "a.b.c."])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "transformer.", "a.b.c.", "0."])
 @pytest.mark.parametrize("naming", ["split", "fused"])
 def test_prefixes_and_fused_names_give_the_same_network(file, prefix, naming):
     state = weights()
@@ -84,10 +86,11 @@ def test_prefixes_and_fused_names_give_the_same_network(file, prefix, naming):
     stored = {prefix + k: v for k, v in stored.items()}
     if prefix:
         stored["vae.decoder.conv_in.weight"] = torch.zeros(3)
+        stored["text_layers.0.attention_norm1.weight"] = torch.zeros(3)  # only looks like it
     loaded = read_checkpoint(written(file, stored), config=TINY, dtype=torch.float32)
     same(loaded.state_dict, state)
     assert (loaded.info.prefix, loaded.info.fused) == (prefix, naming == "fused")
-    assert loaded.info.ignored == ({"outside the prefix": 1} if prefix else {})
+    assert loaded.info.ignored == ({"outside the prefix": 2} if prefix else {})
 
 
 def test_pickles_and_shards(tmp_path):
@@ -206,6 +209,24 @@ def test_other_geometries_say_what_differs():
     assert "cap_feat_dim 2048 (2560)" in text
     assert "n_layers 28 (30)" in text
     assert "Pass config=L2PConfig(...)" in text
+
+
+def test_a_released_network_is_named(file, monkeypatch):
+    """By its shapes alone, and by a geometry that is stated."""
+    monkeypatch.setitem(VARIANTS, "1k", Variant("1k", 64, TINY))
+    written(file, weights())
+    for given in (None, TINY):
+        assert read_checkpoint(file, config=given).variant is VARIANTS["1k"]
+    pipe = L2PPipeline.from_pretrained(file, device="cpu")
+    assert (pipe.name, pipe.sampling) == ("L2P 1k", SAMPLING["1k"])
+    assert pipe._size(None, None, None) == (64, 64)
+
+
+def test_a_geometry_that_is_given_counts_before_the_files_own(file):
+    written(file, weights(), config=json.dumps(config(n_layers=3).to_dict()))
+    with pytest.raises(errors.IncompleteCheckpointError, match=r"layers\.2\."):
+        read_checkpoint(file)
+    assert read_checkpoint(file, config=TINY).config == TINY
 
 
 # ---- What is refused ---------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from pixeldiff.models.l2p import (
 )
 from pixeldiff.models.l2p.checkpoint_geometry import network_shapes
 from pixeldiff.models.l2p.config import DECODERS
-from pixeldiff.models.l2p.conversion import RESOLUTIONS, convert, planned
+from pixeldiff.models.l2p.conversion import RESOLUTIONS, convert, new_tensor, planned
 from pixeldiff.models.l2p.stored_tensors import StoredTensor, stored_files
 
 HERE = Path("model.safetensors")
@@ -217,6 +217,17 @@ def test_geometry_from_diffusers_config(latent, tmp_path, out):
     (folder / "config.json").write_text(json.dumps(kept))
     convert(folder, out, TARGET)
     assert_converted(out, latent)
+    own = {"rope_theta": 100.0, "t_scale": 500.0, "norm_eps": 1e-6, "axes_lens": [512, 64, 64]}
+    (folder / "config.json").write_text(json.dumps(kept | own))
+    convert(folder, out, config("1k", **own), overwrite=True)  # else it were another trunk
+    (folder / "config.json").write_text('{"_class_name": "AnotherModel", "dim": 48}')
+    with pytest.raises(errors.UnknownGeometryError, match="never released"):
+        convert(folder, out, TARGET, overwrite=True)
+
+
+def test_a_geometry_that_is_given_counts_before_the_sources_own(source, out):
+    with pytest.raises(errors.IncompleteCheckpointError, match=r"layers\.2\."):
+        convert(source, out, TARGET, source_config=dataclasses.replace(LATENT, n_layers=3))
 
 
 # ---- New layers --------------------------------------------------------------------------------
@@ -251,6 +262,33 @@ def test_seed_and_name_decide(source, tmp_path):
     # Two biases of one length, each over its own range: other numbers, not the same ones scaled.
     a, b = (state[f"local_decoder.{n}.bias"].float() for n in ("up1.1", "enc1.0"))
     assert not torch.allclose(a * 72**0.5, b * 27**0.5, atol=0.02)
+
+
+def test_a_large_layer_repeats_nothing():
+    """It is drawn in pieces, of one stream."""
+    name = "all_x_embedder.160-1.weight"  # of the released 10K form it has 295 million values
+    drawn = new_tensor(name, {name: (3 << 19, 1)}, "F32", 0)
+    pieces = [torch.frombuffer(bytearray(data), dtype=torch.float32) for data in drawn()]
+    assert sum(map(len, pieces)) == 3 << 19
+    assert len(pieces) > 1
+    assert not torch.equal(pieces[1], pieces[0][: len(pieces[1])])
+
+
+def test_a_decoder_as_narrow_as_its_trunk(latent, source, tmp_path, out):
+    report = convert(source, out, 4096, decoder_width=0.125)
+    loaded = read_checkpoint(out, dtype=None)
+    assert loaded.config.local_decoder == DECODERS["4k"].scaled(0.125)
+    assert loaded.config.local_decoder.bottleneck == DECODERS["4k"].bottleneck / 8
+    assert (report.target, len(report.copied)) == ("own", 67)
+    again = tmp_path / "again.safetensors"
+    args = ("--source", source, "--resolution", 4096, "-o", again, "--decoder-width", 0.125)
+    result = CliRunner().invoke(cli.main, ["l2p", "convert", *map(str, args)])
+    assert result.exit_code == 0, result.output
+    assert again.read_bytes() == out.read_bytes()
+    with pytest.raises(ValueError, match="factor must be a positive number, got 0"):
+        convert(source, tmp_path / "none.safetensors", 4096, decoder_width=0)
+    with pytest.raises(ValueError, match="decoder_width is for a resolution; the target states"):
+        convert(source, tmp_path / "none.safetensors", TARGET, decoder_width=0.5)
 
 
 def test_what_the_file_says_of_itself(source, out):

@@ -13,6 +13,7 @@ from pixeldiff.models.l2p.block import Block
 from pixeldiff.models.l2p.positions import caption_positions, image_positions, rope_3d
 from pixeldiff.models.l2p.sampler import guided, sample
 from pixeldiff.models.l2p.scheduler import schedule
+from pixeldiff.models.l2p.sizes import check_size
 from pixeldiff.verify import verify_file
 
 TINY = config()
@@ -48,6 +49,16 @@ def test_forward_is_step_of_prepare(form, dtype):
     assert u.is_contiguous()
     assert torch.equal(net.step(x, torch.tensor([0.3]), condition), u)
     assert torch.equal(net.step(x, torch.tensor([0.3]), condition), u)  # nothing is used up
+
+
+def test_a_geometrys_own_rotary_base_and_time_scale_count():
+    net = network(config(rope_theta=40.0, t_scale=500.0))
+    condition = net.prepare(captions(5), (32, 48))
+    where = torch.cat((image_positions((2, 3), 32, 33), caption_positions(32)))
+    for got, want in zip(condition.joint_rope, rope_3d(where, (8, 8, 8), theta=40.0), strict=True):
+        assert torch.equal(got, want)
+    times = [n.modulation(torch.tensor([t])).time for n, t in ((net, 0.5), (network(TINY), 0.25))]
+    assert torch.equal(*times)
 
 
 def test_latent_model():
@@ -391,6 +402,13 @@ def test_sizes(form, size, text):
     net = L2PNet(config(form), device="meta")
     with pytest.raises(SizeError, match=f"^L2PNet: .*{text}"):
         net.prepare(captions(5), size)
+
+
+def test_the_largest_size_named_is_one_it_takes():
+    odd = config("10k", axes_lens=(1024, 7, 7))  # 7 patches of 160, where sizes go by two of them
+    with pytest.raises(SizeError, match="H must be at most 960 "):
+        check_size(odd, (1280, 320))
+    assert check_size(odd, (960, 960)) == (6, 6)
 
 
 def test_size_rules_of_the_released_networks():

@@ -106,6 +106,22 @@ def test_baked_and_generated_without_the_encoder(qwen3, checkpoint, tmp_path, mo
     assert "transformers >= 4.51 is needed" in run(*make, "-o", whole, *text, code=1)
 
 
+def test_the_encoder_of_the_releases_unless_another_is_named(qwen3, checkpoint, monkeypatch):
+    """Loaded where the network takes its width and a text is given, not before."""
+    load, asked = Qwen3PromptEncoder.from_pretrained, []
+
+    def noted(location, **options):
+        asked.append(location)
+        return load(qwen3, **options)
+
+    monkeypatch.setattr(Qwen3PromptEncoder, "from_pretrained", noted)
+    pipe = L2PPipeline.from_pretrained(checkpoint, device="cpu")
+    assert asked == []
+    (embedding,) = pipe.encode_prompt("a red fox")
+    assert asked == ["Qwen/Qwen3-4B"]
+    assert embedding.shape[1] == WIDTH
+
+
 def test_the_empty_negative_prompt_is_baked_by_itself(qwen3, tmp_path):
     file = tmp_path / "fox.safetensors"
     run("bake-caption", "--for", "l2p", "a red fox", "-o", file, "--encoder", qwen3)

@@ -422,6 +422,9 @@ def test_other_errors(base, pictures, tmp_path):
         TrainableSet(-1, 1, True)
     with pytest.raises(ValueError, match="lr must be a positive number, got 0"):
         TrainSettings((32, 32), ENDS, NoiseLevels(), lr=0)
+    for name, wrong in (("steps", 0), ("save_every", -1), ("keep", 0), ("sample_steps", 0)):
+        with pytest.raises(ValueError, match=f"l2p train: {name} must be an integer >= .* {wrong}"):
+            Schedule(**{"steps": 5, name: wrong})
     with pytest.raises(SizeError, match="multiples of 16"):
         trainer(base, pictures, tmp_path, size=(8, 8))
     one = trainer(base, pictures, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_l2p_training import (
     CONFIG,
+    SETTINGS,
     base,
     own,
     pictures,
@@ -116,6 +118,69 @@ def test_a_step_is_what_is_written_out(base, pictures, tmp_path, given, precisio
     assert rates == pytest.approx([2e-3 / 3] * 5 + [2e-3] * 2)
     sigmas = torch.stack([example[2] for example in given]).view(7, 6).mean(1)
     assert [m["sigma"] for m in measured] == pytest.approx(sigmas.tolist())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_kept_is_the_running_average(base, pictures, tmp_path, precision):
+    """In checkpoints and sample pictures; the run itself is that without an average."""
+    plain = trainer(base, pictures, tmp_path / "plain", precision=precision, lr=1e-2)
+    one = trainer(base, pictures, tmp_path / "one", precision=precision, lr=1e-2, average=0.7)
+    want = {n: m.detach().double() for n, m in one.masters.items()}
+    for step in range(30):
+        one.step()
+        plain.step()
+        decay = min(0.7, (step + 1) / (step + 10))
+        for name, master in plain.masters.items():
+            want[name] = decay * want[name] + (1 - decay) * master.detach().double()
+    assert same(weights(one), weights(plain))
+    one.save()
+    (folder,) = checkpoints(one.out)
+    delta, start = load_file(folder / "delta.safetensors"), load_file(base)
+    assert delta.keys() == want.keys()
+    for name, kept in delta.items():
+        assert kept.dtype == one.learning[name].dtype
+        slack = 1e-5 if precision == "fp32" else 2**-8
+        assert torch.allclose(kept.double(), want[name], rtol=slack, atol=1e-6), name
+        if precision == "fp32":
+            assert (kept - plain.masters[name]).norm() > 0.02 * (kept - start[name]).norm(), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_with_an_average_resumes_bit_for_bit(base, pictures, tmp_path, precision):
+    settings = {"precision": precision, "average": 0.9, "lr": 1e-3}
+    whole = trainer(base, pictures, tmp_path / "whole", **settings)
+    whole.run(Schedule(5, save_every=0))
+    trainer(base, pictures, tmp_path / "cut", **settings).run(Schedule(2, save_every=0))
+    again = trainer(base, pictures, tmp_path / "cut", **settings)
+    assert again.resume() == 2
+    again.run(Schedule(5, save_every=0, keep=1))
+    files = [checkpoints(run.out)[-1] for run in (whole, again)]
+    for name in ("delta.safetensors", "state.safetensors"):
+        assert same(*(load_file(folder / name) for folder in files)), name
+
+
+def test_sample_pictures_are_of_the_average(base, pictures, tmp_path):
+    one = trainer(base, pictures, tmp_path / "one", lr=3e-2, average=0.99)
+    for _ in range(4):
+        one.step()
+    before = weights(one)
+    plan = Schedule(9, sample_every=1, sample_steps=2)
+    (own,) = one.write_samples(plan)
+    assert same(weights(one), before)
+    plain = trainer(base, pictures, tmp_path / "plain")
+    plain.net.load_state_dict(one.average.values, strict=False)
+    plain.steps_done = one.steps_done
+    (want,) = plain.write_samples(plan)
+    assert np.array_equal(Image.open(own), Image.open(want))
+    plain.net.load_state_dict(before)
+    (other,) = plain.write_samples(plan)
+    assert not np.array_equal(Image.open(own), Image.open(other))
+
+
+@pytest.mark.parametrize("average", [0.0, 1.0, -0.5, math.nan])
+def test_an_average_that_is_none(average):
+    with pytest.raises(ValueError, match="average must be above 0 and below 1"):
+        dataclasses.replace(SETTINGS, average=average)
 
 
 def test_without_a_limit_nothing_is_clipped(base, pictures, tmp_path, given):
@@ -220,6 +285,7 @@ def test_a_run_resumes_only_as_what_it_was(base, pictures, own, tmp_path):
     for name, changes in {
         **{n: {n: v} for n, v in (("seed", 1), ("batch", 2), ("accumulate", 2), ("clip", 1.0),
                                   ("size", (32, 32)), ("weight_decay", 0.0), ("levels", levels),
+                                  ("average", 0.5),
                                   ("trainable", TrainableSet(1, 1, True)),
                                   ("precision", "bf16"))},
         "base": {"base": other},
@@ -301,8 +367,12 @@ def test_the_name_comes_last_and_the_old_go_after_it(tmp_path, monkeypatch):
     assert sorted(p.name for p in checkpoints(tmp_path)[0].iterdir()) == files
 
 
-def test_room_for_the_checkpoints_of_a_run(base, pictures, tmp_path, monkeypatch):
-    one = trainer(base, pictures, tmp_path, precision="bf16")
+@pytest.mark.parametrize("average", [None, 0.9])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_room_for_the_checkpoints_of_a_run(
+    base, pictures, tmp_path, monkeypatch, precision, average
+):
+    one = trainer(base, pictures, tmp_path, precision=precision, average=average)
     one.run(Schedule(1))
     size = sum(p.stat().st_size for p in checkpoints(tmp_path)[0].iterdir())
     assert one.checkpoint_bytes() < size < 1.2 * one.checkpoint_bytes() + 50_000

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from tiny_l2p import LATENT, captions, config, draw, network
 
 from pixeldiff import backend, cli
-from pixeldiff.errors import CheckpointNotFoundError, SizeError
+from pixeldiff.errors import CheckpointFormatError, CheckpointNotFoundError, SizeError
 from pixeldiff.images import from_pil, to_uint8
 from pixeldiff.models.l2p import VARIANTS, L2PPipeline
 from pixeldiff.models.l2p.pipeline import SAMPLING, Sampling
 from pixeldiff.models.l2p.prompts import PromptSource
-from pixeldiff.models.l2p.sampler import guided, sample
+from pixeldiff.models.l2p.sampler import guided, sample, start
 from pixeldiff.models.l2p.scheduler import schedule
 from pixeldiff.models.steps import Interrupted
 from pixeldiff.picture_files import read_picture_metadata
@@ -120,6 +120,9 @@ def test_metadata(pipe):
     kept = ("strength", "strength_rule", "time_dtype", "guidance_together", "backend")
     assert [metadata[k] for k in kept] == [0.5, "skip", "bf16", True, "reference"]
     json.dumps(metadata)
+    two = generate(pipe, prompt_embeds=[Y, NEGATIVE]).metadata["prompt"]
+    assert two[0] == digest
+    assert two[1] not in (digest, two[0])
 
 
 def test_seeds_and_generators(pipe):
@@ -156,6 +159,11 @@ def test_forms_of_embeddings(pipe):
     expected = generate(pipe).images
     for form in (Y[None], [Y], (Y,), CaptionFile(Y[None]), Y.clone().requires_grad_()):
         assert torch.equal(generate(pipe, prompt_embeds=form).images, expected)
+    stacked = torch.stack((Y, THIRD))
+    expected = generate(pipe, prompt_embeds=[Y, THIRD]).images
+    assert len(expected) == 2
+    for form in (stacked, (Y, THIRD), CaptionFile(stacked)):
+        assert torch.equal(generate(pipe, prompt_embeds=form).images, expected)
 
 
 def test_image_to_image(pipe):
@@ -168,6 +176,45 @@ def test_image_to_image(pipe):
     same = generate(pipe, image=from_pil(picture)).images
     assert torch.equal(generate(pipe, image=picture, **size).images, same)
     assert torch.equal(generate(pipe, image=image, strength=1.0).images, generate(pipe).images)
+
+
+def test_image_to_image_is_the_sampler_from_the_rules_own_level(pipe, net):
+    image, rules = draw(1, 3, 32, 48).clamp(-1, 1), {"strength_rule": "skip", "time_dtype": "bf16"}
+    out = generate(pipe, image=image, strength=0.5, num_inference_steps=4, **rules)
+    plan = schedule(4, strength=0.5, **rules)
+    noise = torch.randn((1, 3, 32, 48), generator=torch.Generator().manual_seed(3))
+    predict = guided(net, [Y], None, (32, 48), times=plan.times)
+    expected = sample(predict, start(noise, plan, image), plan).clamp(-1, 1)
+    assert torch.equal(out.images, expected)
+    assert not torch.equal(generate(pipe, image=image, strength=0.5).images, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_pixels_may_come_in_any_floating_point_type(pipe, dtype):
+    """An image to start from, and what a callback goes on from."""
+    image = draw(1, 3, 32, 48).clamp(-1, 1).to(dtype)
+    given, expected = (generate(pipe, image=i) for i in (image, image.float()))
+    assert torch.equal(given.images, expected.images)
+    assert given.metadata == expected.metadata
+
+    def end(pipeline, step, timestep, values):
+        return {"latents": image}
+
+    given = generate(pipe, callback_on_step_end=end).images
+    assert given.dtype == torch.float32
+    assert torch.equal(given, image.float())
+
+
+def test_guidance_below_one_draws_towards_the_negative_prompt(pipe):
+    """0 is the negative prompt's own image; a half mixes the two velocities."""
+    both = {"negative_prompt_embeds": NEGATIVE, "num_inference_steps": 1}
+    none = generate(pipe, guidance_scale=0.0, **both).images
+    other = generate(pipe, prompt_embeds=NEGATIVE, num_inference_steps=1).images
+    torch.testing.assert_close(none, other, rtol=0, atol=2e-5)
+    seen = []
+    for scale in (0.0, 0.5, 1.0):
+        generate(pipe, guidance_scale=scale, **both, callback=lambda info: seen.append(info.x0))
+    torch.testing.assert_close(seen[1], (seen[0] + seen[2]) / 2, rtol=0, atol=1e-4)
 
 
 def test_the_guidance_branches_in_turn(pipe):
@@ -225,6 +272,24 @@ def test_texts(net):
         generate(pipe, **text)
 
 
+def test_what_a_text_encoder_gives_is_checked():
+    class Other(Encoder):
+        def encode(self, texts):
+            return self.gives
+
+    def encoded(*gives):
+        encoder = Other()
+        encoder.gives = list(gives)
+        return PromptSource(20, text_encoder=encoder).encode("prompt", ["a fox", "a dog"])
+
+    with pytest.raises(ValueError, match="encoder gave 1 embeddings of 2 prompts"):
+        encoded(Y)
+    with pytest.raises(ValueError, match=r"prompt, encoded, must be .* got \(5, 21\) for prompt 1"):
+        encoded(Y, draw(5, 21))
+    learning = Y.clone().requires_grad_()
+    assert not any(y.requires_grad for y in encoded(learning * 2, learning))
+
+
 def test_a_text_encoder_is_loaded_on_first_use(net, monkeypatch):
     from pixeldiff.models.l2p import prompts
 
@@ -275,12 +340,20 @@ def test_callbacks(pipe):
         generate(pipe, callback=lambda info: {}["mine"])
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_network_that_is_not_finite(bad):
     net = network(config())
     net.local_decoder.out_conv.bias.data[1] = bad
     with pytest.raises(ArithmeticError, match=r"NaN or infinity at 32 x 48 in fp32; try precision"):
         generate(L2PPipeline(net), num_inference_steps=1)  # infinity turns to NaN in two
+
+
+def test_a_network_whose_parameters_learn_makes_the_same_image_without_a_graph(pipe):
+    net = network(config()).requires_grad_()
+    calls = []
+    net.layers[0].register_forward_hook(lambda m, given, h: calls.append(h.requires_grad))
+    assert torch.equal(generate(L2PPipeline(net)).images, generate(pipe).images)
+    assert calls == [False, False]
 
 
 def test_autocast_of_the_caller_changes_nothing(pipe):
@@ -313,10 +386,12 @@ def test_autocast_of_the_caller_changes_nothing(pipe):
             r"must be embeddings \(T, 20\), got \(4, 21\)",
         ),
         ({"prompt_embeds": draw(20)}, TypeError, r"got \(20,\)"),
+        ({"prompt_embeds": draw(0, 20)}, ValueError, r"must be embeddings .* got \(0, 20\) for pr"),
         ({"prompt_embeds": Y.int()}, ValueError, "floating-point embeddings, got torch.int32"),
         ({"prompt_embeds": Y / 0}, ValueError, "must be finite, got .* for prompt 0; Qwen3 overfl"),
         ({"guidance_scale": 2.0}, ValueError, "guidance_scale = 2.0 needs the negative prompt too"),
         ({"guidance_scale": -1}, ValueError, "guidance_scale must be a number >= 0, got -1"),
+        ({"guidance_scale": "2"}, ValueError, "guidance_scale must be a number >= 0, got '2'"),
         ({"guidance_scale": float("nan")}, ValueError, "guidance_scale must be a number >= 0"),
         (
             {"guidance_scale": 2.0, "negative_prompt_embeds": [Y, Y]},
@@ -328,7 +403,9 @@ def test_autocast_of_the_caller_changes_nothing(pipe):
         ({"width": 48.0}, SizeError, r"two positive integers \(H, W\)"),
         ({"num_inference_steps": 0}, ValueError, "steps must be an integer >= 1, got 0"),
         ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt must be an integer >= 1"),
+        ({"num_images_per_prompt": True}, ValueError, "an integer >= 1, got True"),
         ({"generator": torch.Generator()}, ValueError, "seed and generator exclude each other"),
+        ({"seed": True}, ValueError, r"seed must be an integer .* got True"),
         ({"seed": -1}, ValueError, r"seed must be an integer in \[0, 2\^64\), got -1"),
         (
             {"seed": None, "generator": [torch.Generator()] * 2},
@@ -343,6 +420,7 @@ def test_autocast_of_the_caller_changes_nothing(pipe):
         ),
         ({"image": torch.zeros(3, 32, 48)}, ValueError, r"image must be \(B, 3, H, W\)"),
         ({"image": torch.full((1, 3, 32, 48), 255.0)}, ValueError, r"image must be in \[-1, 1\]"),
+        ({"image": torch.full((1, 3, 32, 48), float("nan"))}, ValueError, "outside or NaN"),
         ({"image": torch.zeros(2, 3, 32, 48)}, ValueError, "image must hold 1 or 1 images, got 2"),
         ({"image": torch.zeros(1, 3, 32, 32)}, ValueError, r"image must be of the size asked for"),
         ({"image": torch.zeros(1, 3, 32, 48), "strength": 0}, ValueError, r"strength must be in"),
@@ -384,6 +462,24 @@ def test_from_pretrained(net, checkpoint):
     assert out.metadata["precision"] == "bf16"
     assert out.images.dtype == torch.float32
     assert (out.images - generate(pipe).images).abs().mean() < 0.05
+
+
+def test_how_a_file_says_it_is_sampled(net, tmp_path):
+    """Unless the caller says otherwise."""
+    path, stated = tmp_path / "own.safetensors", Sampling(3, 1.5, 4.0)
+
+    def saved(sampling):
+        metadata = {"config": json.dumps(net.config.to_dict()), "sampling": sampling}
+        save_file(net.state_dict(), path, metadata)
+
+    saved(json.dumps(vars(stated)))
+    assert L2PPipeline.from_pretrained(path, device="cpu").sampling == stated
+    own = Sampling(5, 1.0)
+    assert L2PPipeline.from_pretrained(path, device="cpu", sampling=own).sampling == own
+    for bad in ("{}", '{"steps": 3, "cfg": 2}', "fast"):
+        saved(bad)
+        with pytest.raises(CheckpointFormatError, match=r"metadata 'sampling' of .* must be JSON"):
+            L2PPipeline.from_pretrained(path, device="cpu")
 
 
 def run(*args):
