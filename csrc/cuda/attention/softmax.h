@@ -23,9 +23,12 @@ constexpr float kNear = 4096.0f;
 // instructions where the special-function units take one and 8 clocks: with an eighth, both finish
 // before the tensor cores do (docs/kernels/attention.md); with a quarter, issuing would be the
 // wall.
-PIXELDIFF_HOST_DEVICE constexpr bool by_polynomial(int i) { return i % 16 == 1 || i % 16 == 14; }
+PIXELDIFF_HOST_DEVICE constexpr bool by_polynomial(int i, int of_sixteen = 2) {
+  return (of_sixteen > 0 && i % 16 == 1) || (of_sixteen > 1 && i % 16 == 14);
+}
 
-template <int kKeys>
+// kPolynomials of 16 exponentials, 0 to 2, are computed on the FMA units.
+template <int kKeys, int kPolynomials = 2>
 struct Softmax {
   static constexpr int kLogits = kKeys / 2;  // of a thread, both rows together
 
@@ -79,7 +82,7 @@ struct Softmax {
     for (int i = 0; i < kLogits; ++i) {
       const int half = hopper::accumulator_half(i);
       const float x = fmaf(s[i], scale, -base[half]);
-      s[i] = by_polynomial(i) ? exp2_polynomial(x) : m.exp2(x);
+      s[i] = by_polynomial(i, kPolynomials) ? exp2_polynomial(x) : m.exp2(x);
       total[half] += s[i];
     }
     return moved;
