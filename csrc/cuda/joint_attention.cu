@@ -10,12 +10,6 @@
 namespace pixeldiff::cuda {
 namespace {
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "joint_attention");
-  return value;
-}
-
 #ifdef PIXELDIFF_SM90
 static_assert(sizeof(CUtensorMap) == 128 && hopper::kFloat16 == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 &&
                   hopper::kBfloat16 == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 &&
@@ -36,6 +30,12 @@ hopper::EncodeTiled find_encode_tiled() {
 #endif
   if (found == nullptr) throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
   return reinterpret_cast<hopper::EncodeTiled>(found);
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "joint_attention");
+  return value;
 }
 
 void launch_sm90(const JointAttentionArgs& a, int device, cudaStream_t stream) {
