@@ -17,8 +17,9 @@ ARCHS = ("80", "89", "90a", "100", "120")
 DOC = """# CUDA kernels: what they take of a device
 
 Compiled with nvcc {version} by `python -m bench cuda-resources -o docs/kernels/cuda.md`. Each cell:
-registers per thread at launch, and tensor-core and copy-engine instructions among the machine code.
-A stack or spills would stand there in bold. Shared memory of the attention kernels is asked for at
+registers per thread at launch, and among the machine code tensor-core instructions and those that
+feed them (UTMALDG the copy engine, LDGSTS cp.async, LDSM ldmatrix). A stack or spills would stand
+there in bold. Shared memory of the attention kernels is asked for at
 launch: [attention.md](attention.md).
 
 """
