@@ -4,7 +4,8 @@ Environment:
     PIXELDIFF_BUILD         auto (default) | 0: do not try to build the extension.
     PIXELDIFF_REQUIRE_EXT   0 (default) | 1: a failed build is an error, not a pure-Python install.
     PIXELDIFF_BUILD_CUDA    auto (default): with CUDA when nvcc is found | 0: never | 1: or fail.
-    PIXELDIFF_CUDA_ARCHS    for example 80;90a;120. Default: what this nvcc knows of 80;90a;100;120.
+    PIXELDIFF_CUDA_ARCHS    for example 80;90a;120. Default: what this nvcc knows of 80;89;90a;
+                            100;120.
     PIXELDIFF_SANITIZE      address, undefined or both with a comma between: a debugging build.
 
 Nothing here looks for a GPU or downloads anything. What was done is in `pixeldiff._C.build_info()`,
@@ -86,7 +87,7 @@ def default_archs(nvcc: str) -> list[str]:
     if release is None:
         raise BuildFailed(f"{nvcc} --version does not name a release")
     recent = (int(release[1]), int(release[2])) >= (12, 8)
-    return ["80", "90a", "100", "120"] if recent else ["90a", "80"]
+    return ["80", "89", "90a", "100", "120"] if recent else ["80", "90a", "89"]
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from pathlib import Path
 from .aot import TENSOR_CORES, machine_code
 
 FOLDER = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-ARCHS = ("80", "90a", "100", "120")
+ARCHS = ("80", "89", "90a", "100", "120")
 DOC = """# CUDA kernels: what they take of a device
 
 Compiled with nvcc {version} by `python -m bench cuda-resources -o docs/kernels/cuda.md`. Each cell:
-registers per thread at launch, and tensor-core and copy-engine instructions among the machine code.
-A stack or spills would stand there in bold. Shared memory of the attention kernels is asked for at
+registers per thread at launch, and among the machine code tensor-core instructions and those that
+feed them (UTMALDG the copy engine, LDGSTS cp.async, LDSM ldmatrix). A stack or spills would stand
+there in bold. Shared memory of the attention kernels is asked for at
 launch: [attention.md](attention.md).
 
 """
@@ -35,6 +36,8 @@ class Source:
 
 SOURCES = (
     Source("gated_residual_norm.cu"),
+    Source("joint_attention_mma.cu", definition="PIXELDIFF_BF16=true"),
+    Source("joint_attention_mma.cu", definition="PIXELDIFF_BF16=false"),
     Source("joint_attention_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),
     Source("joint_attention_sm90.cu", ("90a",), "PIXELDIFF_BF16=false"),
     Source("rms_norm_modulate.cu"),
@@ -54,7 +57,7 @@ class Kernel:
 
     @property
     def engines(self) -> set[str]:
-        return {m[0] for m in re.finditer(TENSOR_CORES + r"|\bUTMALDG\b", self.sass)}
+        return {m[0] for m in re.finditer(TENSOR_CORES + r"|\b(UTMALDG|LDSM|LDGSTS)\b", self.sass)}
 
 
 def compile_source(source: Source, arch: str) -> tuple[list[Kernel], str]:

@@ -2,7 +2,7 @@
 
 #include "arguments.h"
 #include "bindings.h"
-#ifdef PIXELDIFF_SM90
+#ifdef PIXELDIFF_CUDA
 #include "../cuda/joint_attention.h"
 #endif
 
@@ -58,17 +58,19 @@ void joint_attention_cpu(AttentionSizes sizes, int dtype, HeadsTuple q, HeadsTup
   cpu::joint_attention(args, chosen, threads);
 }
 
-#ifdef PIXELDIFF_SM90
+#ifdef PIXELDIFF_CUDA
 void joint_attention_cuda(AttentionSizes sizes, int dtype, HeadsTuple q, HeadsTuple k, HeadsTuple v,
-                          Address o, float scale, MaskTuple key_mask, Address lse, int device,
-                          Address stream) {
+                          Address o, float scale, MaskTuple key_mask, Address lse, int kernel,
+                          int device, Address stream) {
   if (is_empty(sizes)) return;
   const auto args = to_args(sizes, dtype, q, k, v, o, scale, key_mask, lse);
   if (args.dtype == DType::f32) throw std::invalid_argument("fp32 has no such kernel");
   if (args.d % 8 || args.d > 128)
     throw std::invalid_argument("d must be a multiple of 8 up to 128");
+  if (kernel < 0 || kernel > 2) throw std::invalid_argument("kernel must be 0, 1 or 2");
   py::gil_scoped_release unlocked;
-  cuda::joint_attention(args, device, reinterpret_cast<void*>(stream));
+  cuda::joint_attention(args, static_cast<cuda::AttentionKernel>(kernel), device,
+                        reinterpret_cast<void*>(stream));
 }
 #endif
 
@@ -76,7 +78,7 @@ void joint_attention_cuda(AttentionSizes sizes, int dtype, HeadsTuple q, HeadsTu
 
 void bind_joint_attention(py::module_& m) {
   m.def("joint_attention_cpu", &joint_attention_cpu);
-#ifdef PIXELDIFF_SM90
+#ifdef PIXELDIFF_CUDA
   m.def("joint_attention_cuda", &joint_attention_cuda);
 #endif
 }

@@ -1,12 +1,16 @@
 // What the attention kernels need of the driver and the device, and which of them runs.
 #include "joint_attention.h"
 
-#include "attention/launch_sm90.h"
+#include "attention/launch_mma.h"
 #include "check.h"
+#ifdef PIXELDIFF_SM90
+#include "attention/launch_sm90.h"
+#endif
 
 namespace pixeldiff::cuda {
 namespace {
 
+#ifdef PIXELDIFF_SM90
 static_assert(sizeof(CUtensorMap) == 128 && hopper::kFloat16 == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 &&
                   hopper::kBfloat16 == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 &&
                   hopper::kSwizzle32 == CU_TENSOR_MAP_SWIZZLE_32B &&
@@ -28,19 +32,51 @@ hopper::EncodeTiled find_encode_tiled() {
   return reinterpret_cast<hopper::EncodeTiled>(found);
 }
 
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "joint_attention");
+  return value;
+}
+
+void launch_sm90(const JointAttentionArgs& a, int device, cudaStream_t stream) {
+  static const hopper::EncodeTiled driver = find_encode_tiled();
+  const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  if (a.dtype == DType::bf16)
+    attention::launch_sm90<true>(a, driver, multiprocessors, stream);
+  else
+    attention::launch_sm90<false>(a, driver, multiprocessors, stream);
+}
+// Its instructions are those of 9.0 alone.
+bool runs_sm90(int device) {
+  return attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
+         attribute(cudaDevAttrComputeCapabilityMinor, device) == 0;
+}
+#else
+void launch_sm90(const JointAttentionArgs&, int, cudaStream_t) {
+  throw std::invalid_argument("built without sm_90a");
+}
+bool runs_sm90(int) { return false; }
+#endif
+
+void launch_mma(const JointAttentionArgs& a, cudaStream_t stream) {
+  if (a.dtype == DType::bf16)
+    attention::launch_mma<true>(a, stream);
+  else
+    attention::launch_mma<false>(a, stream);
+}
+
 }  // namespace
 
-void joint_attention(const JointAttentionArgs& a, int device, void* stream) {
+void joint_attention(const JointAttentionArgs& a, AttentionKernel kernel, int device,
+                     void* stream) {
   const DeviceScope scope(device);
-  static const hopper::EncodeTiled driver = find_encode_tiled();
-  int multiprocessors = 0;
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-        "joint_attention");
   const auto on = static_cast<cudaStream_t>(stream);
-  if (a.dtype == DType::bf16)
-    attention::launch_sm90<true>(a, driver, multiprocessors, on);
+  if (kernel == AttentionKernel::best)
+    kernel = runs_sm90(device) ? AttentionKernel::sm90 : AttentionKernel::mma;
+  if (kernel == AttentionKernel::sm90)
+    launch_sm90(a, device, on);
   else
-    attention::launch_sm90<false>(a, driver, multiprocessors, on);
+    launch_mma(a, on);
 }
 
 }  // namespace pixeldiff::cuda

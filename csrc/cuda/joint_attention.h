@@ -4,9 +4,15 @@
 
 namespace pixeldiff::cuda {
 
-// Enqueues the sm_90a kernel on `stream` (a cudaStream_t) of `device`. bf16 and fp16, d a multiple
-// of 8 up to 128. Throws std::invalid_argument where the copy engine cannot read a tensor,
-// std::runtime_error with CUDA's own message when the launch fails.
-void joint_attention(const JointAttentionArgs& args, int device, void* stream);
+// Which kernel runs: of `best` the device's own.
+enum class AttentionKernel : int { best = 0, sm90 = 1, mma = 2 };
+
+// Enqueues a kernel on `stream` (a cudaStream_t) of `device`: joint_attention_sm90.cu on 9.0 where
+// it was built, else joint_attention_mma.cu, which every device from 8.0 on runs. bf16 and fp16, d
+// a multiple of 8 up to 128. Throws std::invalid_argument where a tensor is not aligned to 16 bytes
+// as hopper/tensor_map.h says or this build has no such kernel, std::runtime_error with CUDA's own
+// message when the launch fails.
+void joint_attention(const JointAttentionArgs& args, AttentionKernel kernel, int device,
+                     void* stream);
 
 }  // namespace pixeldiff::cuda

@@ -116,7 +116,7 @@ def joint_attention(
         backend cannot run; says why.
 
     Backends: triton (head_dim a multiple of 8 up to 128; by itself only for a mask or lse on cuda),
-    cuda (Hopper, bf16 and fp16, the same head_dims; by name only), cpu (fp32, bf16, fp16),
+    cuda (sm_80+, bf16 and fp16, the same head_dims; by name only), cpu (fp32, bf16, fp16),
     reference (PyTorch's scaled dot product attention; copies k and v for a mask, computes the
     logits again for lse). Gradients: through the reference.
     Cost: 4*B*L*S*G*d FLOPs and B*L*S*G exponentials; compute-bound.

@@ -27,6 +27,9 @@ FAULTS = (
     "no-product-wait",
     "other-swizzle",
     "short-copy",
+    "weak-wait",
+    "skip-sync",
+    "other-column",
 )
 
 
@@ -76,16 +79,20 @@ def attention(
     key_mask: Tensor | None = None,
     return_lse: bool = False,
     *,
+    kernel: str = "sm90",
     blocks: int = 2,
     seed: int = 0,
     fault: str = "none",
     barriers: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
-    """(o, lse) of the sm_90a kernel; what it does not write stays NaN.
+    """(o, lse) of an attention kernel; what it does not write stays NaN.
 
     Args:
-        blocks: of the grid, run one after the other. seed: of the order of everything in a block.
-        fault, barriers: what goes wrong on purpose, at barriers with addresses in that range.
+        kernel: sm90 | mma, csrc/cuda/attention/<kernel>.h.
+        blocks: of the grid, run one after the other; of mma there are as many as it needs.
+        seed: of the order of everything in a block.
+        fault, barriers: what goes wrong on purpose, at barriers with addresses in that range; of
+            the block's barriers and waits for own copies, at those a thread comes to n-th.
 
     Raises:
         EmulatorError: a race, a deadlock, an access out of bounds.
@@ -107,7 +114,8 @@ def attention(
         seed,
     )
     message = ctypes.create_string_buffer(400)
-    if library("attention.cpp").emulate_attention(ctypes.byref(call), message, 400):
+    run = {"sm90": "emulate_attention", "mma": "emulate_attention_mma"}[kernel]
+    if getattr(library("attention.cpp"), run)(ctypes.byref(call), message, 400):
         raise EmulatorError(message.value.decode())
     return o, lse
 

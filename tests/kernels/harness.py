@@ -186,7 +186,7 @@ def ptxas_report(source: str, folder: Path) -> list[tuple[int, int, int]]:
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", version)
     recent = release is not None and (int(release[1]), int(release[2])) >= (12, 8)
-    archs = ["80", "90a", "100", "120"] if recent else ["80", "90a"]
+    archs = ["80", "89", "90a", "100", "120"] if recent else ["80", "89", "90a"]
     command = [nvcc, "-std=c++17", "-O3", "-c", str(ROOT / "csrc" / "cuda" / source)]
     command += ["-Xptxas", "-v", "-o", str(folder / "kernel.o")]
     for arch in archs:

@@ -1,6 +1,7 @@
 """joint_attention against fp64: softmax(scale q k^T) v for every head, and its log-sum-exp."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -45,12 +46,14 @@ needs_avx2 = pytest.mark.skipif(
 )
 every_isa = pytest.mark.parametrize("isa", native.ISA_CODES)
 TRITON = ["triton", pytest.param("triton-gpu", marks=pytest.mark.gpu)]
-# The sm_90a kernel on a GPU, and the same source on the emulator.
-HOPPER = ["sm90-emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+# The CUDA C++ kernels on a GPU (the device's own, and the one that every device runs), and the same
+# sources on the emulator.
+CUDA = ["sm90-emulated", "mma-emulated"]
+CUDA += [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda-mma")]
 triton_kernel = pytest.mark.parametrize("backend", TRITON)
-gpu_kernel = pytest.mark.parametrize("backend", [*TRITON, *HOPPER])
+gpu_kernel = pytest.mark.parametrize("backend", [*TRITON, *CUDA])
 every_kernel = pytest.mark.parametrize(
-    "backend", [*(f"cpu-{isa}" for isa in native.ISA_CODES), *TRITON, *HOPPER, "reference"]
+    "backend", [*(f"cpu-{isa}" for isa in native.ISA_CODES), *TRITON, *CUDA, "reference"]
 )
 
 # (B, L, S, G, d)
@@ -472,18 +475,25 @@ def on(backend, q, k, v, scale=None, key_mask=None, return_lse=False):
         return import_module("pixeldiff.ops.joint_attention").reference(
             q, k, v, scale, key_mask, return_lse
         )
-    if backend == "sm90-emulated":
+    if backend.endswith("-emulated"):
         skip_if(import_module("pixeldiff.ops.cuda.joint_attention").why_not_call(q, k, v, scale))
-        return emulated.attention(q, k, v, scale, key_mask, return_lse)
+        kernel = backend.removesuffix("-emulated")
+        return emulated.attention(q, k, v, scale, key_mask, return_lse, kernel=kernel)
     launch, device = launcher(OP, backend)
     if device == "cuda":
         q, k, v = to_cuda(q, k, v)
         key_mask = None if key_mask is None else key_mask.cuda()
-    if backend == "cuda":
-        why_not = import_module("pixeldiff.ops.cuda.joint_attention").why_not
-        skip_if(why_not(q, k, v, scale, key_mask, return_lse))
+    if backend.startswith("cuda"):
+        module = import_module("pixeldiff.ops.cuda.joint_attention")
+        skip_if(module.why_not(q, k, v, scale, key_mask, return_lse))
+        launch = cuda_launch(backend)
     o, lse = launch(q, k, v, scale, key_mask, return_lse)
     return o.cpu(), lse.cpu()
+
+
+def cuda_launch(backend):
+    launch = import_module("pixeldiff.ops.cuda.joint_attention").launch
+    return partial(launch, kernel="mma") if backend == "cuda-mma" else launch
 
 
 def skip_if(reason):
@@ -741,22 +751,24 @@ def test_reads_views_in_place(dtype, d, backend):
     heads_first = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q[:, 5:], k, v))
     odd = (at_odd_stride(q[:, 5:]), at_odd_stride(k), at_odd_stride(v))
     for views in ((q[:, 5:], k, v), heads_first, odd):
-        if views is odd and backend in ("sm90-emulated", "cuda"):
-            continue  # the copy engine takes strides of 16 bytes
+        if views is odd and backend.startswith(("sm90", "mma", "cuda")):
+            continue  # they take strides of 16 bytes
         for a, b in zip(on(backend, *views, None, mask, True), want, strict=True):
             assert_bitwise(a, b)
 
 
-@triton_kernel
-def test_triton_offsets_past_two_to_the_31(backend):
-    _, device = launcher(OP, backend)
+@pytest.mark.parametrize(
+    "backend",
+    [*TRITON, *(pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda-mma"))],
+)
+def test_gpu_kernels_offsets_past_two_to_the_31(backend):
+    launch, device = launcher_for(backend, *arguments(torch.bfloat16, (1, 1, 1, 1, 64)))
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 5 << 30:
         pytest.skip("needs 5 GiB of GPU memory")
     base = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
     far = base.as_strided((2, 1, 1, 64), (2**31, 64, 64, 1))  # the second image lies beyond
     near = Draw(torch.bfloat16)(2, 1, 1, 64).to(device)
     far.copy_(near)
-    launch, _ = launcher(OP, backend)
     assert_bitwise(launch(far, far, far, 0.125, None, False)[0], near)
 
 
@@ -803,16 +815,17 @@ RELEASED = {
 }
 
 
-on_a_gpu = pytest.mark.parametrize("backend", ["triton-gpu", "cuda"])
+on_a_gpu = pytest.mark.parametrize("backend", ["triton-gpu", "cuda", "cuda-mma"])
 
 
 def launcher_for(backend, *args):
     """As `launcher`, of a kernel that takes tensors like these."""
     launch, device = launcher(OP, backend)
-    if backend == "cuda":
+    if backend.startswith("cuda"):
         tensors = (t.to(device) for t in args)
         why_not = import_module("pixeldiff.ops.cuda.joint_attention").why_not
         skip_if(why_not(*tensors, 1.0, None, False))
+        launch = cuda_launch(backend)
     return launch, device
 
 

@@ -1,6 +1,7 @@
 """The sm_90a attention kernel without a GPU: its source on an emulator, in random orders and with
 faults planted; and what the compiler makes of it. tests/kernels/test_joint_attention.py runs the
-op's own cases on it, on the emulator and on a GPU."""
+op's own cases on it, on the emulator and on a GPU. What asks for a `kernel` runs the one of sm_80
+too, of which tests/kernels/test_joint_attention_mma.py has the rest."""
 
 import re
 import shutil
@@ -18,6 +19,7 @@ from pixeldiff.ops.cuda import joint_attention as backend
 
 DIMS = (64, 72, 128)
 dims = pytest.mark.parametrize("d", DIMS)
+kernels = pytest.mark.parametrize("kernel", ["sm90", "mma"])
 
 
 def arguments(d, queries=140, keys=300, images=1, heads=2, dtype=torch.bfloat16):
@@ -36,6 +38,7 @@ def check(args, key_mask=None, **how):
 # --- in any order
 
 
+@kernels
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from(DIMS),
@@ -48,23 +51,26 @@ def check(args, key_mask=None, **how):
     st.sampled_from([None, *masks(1, 1)]),
     st.integers(0, 2**63 - 1),
 )
-def test_random_sizes_in_random_orders(d, dtype, b, queries, keys, heads, blocks, kind, seed):
+def test_random_sizes_in_random_orders(
+    kernel, d, dtype, b, queries, keys, heads, blocks, kind, seed
+):
     """Against fp64: every length, blocks with several tiles and with none, each way to mask."""
     args = arguments(d, queries, keys, b, heads, dtype)
     mask = None if kind is None else masks(b, keys)[kind]
     if mask is not None and not mask.any(1).all():
         mask = ~mask
-    check(args, mask, blocks=blocks, seed=seed)
+    check(args, mask, kernel=kernel, blocks=blocks, seed=seed)
 
 
+@kernels
 @dims
 @pytest.mark.parametrize("masked", [False, True], ids=["all-keys", "masked"])
-def test_the_order_does_not_change_a_bit(d, masked):
+def test_the_order_does_not_change_a_bit(d, masked, kernel):
     args = arguments(d)
     mask = masks(1, 300)["scattered"] if masked else None
-    want = check(args, mask)
+    want = check(args, mask, kernel=kernel)
     for seed, blocks in ((1, 1), (2, 3), (3, 1)):
-        got = attention(*args, None, mask, True, seed=seed, blocks=blocks)
+        got = attention(*args, None, mask, True, kernel=kernel, seed=seed, blocks=blocks)
         for a, b in zip(got, want, strict=True):
             assert_bitwise(a, b)
 
@@ -72,7 +78,8 @@ def test_the_order_does_not_change_a_bit(d, masked):
 # --- the rescale rule
 
 
-def test_weights_may_grow_before_the_maximum_follows():
+@kernels
+def test_weights_may_grow_before_the_maximum_follows(kernel):
     """Logits that climb from tile to tile, by less than the slack of 2^8 and by more: the same
     result, and that of the exact softmax."""
     for step in (1.0, 5.0, 40.0):
@@ -82,7 +89,7 @@ def test_weights_may_grow_before_the_maximum_follows():
         k[..., 1] = torch.linspace(-8, 8, 640)[None, :, None]
         v = Draw(torch.bfloat16)(1, 640, 1, 64)
         args = (q, k.bfloat16(), v)
-        o, lse = attention(*args, scale=1.0, return_lse=True)
+        o, lse = attention(*args, scale=1.0, return_lse=True, kernel=kernel)
         want, want_lse = oracles(*args, scale=1.0)
         plain = torch.softmax(torch.einsum("blgd,bsgd->bgls", *(t.float() for t in args[:2])), -1)
         plain = torch.einsum("bgls,bsgd->blgd", plain.bfloat16(), v)
@@ -90,26 +97,32 @@ def test_weights_may_grow_before_the_maximum_follows():
         torch.testing.assert_close(lse.double(), torch.from_numpy(want_lse), rtol=1e-6, atol=3e-6)
 
 
-def test_one_huge_row_does_not_disturb_its_neighbours():
-    """It makes the warp take differences first; the other rows of the warp stay as good."""
+@kernels
+def test_one_huge_row_does_not_disturb_its_neighbours(kernel):
+    """It makes the warp move maxima and take differences first; the other rows of the warp stay
+    what they are without it, to the bit."""
     q, k, v = arguments(64, 64, 400, heads=1)
+    alone = attention(q, k, v, return_lse=True, kernel=kernel)
     q[0, 5] *= 3e4
-    check((torch.cat((q[:, :5], q[:, 6:]), 1), k, v))
-    o, lse = attention(q, k, v, return_lse=True)
+    check((torch.cat((q[:, :5], q[:, 6:]), 1), k, v), kernel=kernel)
+    o, lse = attention(q, k, v, return_lse=True, kernel=kernel)
     rest = [row for row in range(64) if row != 5]
+    for a, b in zip((o, lse), alone, strict=True):
+        assert_bitwise(a[:, rest], b[:, rest])
     want, want_lse = oracles(q[:, rest], k, v)
     assert_within_twice_eager(o[:, rest], eager(q[:, rest], k, v), want)
     torch.testing.assert_close(lse[:, rest].double(), torch.from_numpy(want_lse), rtol=0, atol=3e-4)
     assert o[:, 5].isfinite().all()
 
 
-def test_one_infinite_logit_makes_its_row_nan():
+@kernels
+def test_one_infinite_logit_makes_its_row_nan(kernel):
     """At whichever key: the polynomial, which makes numbers of NaN, computes some of them."""
     q, k, v = arguments(64, 16, 32, heads=32)
     q[..., 0] = 1
     for head in range(32):
         k[0, head, head, 0] = torch.inf
-    o, lse = attention(q, k, v, return_lse=True)
+    o, lse = attention(q, k, v, return_lse=True, kernel=kernel)
     assert o.isnan().all()
     assert lse.isnan().all()
 

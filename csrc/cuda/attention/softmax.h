@@ -23,9 +23,12 @@ constexpr float kNear = 4096.0f;
 // instructions where the special-function units take one and 8 clocks: with an eighth, both finish
 // before the tensor cores do (docs/kernels/attention.md); with a quarter, issuing would be the
 // wall.
-PIXELDIFF_HOST_DEVICE constexpr bool by_polynomial(int i) { return i % 16 == 1 || i % 16 == 14; }
+PIXELDIFF_HOST_DEVICE constexpr bool by_polynomial(int i, int of_sixteen = 2) {
+  return (of_sixteen > 0 && i % 16 == 1) || (of_sixteen > 1 && i % 16 == 14);
+}
 
-template <int kKeys>
+// kPolynomials of 16 exponentials, 0 to 2, are computed on the FMA units.
+template <int kKeys, int kPolynomials = 2>
 struct Softmax {
   static constexpr int kLogits = kKeys / 2;  // of a thread, both rows together
 
@@ -57,29 +60,33 @@ struct Softmax {
     }
 
     // Not written as "greater": NaN, and infinity less infinity, must move it too.
-    const bool still = (now[0] - most[0]) * scale <= kSlack && (now[1] - most[1]) * scale <= kSlack;
-    const bool moved = m.any(!still);
+    const bool still[2] = {(now[0] - most[0]) * scale <= kSlack,
+                           (now[1] - most[1]) * scale <= kSlack};
+    const bool moved = m.any(!(still[0] && still[1]));
     if (moved) {
+      // A row does not depend on who else is in the warp: those that need not move do not.
       PIXELDIFF_UNROLL
       for (int half = 0; half < 2; ++half) {
-        factor[half] = m.exp2((most[half] - now[half]) * scale);
+        factor[half] = still[half] ? 1.0f : m.exp2((most[half] - now[half]) * scale);
         total[half] *= factor[half];
-        most[half] = now[half];
+        most[half] = still[half] ? most[half] : now[half];
       }
     }
 
     float base[2] = {most[0] * scale, most[1] * scale};
-    const bool near = fabsf(base[0]) <= kNear && fabsf(base[1]) <= kNear;
-    if (m.any(!near)) {
+    const bool near[2] = {fabsf(base[0]) <= kNear, fabsf(base[1]) <= kNear};
+    if (m.any(!(near[0] && near[1]))) {
+      const float first[2] = {near[0] ? 0.0f : most[0], near[1] ? 0.0f : most[1]};
       PIXELDIFF_UNROLL
-      for (int i = 0; i < kLogits; ++i) s[i] -= most[hopper::accumulator_half(i)];
-      base[0] = base[1] = 0.0f;
+      for (int i = 0; i < kLogits; ++i) s[i] -= first[hopper::accumulator_half(i)];
+      PIXELDIFF_UNROLL
+      for (int half = 0; half < 2; ++half) base[half] = near[half] ? base[half] : 0.0f;
     }
     PIXELDIFF_UNROLL
     for (int i = 0; i < kLogits; ++i) {
       const int half = hopper::accumulator_half(i);
       const float x = fmaf(s[i], scale, -base[half]);
-      s[i] = by_polynomial(i) ? exp2_polynomial(x) : m.exp2(x);
+      s[i] = by_polynomial(i, kPolynomials) ? exp2_polynomial(x) : m.exp2(x);
       total[half] += s[i];
     }
     return moved;

@@ -1,4 +1,5 @@
-"""joint_attention on Hopper; kernel in csrc/cuda/joint_attention_sm90.cu."""
+"""joint_attention on Hopper, csrc/cuda/joint_attention_sm90.cu, and on every other device from
+capability 8.0 on, csrc/cuda/joint_attention_mma.cu."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from ... import native
 
-CAPABILITY = (9, 0)
+# Of csrc/cuda/joint_attention.h; `best` is sm90 on 9.0 where it was built, else mma.
+KERNELS = {"best": 0, "sm90": 1, "mma": 2}
+CAPABILITY = (8, 0)
 MAX_D = 128
-ALIGNMENT = 16  # bytes: of addresses and strides, for the copy engine
+ALIGNMENT = 16  # bytes: of addresses and strides, for cp.async and the copy engine
 MAX_TILES = 1 << 31
 TILE_ROWS = 128
 
@@ -25,13 +28,23 @@ def why_not(
 
 @functools.cache
 def _why_not_device(device: torch.device) -> str | None:
-    if not hasattr(native.load(), "joint_attention_cuda"):
-        archs = native.load().build_info()["cuda_archs"]
-        return f"needs a build with sm_90a among PIXELDIFF_CUDA_ARCHS, which was {archs}"
-    found = torch.cuda.get_device_capability(device)
-    if found != CAPABILITY:
-        return f"needs compute capability 9.0, this device is {found[0]}.{found[1]}"
-    return None
+    archs = native.load().build_info()["cuda_archs"]
+    return why_not_capability(torch.cuda.get_device_capability(device), archs)
+
+
+def why_not_capability(capability: tuple[int, int], archs: str) -> str | None:
+    """Why no kernel of a build for `archs`, "80;90a", runs on a device of `capability`, or None."""
+    name = "{}.{}".format(*capability)
+    if capability < CAPABILITY:
+        return f"needs compute capability 8.0 or later, this device is {name}"
+    built = [int(arch) for arch in archs.split(";") if arch.isdigit()]
+    # Machine code runs on later devices of the same major version, the last one's PTX on all later.
+    same = any(divmod(arch, 10) <= capability and arch // 10 == capability[0] for arch in built)
+    exact = any(arch.rstrip("af") == "{}{}".format(*capability) for arch in archs.split(";"))
+    last = archs.split(";")[-1]
+    if same or exact or (last.isdigit() and divmod(int(last), 10) <= capability):
+        return None
+    return f"was built for {archs} (PIXELDIFF_CUDA_ARCHS), this device is {name}"
 
 
 def why_not_call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
@@ -66,6 +79,8 @@ def launch(
     scale: float,
     key_mask: Tensor | None,  # (B, S) bool
     return_lse: bool,
+    *,
+    kernel: str = "best",
 ) -> tuple[Tensor, Tensor]:
     B, L, G, d = q.shape
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -82,6 +97,7 @@ def launch(
         scale,
         (0, 0) if key_mask is None else (key_mask.data_ptr(), key_mask.stride(0)),
         lse.data_ptr() if return_lse else 0,
+        KERNELS[kernel],
         q.device.index,
         torch.cuda.current_stream(q.device).cuda_stream,
     )

@@ -1,5 +1,7 @@
-// The sm_90a attention kernel on the emulator, for ctypes.
+// The attention kernels on the emulator, for ctypes.
 #include "cuda/attention/sm90.h"
+
+#include "cuda/attention/mma.h"
 
 #include <algorithm>
 
@@ -60,7 +62,61 @@ void run(const Call& c) {
   }
 }
 
+template <int kChannels, bool kBf16>
+void run_mma(const Call& c) {
+  using Tile = attention::MmaTile<kChannels>;
+  const auto heads = [&](const void* data, int i) {
+    return Heads{data, c.strides[3 * i], c.strides[3 * i + 1], c.strides[3 * i + 2]};
+  };
+  const attention::MmaParams params{
+      {static_cast<int>(c.B), static_cast<int>(c.L), static_cast<int>(c.S), static_cast<int>(c.G),
+       Tile::kQueries, Tile::kKeys},
+      heads(c.q, 0),
+      heads(c.k, 1),
+      heads(c.v, 2),
+      {static_cast<int>(c.d), c.o, c.lse},
+      c.mask,
+      c.mask_stride_b,
+      c.scale,
+      c.scale * 1.4426950408889634f};
+  emulator::Ranges ranges;
+  const auto range = [](const void* p, int64_t bytes) {
+    return std::make_pair(static_cast<const char*>(p), static_cast<const char*>(p) + bytes);
+  };
+  ranges.writable = {range(c.o, c.B * c.L * c.G * c.d * 2),
+                     range(c.lse, c.lse ? c.B * c.L * c.G * 4 : 0)};
+  for (int64_t b = 0; c.mask && b < c.B; ++b)
+    ranges.readable.push_back(range(c.mask + b * c.mask_stride_b, c.S));
+  for (const auto& [t, rows] : {std::pair(params.q, c.L), {params.k, c.S}, {params.v, c.S}})
+    ranges.copyable.push_back(range(t.data, 2 * ((c.B - 1) * t.stride_b + (rows - 1) * t.stride_n +
+                                                 (c.G - 1) * t.stride_g + c.d)));
+  const int blocks = params.schedule.tiles();
+  for (int block = 0; block < blocks; ++block) {
+    emulator::Block machine(Tile::kThreads, Tile::kSharedBytes - Tile::kAlignment, block, blocks,
+                            c.seed + block, static_cast<emulator::Fault>(c.fault), c.low, c.high,
+                            ranges);
+    machine.run([&](emulator::Thread& thread) {
+      attention::MmaAttention<emulator::Thread, kChannels, kBf16>{thread, params}.run();
+    });
+  }
+}
+
 }  // namespace
+
+extern "C" int emulate_attention_mma(const Call* c, char* message, int room) {
+  try {
+    if (c->d <= 64)
+      c->bf16 ? run_mma<64, true>(*c) : run_mma<64, false>(*c);
+    else if (c->d <= 80)
+      c->bf16 ? run_mma<80, true>(*c) : run_mma<80, false>(*c);
+    else
+      c->bf16 ? run_mma<128, true>(*c) : run_mma<128, false>(*c);
+    return 0;
+  } catch (const std::exception& e) {
+    std::strncpy(message, e.what(), room - 1);
+    return 1;
+  }
+}
 
 extern "C" int emulate_attention(const Call* c, char* message, int room) {
   try {

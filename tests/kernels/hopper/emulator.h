@@ -41,6 +41,9 @@ enum Fault {
   kNoProductWait,  // waits for products do not wait
   kOtherSwizzle,   // the copy engine swizzles rows of another width
   kShortCopy,      // fewer bytes are announced than arrive
+  kWeakWait,       // a thread's waits [low, high) for its own copies leave one group under way
+  kSkipSync,       // the block's barriers that a thread comes to [low, high)-th are none
+  kOtherColumn,    // fragments hold the columns of the next lane
 };
 
 inline float to_float(uint16_t bits, bool bf16) {
@@ -132,6 +135,21 @@ class Thread {
     issue(n * 2, kBf16, true, 0, b, d, a);
   }
 
+  // Of csrc/cuda/ampere/device.cuh.
+  void copy16(uint32_t to, const char* from, bool there);
+  void commit_copies();
+  template <int kPending>
+  void wait_copies() {
+    wait_own_copies(kPending);
+  }
+  void load_matrices(uint32_t row, uint32_t (&r)[4]) { load_fragments(row, false, r); }
+  void load_transposed(uint32_t row, uint32_t (&r)[4]) { load_fragments(row, true, r); }
+  template <bool kBf16>
+  void multiply(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
+    const uint32_t operands[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    multiply_in_warp(kBf16, operands, d);
+  }
+
   template <int n>
   void release_registers() {}
   template <int n>
@@ -165,6 +183,9 @@ class Thread {
   void issue(int n, bool bf16, bool add, uint64_t a, uint64_t b, float* d,
              const uint32_t* fragment);
   void wait_products(int pending);
+  void wait_own_copies(int pending);
+  void load_fragments(uint32_t row, bool transposed, uint32_t (&r)[4]);
+  void multiply_in_warp(bool bf16, const uint32_t (&operands)[6], float* d);
 
   Block& block_;
   int id_;
@@ -172,7 +193,7 @@ class Thread {
 
 // Places in memory the kernel may touch.
 struct Ranges {
-  std::vector<std::pair<const char*, const char*>> writable, readable;
+  std::vector<std::pair<const char*, const char*>> writable, readable, copyable;
 };
 
 class Block {
@@ -225,6 +246,11 @@ class Block {
       if (fibers_[current_].done) --running;
     }
     if (!copies_.empty()) fail("a copy was still under way at the end");
+    for (const Fiber& fiber : fibers_) {
+      bool any = !fiber.open.empty();
+      for (const auto& group : fiber.own_groups) any |= !group.empty();
+      if (any) fail("a thread's copy was still under way at the end");
+    }
     if (products_under_way_) fail("a product was still under way at the end");
     for (const auto& [id, named] : named_)
       if (named.arrived) fail("an arrival at a named barrier was left over");
@@ -237,13 +263,20 @@ class Block {
   static constexpr size_t kStack = 64 << 10;
   static constexpr uint32_t kStart = 5 << 10;  // not where a larger power of two would be
 
+  struct OwnCopy {  // 16 bytes, by a thread itself
+    uint32_t to;
+    const char* from;  // nullptr: zeros
+  };
   struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     bool done = false;
     const char* doing = "";
     uint32_t on = 0;
-    std::vector<uint32_t> unpublished;  // addresses of pieces of 16 bytes
+    std::vector<uint32_t> unpublished;             // addresses of pieces of 16 bytes
+    std::vector<OwnCopy> open;                     // not yet a group
+    std::vector<std::vector<OwnCopy>> own_groups;  // in order
+    uint32_t syncs = 0, waits = 0;
   };
   struct Barrier {
     int count = 0, pending = 0;
@@ -265,6 +298,9 @@ class Block {
     Group open;
     std::vector<Group> groups;  // committed, in order
     std::vector<int> waiting_for_products;
+    uint32_t operands[32][6];
+    float sums[32][4];
+    int multiplying = 0;
   };
   struct Copy {
     Map map;
@@ -412,6 +448,39 @@ class Block {
     for (uint32_t i = 0; i < elements; ++i)
       element(generic_, copy.to + 2 * i) = element(async_, copy.to + 2 * i) = kPoison;
     copy.poisoned = true;
+  }
+
+  void arrive_own(const OwnCopy& copy) {
+    const uint32_t to = fault_ == kOtherSwizzle ? copy.to ^ (copy.to >> 7 & 1) << 4 : copy.to;
+    uint16_t values[8] = {};
+    if (copy.from != nullptr) std::memcpy(values, copy.from, 16);
+    for (int i = 0; i < 8; ++i) element(generic_, to + 2 * i) = values[i];
+  }
+
+  // D of m16n8k16 without C, from the operands of a warp. PTX ISA, "Matrix Fragments for
+  // mma.m16n8k16 with floating point type".
+  static void carry_out(Warp& warp, bool bf16) {
+    const auto half = [&](uint32_t word, int high) {
+      return to_float(static_cast<uint16_t>(word >> 16 * high), bf16);
+    };
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const uint32_t* given = warp.operands[lane];
+      for (int i = 0; i < 8; ++i) {
+        const int row = i < 2 || (i >= 4 && i < 6) ? lane / 4 : lane / 4 + 8;
+        const int column = lane % 4 * 2 + (i & 1) + (i < 4 ? 0 : 8);
+        a[row][column] = half(given[i / 2], i & 1);
+      }
+      for (int i = 0; i < 4; ++i)
+        b[lane % 4 * 2 + (i & 1) + (i < 2 ? 0 : 8)][lane / 4] = half(given[4 + i / 2], i & 1);
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int row = i < 2 ? lane / 4 : lane / 4 + 8, column = lane % 4 * 2 + (i & 1);
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+        warp.sums[lane][i] = sum;
+      }
   }
 
   // Products of a warp are carried out in order, a random few of them at a time.
@@ -638,7 +707,77 @@ inline void Thread::wait_products(int pending) {
     block_.sleep(warp.waiting_for_products, "waiting for products of warp", id_ / 32);
 }
 
+// --- csrc/cuda/ampere/device.cuh
+
+inline void Thread::copy16(uint32_t to, const char* from, bool there) {
+  if (to % 16 || (there && reinterpret_cast<uintptr_t>(from) % 16))
+    fail("16 bytes copied at no multiple of 16");
+  bool inside = !there;
+  for (const auto& [low, high] : block_.ranges_.copyable)
+    inside |= from >= low && from + 16 <= high;
+  if (!inside) fail("a copy from outside of the operands");
+  const Block::OwnCopy copy{address(to), there ? from : nullptr};
+  if (block_.draw(4) == 0) {  // at once
+    block_.arrive_own(copy);
+    return;
+  }
+  // Before it arrives, or only then: both are possible.
+  if (block_.draw(2))
+    for (int i = 0; i < 8; ++i) block_.element(block_.generic_, address(to) + 2 * i) = kPoison;
+  block_.fibers_[id_].open.push_back(copy);
+}
+inline void Thread::commit_copies() {
+  Block::Fiber& fiber = block_.fibers_[id_];
+  fiber.own_groups.push_back(fiber.open);
+  fiber.open.clear();
+  block_.yield();
+}
+inline void Thread::wait_own_copies(int pending) {
+  block_.yield();
+  Block::Fiber& fiber = block_.fibers_[id_];
+  auto& groups = fiber.own_groups;
+  const size_t left = pending + block_.faulty(kWeakWait, fiber.waits++);
+  while (groups.size() > left) {
+    for (const auto& copy : groups.front()) block_.arrive_own(copy);
+    groups.erase(groups.begin());
+  }
+}
+
+// PTX ISA, "Warp-level matrix load instruction: ldmatrix": lanes 8 i to 8 i + 7 hold the addresses
+// of matrix i's rows; register i of a lane is elements 2 (lane % 4) and the next of row lane / 4;
+// transposed, of column lane / 4.
+inline void Thread::load_fragments(uint32_t row, bool transposed, uint32_t (&r)[4]) {
+  if (row % 16) fail("a row of a matrix at no multiple of 16");
+  const auto& rows = collect(address(row));
+  const int lane = (id_ + (block_.fault_ == kOtherColumn)) % 32;
+  for (int i = 0; i < 4; ++i) {
+    uint32_t banks = 0;
+    for (int at = 0; at < 8; ++at) banks |= 1u << rows[8 * i + at] / 16 % 8;
+    if (banks != 255) fail("rows of a matrix in the same banks");
+    r[i] = 0;
+    for (int j = 0; j < 2; ++j) {
+      const int along = lane % 4 * 2 + j, across = lane / 4;
+      const uint32_t at =
+          transposed ? rows[8 * i + along] + 2 * across : rows[8 * i + across] + 2 * along;
+      r[i] |= static_cast<uint32_t>(block_.element(block_.generic_, at)) << 16 * j;
+    }
+  }
+}
+
+inline void Thread::multiply_in_warp(bool bf16, const uint32_t (&operands)[6], float* d) {
+  Block::Warp& warp = block_.warps_[id_ / 32];
+  std::copy(std::begin(operands), std::end(operands), warp.operands[id_ % 32]);
+  if (++warp.multiplying == 32) {
+    warp.multiplying = 0;
+    Block::carry_out(warp, bf16);
+  }
+  sync_warp();
+  for (int i = 0; i < 4; ++i) d[i] += warp.sums[id_ % 32][i];
+}
+
 inline void Thread::sync_block() {
+  const uint32_t number = block_.fibers_[id_].syncs++;
+  if (block_.faulty(kSkipSync, number)) return;
   Block::Named& all = block_.all_;
   if (++all.arrived == static_cast<int>(block_.fibers_.size())) {
     all.arrived = 0;

@@ -1,7 +1,9 @@
 // The arithmetic of csrc/cuda/hopper and csrc/cuda/attention, for ctypes.
 #include <cstring>
 
+#include "cuda/ampere/rows.h"
 #include "cuda/attention/exp2.h"
+#include "cuda/attention/mma_tile.h"
 #include "cuda/attention/schedule.h"
 #include "cuda/attention/sm90_tile.h"
 #include "cuda/hopper/descriptor.h"
@@ -67,6 +69,36 @@ void shared_memory(int channels, int* out) {
   channels == 64   ? fill(attention::Sm90Tile<64>{})
   : channels == 80 ? fill(attention::Sm90Tile<80>{})
                    : fill(attention::Sm90Tile<128>{});
+}
+
+// Of rows of 64, 80 or 128 channels: where a piece lies, and `more` pieces further.
+uint32_t piece_at(int channels, int row, int piece, int more) {
+  const auto find = [&](auto rows) { return rows.further(rows.at(row, piece), more); };
+  return channels == 64   ? find(ampere::Rows<8>{})
+         : channels == 80 ? find(ampere::Rows<10>{})
+                          : find(ampere::Rows<16>{});
+}
+void down_first(int lane, int* out) {
+  const ampere::Corner corner = ampere::down_first(lane);
+  out[0] = corner.row, out[1] = corner.piece;
+}
+void across_first(int lane, int* out) {
+  const ampere::Corner corner = ampere::across_first(lane);
+  out[0] = corner.row, out[1] = corner.piece;
+}
+
+// Of the mma.sync kernel: bytes of shared memory, keys of a step, blocks of a multiprocessor; where
+// queries, then keys and values of both stages lie.
+void mma_memory(int channels, int* out) {
+  const auto fill = [&](auto shape) {
+    using Tile = decltype(shape);
+    const uint32_t all[] = {Tile::kSharedBytes, Tile::kKeys, Tile::kBlocks, Tile::q,
+                            Tile::k(0),         Tile::v(0),  Tile::k(1),    Tile::v(1)};
+    std::memcpy(out, all, sizeof all);
+  };
+  channels == 64   ? fill(attention::MmaTile<64>{})
+  : channels == 80 ? fill(attention::MmaTile<80>{})
+                   : fill(attention::MmaTile<128>{});
 }
 
 // Encodes with the given driver; 0, or 1 and a message.

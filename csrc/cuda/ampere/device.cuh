@@ -1,0 +1,68 @@
+// The machine a kernel written for ampere/ runs on: copies and products as sm_80 and all later
+// devices have them. What threads, arithmetic and global memory do is in Hopper's, of which only
+// the functions that are called have to exist on a device.
+#pragma once
+
+#include "../hopper/device.cuh"
+
+namespace pixeldiff::ampere {
+
+class Device : public hopper::Device {
+ public:
+  using hopper::Device::Device;
+
+  // Read every time that it is asked for, and not kept in a register in between.
+  __device__ __forceinline__ int block() const {
+    int index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
+  }
+
+  // --- copies. 16 bytes from global to shared memory, or 16 zeros where they are not `there`.
+  __device__ __forceinline__ void copy16(uint32_t to, const char* from, bool there) const {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0)
+                 : "memory");
+  }
+  __device__ __forceinline__ void commit_copies() const {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+  // Until at most kPending groups of this thread are under way. Others see what it copied after a
+  // barrier.
+  template <int kPending>
+  __device__ __forceinline__ void wait_copies() const {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  }
+
+  // --- fragments: of four matrices of 8 x 8, whose rows start where the lanes say (rows.h)
+  __device__ __forceinline__ void load_matrices(uint32_t row, uint32_t (&r)[4]) const {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address(row))
+                 : "memory");
+  }
+  __device__ __forceinline__ void load_transposed(uint32_t row, uint32_t (&r)[4]) const {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address(row))
+                 : "memory");
+  }
+
+  // --- the tensor cores: d += a b, 16 rows by 8 columns over 16.
+  template <bool kBf16>
+  __device__ __forceinline__ void multiply(float* d, const uint32_t* a, uint32_t b0,
+                                           uint32_t b1) const {
+    if constexpr (kBf16)
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+          " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+          " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+}  // namespace pixeldiff::ampere
