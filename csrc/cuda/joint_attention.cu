@@ -1,6 +1,7 @@
 // What the attention kernels need of the driver and the device, and which of them runs.
 #include "joint_attention.h"
 
+#include "attention/e4m3_plan.h"
 #include "attention/launch_sm90.h"
 #include "check.h"
 
@@ -9,7 +10,9 @@ namespace {
 
 static_assert(sizeof(CUtensorMap) == 128 && hopper::kFloat16 == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 &&
                   hopper::kBfloat16 == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 &&
+                  hopper::kUint8 == CU_TENSOR_MAP_DATA_TYPE_UINT8 &&
                   hopper::kSwizzle32 == CU_TENSOR_MAP_SWIZZLE_32B &&
+                  hopper::kSwizzle64 == CU_TENSOR_MAP_SWIZZLE_64B &&
                   hopper::kSwizzle128 == CU_TENSOR_MAP_SWIZZLE_128B &&
                   hopper::kPromote256 == CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
               "the driver's own numbers");
@@ -28,19 +31,38 @@ hopper::EncodeTiled find_encode_tiled() {
   return reinterpret_cast<hopper::EncodeTiled>(found);
 }
 
+hopper::EncodeTiled encode_tiled() {
+  static const hopper::EncodeTiled driver = find_encode_tiled();
+  return driver;
+}
+
+int multiprocessors_of(int device) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "joint_attention");
+  return count;
+}
+
 }  // namespace
 
 void joint_attention(const JointAttentionArgs& a, int device, void* stream) {
   const DeviceScope scope(device);
-  static const hopper::EncodeTiled driver = find_encode_tiled();
-  int multiprocessors = 0;
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-        "joint_attention");
+  const hopper::EncodeTiled driver = encode_tiled();
+  const int multiprocessors = multiprocessors_of(device);
   const auto on = static_cast<cudaStream_t>(stream);
   if (a.dtype == DType::bf16)
     attention::launch_sm90<true>(a, driver, multiprocessors, on);
   else
     attention::launch_sm90<false>(a, driver, multiprocessors, on);
+}
+
+int64_t joint_attention_fp8_workspace(const JointAttentionArgs& a) {
+  return attention::plan_e4m3(a, nullptr).bytes;
+}
+
+void joint_attention_fp8(const JointAttentionArgs& a, void* workspace, int device, void* stream) {
+  const DeviceScope scope(device);
+  attention::launch_e4m3_sm90(a, static_cast<char*>(workspace), encode_tiled(),
+                              multiprocessors_of(device), static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace pixeldiff::cuda
