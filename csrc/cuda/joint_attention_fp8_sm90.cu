@@ -3,10 +3,10 @@
 // why, docs/kernels/attention.md.
 //
 // FLOPs: 4*B*L*S*G*d; exponentials: B*L*S*G. PiD at 2048 (16684 rows, 24 heads of 64): 1.71 TFLOP,
-// 1.07 ms at 1596 TFLOP/s; 6.68 G exponentials, 1.80 ms of the special-function units, which are
-// the floor: 1.69 ms with a sixteenth of them on the FMA units. Before it q, k and v are quantised:
-// k and v read twice, all three written once in e4m3, 0.33 GB, 0.11 ms at 3.0 TB/s. 14 calls are
-// 25 of a step's 77 ms. Not yet measured; predicted 2.3 ms.
+// 1.07 ms at 1596 TFLOP/s; 6.68 G exponentials, 1.80 ms of the special-function units, 1.58 ms with
+// an eighth of them on the FMA units, which are the floor: 22 of a step's 77 ms in 14 calls. Before
+// it q is read once, k and v twice, and all three are written once in e4m3: 0.33 GB, 0.11 ms at
+// 3.0 TB/s. Not yet measured; predicted 2.4 ms.
 #include <type_traits>
 
 #include "attention/e4m3_plan.h"

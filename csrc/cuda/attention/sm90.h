@@ -198,7 +198,7 @@ struct Sm90Attention {
   // Waits for P V and adds it to O. Where O is wider than the accumulator of a product, the other
   // parts of it are multiplied only now.
   PIXELDIFF_DEVICE void collect(Rows& rows, int stage) {
-    m.template wgmma_wait<0>(rows.product);
+    m.wgmma_wait_after(rows.softmax.total[0] + rows.softmax.total[1], rows.product, rows.weights);
     if constexpr (Kind::kParts == 1) leave(Tile::v_empty(stage));
     rows.accumulate(0);
     PIXELDIFF_UNROLL

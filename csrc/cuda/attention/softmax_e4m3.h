@@ -14,12 +14,6 @@ constexpr float kLog2Weight = 8.0f;
 // percent of what e4m3 keeps; beyond, differences are taken first.
 constexpr float kNearE4m3 = 256.0f;
 
-// One of 16 of each row: with twice the rate of the tensor cores, issuing and the special-function
-// units are what limits, and this share makes them about equal (docs/kernels/attention.md).
-PIXELDIFF_HOST_DEVICE constexpr bool by_polynomial_e4m3(int i) {
-  return i % 32 == 1 || i % 32 == 30;
-}
-
 template <int kKeys>
 struct SoftmaxE4m3 {
   static constexpr int kLogits = kKeys / 2;  // of a thread, both rows together
@@ -62,7 +56,7 @@ struct SoftmaxE4m3 {
     for (int i = 0; i < kLogits; ++i) {
       const int half = hopper::accumulator_half(i);
       const float x = fmaf(s[i], scale[half], base[half]);
-      s[i] = by_polynomial_e4m3(i) ? exp2_polynomial(x) : m.exp2(x);
+      s[i] = by_polynomial(i) ? exp2_polynomial(x) : m.exp2(x);
       total[half] += s[i];
     }
   }

@@ -85,6 +85,21 @@ class Device {
 #pragma unroll
     for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
   }
+  // Until none is, but not before `x` is there: the assembler moves a wait up past arithmetic that
+  // stands before it, which then no longer runs under the product. It does not move one past a
+  // branch; the comments keep it from seeing that both ways are the same. `a` is what the products
+  // no longer read.
+  template <int n, int k>
+  __device__ __forceinline__ void wgmma_wait_after(float x, float (&d)[n], uint32_t (&a)[k]) const {
+    if (any(x >= 0.0f))
+      asm volatile("wgmma.wait_group.sync.aligned 0;  // one way" ::: "memory");
+    else
+      asm volatile("wgmma.wait_group.sync.aligned 0;  // the other" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#pragma unroll
+    for (int i = 0; i < k; ++i) asm volatile("" : "+r"(a[i])::"memory");
+  }
   template <bool kBf16, int n>
   __device__ __forceinline__ void wgmma_shared(float (&d)[n], uint64_t a, uint64_t b,
                                                bool add) const {

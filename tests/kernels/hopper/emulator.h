@@ -173,6 +173,10 @@ class Thread {
   void wgmma_wait(float (&)[n]) {
     wait_products(kPending);
   }
+  template <int n, int k>
+  void wgmma_wait_after(float, float (&)[n], uint32_t (&)[k]) {
+    wait_products(0);
+  }
   template <bool kBf16, int n>
   void wgmma_shared(float (&d)[n], uint64_t a, uint64_t b, bool add) {
     issue(n * 2, kBf16, add, a, b, d, nullptr);
