@@ -1,5 +1,5 @@
-"""joint_attention_fp8: the Triton kernel against the emulation of its rounding in PyTorch, both
-against exact attention in fp64."""
+"""joint_attention_fp8: the Triton and the CUDA kernels against the emulation of their rounding in
+PyTorch, all against exact attention in fp64."""
 
 from importlib import import_module
 
@@ -230,10 +230,11 @@ RELEASED = {
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton-gpu", "cuda"])
 @pytest.mark.parametrize("shape", RELEASED.values(), ids=RELEASED)
-def test_triton_gpu_at_released_shapes(shape, record_property):
+def test_gpu_at_released_shapes(shape, backend, record_property):
     """All rows run; some are judged against the emulation of the first two heads."""
-    launch, device = launcher(OP, "triton-gpu")
+    launch, device = launcher(OP, backend)
     b, rows, _, g, d = shape
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = torch.randn(
@@ -250,8 +251,9 @@ def test_triton_gpu_at_released_shapes(shape, record_property):
 
 
 @pytest.mark.gpu
-def test_triton_gpu_under_graph_capture():
-    launch, device = launcher(OP, "triton-gpu")
+@pytest.mark.parametrize("backend", ["triton-gpu", "cuda"])
+def test_gpu_under_graph_capture(backend):
+    launch, device = launcher(OP, backend)
     args = [t.to(device) for t in arguments(torch.bfloat16, (1, 200, 300, 2, 72))]
     check_captures(launch, *args, 0.1)
 
