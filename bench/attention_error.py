@@ -174,7 +174,7 @@ def table(report: Report) -> str:
 
 
 def save(report: Report, path: Path) -> None:
-    with written_whole(path) as partial:
+    with written_whole([path]) as (partial,):
         partial.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
 
 
