@@ -1,10 +1,11 @@
 // Attention in e4m3 for sm90.h: operands that quantize_e4m3.h has made, weights rounded to e4m3.
 //
 // The tensor cores add up e4m3 products with about 14 bits, cutting off the rest (DeepSeek-V3,
-// arXiv 2412.19437, section 3.3.2): over 128 keys a few parts in 10^4, over 16384 one or two parts
-// in a hundred and always towards 0. So P V of a step goes into an accumulator of its own, which
-// is then added to O in fp32. As an FMA: O is multiplied by what the maximum has moved by in every
-// step and nothing has to be decided. 32 to 64 more registers, and as many FMAs a step.
+// arXiv 2412.19437, section 3.5.2), always towards 0: over 128 keys a part or two in 10^3 at most,
+// over 16384 up to a fifth where the values have one sign. So P V of a step goes into an
+// accumulator of its own, which is then added to O in fp32. As an FMA: O is multiplied by what the
+// maximum has moved by in every step and nothing has to be decided. 32 or 40 more registers, and
+// 32 to 64 FMAs a step.
 #pragma once
 
 #include "../../dtype.h"
