@@ -268,6 +268,25 @@ def cuda_resources(output: Path | None) -> None:
             partial.write_text(document(kernels))
 
 
+@main.command("attention-error")
+@click.option("--divide", type=click.IntRange(1), default=1, help="fewer keys, to try it")
+@threads_option
+@json_option
+@clean_errors
+def attention_error(divide: int, threads: int | None, path: Path | None) -> None:
+    """The error of attention in e4m3 beside bf16's, with sums as Hopper makes them."""
+    from .attention_error import measure, save, table
+
+    if path is not None:
+        check_out_path(path, ".json")
+    if threads:
+        torch.set_num_threads(threads)
+    found = measure("python -m bench " + shlex.join(sys.argv[1:]), divide)
+    if path is not None:
+        save(found, path)
+    show.console.print(table(found), markup=False)
+
+
 @main.command()
 @click.option("--device", help="cpu or cuda; default: cuda where there is one")
 @click.option("--pictures", default=12, show_default=True, help="held-out drawn pictures")

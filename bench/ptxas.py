@@ -36,6 +36,7 @@ class Source:
 
 SOURCES = (
     Source("gated_residual_norm.cu"),
+    Source("joint_attention_fp8_sm90.cu", ("90a",)),
     Source("joint_attention_mma.cu", definition="PIXELDIFF_BF16=true"),
     Source("joint_attention_mma.cu", definition="PIXELDIFF_BF16=false"),
     Source("joint_attention_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),
@@ -102,7 +103,8 @@ def readable(symbol: str) -> str:
     """The name of a kernel and what stands between its angle brackets, from its mangled symbol."""
     name, arguments = re.search(r".*\d([a-z]\w*?_kernel)I(.*?)EEv", symbol).groups()
     words = {"Lb0": "false", "Lb1": "true", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
-    pattern = r"Lb[01]|Li(\d+)|13__nv_bfloat16|6__half|^f"
+    words |= {"DTypeE0": "fp32", "DTypeE1": "bf16", "DTypeE2": "fp16"}
+    pattern = r"Lb[01]|Li(\d+)|13__nv_bfloat16|6__half|DTypeE\d|^f"
     found = re.finditer(pattern, arguments)
     values = [m[1] or words.get(m[0], "fp32") for m in found]
     return f"{name}<{', '.join(values)}>"

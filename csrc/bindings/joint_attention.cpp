@@ -72,6 +72,27 @@ void joint_attention_cuda(AttentionSizes sizes, int dtype, HeadsTuple q, HeadsTu
   cuda::joint_attention(args, static_cast<cuda::AttentionKernel>(kernel), device,
                         reinterpret_cast<void*>(stream));
 }
+
+// Bytes of what joint_attention_fp8_cuda is to be given to work in.
+int64_t joint_attention_fp8_workspace(AttentionSizes sizes) {
+  if (is_empty(sizes)) return 0;
+  const auto [B, L, S, G, d] = sizes;
+  return cuda::joint_attention_fp8_workspace({B, L, S, G, d});
+}
+
+void joint_attention_fp8_cuda(AttentionSizes sizes, int dtype, HeadsTuple q, HeadsTuple k,
+                              HeadsTuple v, Address o, float scale, Address workspace, int device,
+                              Address stream) {
+  if (is_empty(sizes)) return;
+  const auto args = to_args(sizes, dtype, q, k, v, o, scale, {0, 0}, 0);
+  if (args.d % 8 || args.d > 128)
+    throw std::invalid_argument("d must be a multiple of 8 up to 128");
+  if (workspace == 0 || workspace % 256)
+    throw std::invalid_argument("the workspace must start at a multiple of 256 bytes");
+  py::gil_scoped_release unlocked;
+  cuda::joint_attention_fp8(args, reinterpret_cast<void*>(workspace), device,
+                            reinterpret_cast<void*>(stream));
+}
 #endif
 
 }  // namespace
@@ -80,6 +101,8 @@ void bind_joint_attention(py::module_& m) {
   m.def("joint_attention_cpu", &joint_attention_cpu);
 #ifdef PIXELDIFF_CUDA
   m.def("joint_attention_cuda", &joint_attention_cuda);
+  m.def("joint_attention_fp8_workspace", &joint_attention_fp8_workspace);
+  m.def("joint_attention_fp8_cuda", &joint_attention_fp8_cuda);
 #endif
 }
 

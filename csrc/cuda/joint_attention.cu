@@ -4,6 +4,7 @@
 #include "attention/launch_mma.h"
 #include "check.h"
 #ifdef PIXELDIFF_SM90
+#include "attention/e4m3_plan.h"
 #include "attention/launch_sm90.h"
 #endif
 
@@ -13,7 +14,9 @@ namespace {
 #ifdef PIXELDIFF_SM90
 static_assert(sizeof(CUtensorMap) == 128 && hopper::kFloat16 == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 &&
                   hopper::kBfloat16 == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 &&
+                  hopper::kUint8 == CU_TENSOR_MAP_DATA_TYPE_UINT8 &&
                   hopper::kSwizzle32 == CU_TENSOR_MAP_SWIZZLE_32B &&
+                  hopper::kSwizzle64 == CU_TENSOR_MAP_SWIZZLE_64B &&
                   hopper::kSwizzle128 == CU_TENSOR_MAP_SWIZZLE_128B &&
                   hopper::kPromote256 == CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
               "the driver's own numbers");
@@ -38,13 +41,17 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-void launch_sm90(const JointAttentionArgs& a, int device, cudaStream_t stream) {
+hopper::EncodeTiled encode_tiled() {
   static const hopper::EncodeTiled driver = find_encode_tiled();
+  return driver;
+}
+
+void launch_sm90(const JointAttentionArgs& a, int device, cudaStream_t stream) {
   const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   if (a.dtype == DType::bf16)
-    attention::launch_sm90<true>(a, driver, multiprocessors, stream);
+    attention::launch_sm90<true>(a, encode_tiled(), multiprocessors, stream);
   else
-    attention::launch_sm90<false>(a, driver, multiprocessors, stream);
+    attention::launch_sm90<false>(a, encode_tiled(), multiprocessors, stream);
 }
 // Its instructions are those of 9.0 alone.
 bool runs_sm90(int device) {
@@ -78,5 +85,17 @@ void joint_attention(const JointAttentionArgs& a, AttentionKernel kernel, int de
   else
     launch_mma(a, on);
 }
+
+#ifdef PIXELDIFF_SM90
+int64_t joint_attention_fp8_workspace(const JointAttentionArgs& a) {
+  return attention::plan_e4m3(a, nullptr).bytes;
+}
+
+void joint_attention_fp8(const JointAttentionArgs& a, void* workspace, int device, void* stream) {
+  const DeviceScope scope(device);
+  attention::launch_e4m3_sm90(a, static_cast<char*>(workspace), encode_tiled(),
+                              attribute(cudaDevAttrMultiProcessorCount, device), static_cast<cudaStream_t>(stream));
+}
+#endif
 
 }  // namespace pixeldiff::cuda

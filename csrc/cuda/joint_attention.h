@@ -15,4 +15,10 @@ enum class AttentionKernel : int { best = 0, sm90 = 1, mma = 2 };
 void joint_attention(const JointAttentionArgs& args, AttentionKernel kernel, int device,
                      void* stream);
 
+// The same with both products in e4m3; fp32 as well. No mask, no log-sum-exp. Channels and strides
+// that are multiples of 16 bytes, fewer than 2^31 rows in all heads of q and of k. `workspace` lies
+// at a multiple of 256 bytes.
+int64_t joint_attention_fp8_workspace(const JointAttentionArgs& args);  // bytes
+void joint_attention_fp8(const JointAttentionArgs& args, void* workspace, int device, void* stream);
+
 }  // namespace pixeldiff::cuda

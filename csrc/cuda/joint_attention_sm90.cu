@@ -8,6 +8,7 @@
 // TFLOP/s.
 #include "attention/launch_sm90.h"
 #include "attention/sm90.h"
+#include "attention/sm90_half.h"
 #include "check.h"
 #include "hopper/device.cuh"
 
@@ -24,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr uint32_t kAlignment = Sm90Tile<kChannels>::kAlignment;
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   hopper::Device device((address + kAlignment - 1) / kAlignment * kAlignment);
-  Sm90Attention<hopper::Device, kChannels, kBf16>{device, p}.run(q_map, k_map, v_map);
+  Sm90Attention<hopper::Device, Sm90Half<kChannels, kBf16>>{device, p}.run(q_map, k_map, v_map);
 }
 
 template <int kChannels, bool kBf16>

@@ -8,7 +8,10 @@ from torch import Tensor
 from .joint_attention import check_qkv
 from .registry import Backend, define, needs_grad, upcast
 
-BACKENDS = (Backend("triton", "pixeldiff.triton_kernels.joint_attention_fp8", automatic=False),)
+BACKENDS = (
+    Backend("triton", "pixeldiff.triton_kernels.joint_attention_fp8", automatic=False),
+    Backend("cuda", "pixeldiff.ops.cuda.joint_attention_fp8", automatic=False),
+)
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448
 ROWS = 128  # keys that share a scale, and between two updates of the maximum
@@ -104,8 +107,8 @@ def joint_attention_fp8(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None 
         ValueError: shape, stride, scale or device. TypeError: dtype. RuntimeError: an argument
         requires a gradient. NotImplementedError: a forced backend cannot run; says why.
 
-    Backends: triton on request (compute capability 8.9, head_dim a multiple of 8 up to 128),
-    reference. No gradients.
+    Backends: cuda (Hopper) and triton (compute capability 8.9) on request, both for head dims that
+    are multiples of 8 up to 128; reference. No gradients.
     Cost: 4*B*L*S*G*d FLOPs at twice the rate of bf16 and B*L*S*G exponentials, which then take as
     long; k and v are read twice and their quantised copies written and read.
     Source: PiD (arXiv 2605.23902), the attention blocks; smoothing of k as in SageAttention

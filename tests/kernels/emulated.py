@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from harness import ROOT
 from torch import Tensor
+
+from pixeldiff import native
 
 HERE = Path(__file__).parent / "hopper"
 # Faults of the emulator, hopper/emulator.h.
@@ -120,13 +125,125 @@ def attention(
     return o, lse
 
 
-def barriers_of(d: int) -> dict[str, tuple[int, int]]:
-    """Addresses of the sm_90a kernel's barriers, by name: from, to (all stages of a ring)."""
+def barriers_of(d: int, source: str = "attention.cpp") -> dict[str, tuple[int, int]]:
+    """Addresses of an sm_90a kernel's barriers, by name: from, to (all stages of a ring)."""
     found = (ctypes.c_int * 8)()
-    library("attention.cpp").attention_barriers(d, found)
+    library(source).attention_barriers(d, found)
     *starts, stages = found
     names = ("q_full", "q_empty", "k_full", "k_empty", "v_full", "v_clean", "v_empty")
     return {
         name: (start, start + 8 * (1 if name[0] == "q" else stages))
         for name, start in zip(names, starts, strict=True)
     }
+
+
+# --- e4m3
+
+
+class CallFp8(ctypes.Structure):
+    """`Call` of hopper/attention_fp8.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in "BLSGd"),
+        *((name, ctypes.c_void_p) for name in "qkv"),
+        ("strides", ctypes.c_int64 * 9),
+        *((name, ctypes.c_void_p) for name in ("o", "workspace")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("dtype", "blocks", "fault", "low", "high", "bits14")),
+        ("seed", ctypes.c_uint64),
+    )
+
+
+@dataclass
+class Quantised:
+    """What attention in e4m3 multiplies, as views of its workspace: bytes and fp32."""
+
+    q: Tensor  # (B, G, L, d to a multiple of 16)
+    k: Tensor  # (B, G, S, the same)
+    v: Tensor  # (B, G, d, S to a multiple of 32)
+    q_scale: Tensor  # (B, G, L)
+    k_scale: Tensor  # (B, G, steps of 128 keys)
+    v_scale: Tensor  # (B, G, d)
+    mean: Tensor  # (B, G, d), of k over its rows
+
+
+class AttentionFp8:
+    """One call of the sm_90a attention in e4m3; strides of the arguments are not negative.
+
+    Args:
+        scale: of the logits. blocks, seed, fault, barriers: as `attention`; the fault is the
+            attending kernel's.
+        bits14: sums of e4m3 products keep 14 bits, as Hopper's do; else they are fp32.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        *,
+        blocks: int = 2,
+        seed: int = 0,
+        fault: str = "none",
+        barriers: tuple[int, int] = (0, 0),
+        bits14: bool = False,
+    ) -> None:
+        B, L, G, d = q.shape
+        self._arguments = q, k, v
+        self.o = torch.full(q.shape, torch.nan, dtype=q.dtype)
+        strides = [stride for t in (q, k, v) for stride in t.stride()[:3]]
+        self.call = CallFp8(
+            *(B, L, k.shape[1], G, d),
+            *(t.data_ptr() for t in (q, k, v)),
+            (ctypes.c_int64 * 9)(*strides),
+            *(self.o.data_ptr(), None),
+            d**-0.5 if scale is None else scale,
+            native.DTYPE_CODES[q.dtype],
+            *(blocks, FAULTS.index(fault), *barriers, bits14),
+            seed,
+        )
+        plan = (ctypes.c_int64 * 10)()
+        library("attention_fp8.cpp").plan(ctypes.byref(self.call), plan)
+        self.workspace_bytes = plan[0]
+        # NaN wherever nothing is written, whether it is read as e4m3 or as fp32.
+        whole = torch.full((plan[0] + 256,), 0xFF, dtype=torch.uint8)
+        self._workspace = whole[-whole.data_ptr() % 256 :][: plan[0]]
+        self.call.workspace = self._workspace.data_ptr()
+        width, keys, steps = plan[8], plan[9], -(-k.shape[1] // 128)
+        shapes = (
+            *((B, G, L, width), (B, G, k.shape[1], width), (B, G, d, keys)),
+            *((B, G, L), (B, G, steps), (B, G, d), (B, G, d)),
+        )
+        views = []
+        for at, shape in zip(plan[1:8], shapes, strict=True):
+            size = 1 if len(shape) == 4 else 4
+            part = self._workspace[at : at + size * math.prod(shape)]
+            views.append(part.view(torch.uint8 if size == 1 else torch.float32).view(shape))
+        self.quantised = Quantised(*views)
+
+    def quantise(self) -> Quantised:
+        self._run("emulate_quantize")
+        return self.quantised
+
+    def attend(self) -> Tensor:
+        self._run("emulate_attend")
+        return self.o
+
+    def _run(self, function: str) -> None:
+        message = ctypes.create_string_buffer(400)
+        if getattr(library("attention_fp8.cpp"), function)(
+            ctypes.byref(self.call), message, len(message)
+        ):
+            raise EmulatorError(message.value.decode())
+
+
+def attention_fp8(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **how: Any
+) -> Tensor:
+    """o of the sm_90a attention in e4m3. Raises EmulatorError, as `attention` does."""
+    if q.numel() == 0:
+        return torch.empty_like(q)
+    call = AttentionFp8(q, k, v, scale, **how)
+    call.quantise()
+    return call.attend()

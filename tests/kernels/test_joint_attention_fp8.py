@@ -1,9 +1,10 @@
-"""joint_attention_fp8: the Triton kernel against the emulation of its rounding in PyTorch, both
-against exact attention in fp64."""
+"""joint_attention_fp8: the Triton and the CUDA kernels against the emulation of their rounding in
+PyTorch, all against exact attention in fp64."""
 
 from importlib import import_module
 
 import aot
+import emulated
 import harness
 import pytest
 import torch
@@ -31,8 +32,11 @@ reference = import_module("pixeldiff.ops.joint_attention_fp8").reference
 exact_attention = import_module("pixeldiff.ops.joint_attention").reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRITON = ["triton", pytest.param("triton-gpu", marks=pytest.mark.gpu)]
+# The CUDA kernels, on the emulator with sums as Hopper makes them, and on a GPU.
+HOPPER = ["sm90-emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 triton_kernel = pytest.mark.parametrize("backend", TRITON)
-every_kernel = pytest.mark.parametrize("backend", [*TRITON, "reference"])
+fused_kernel = pytest.mark.parametrize("backend", [*TRITON, *HOPPER])
+every_kernel = pytest.mark.parametrize("backend", [*TRITON, *HOPPER, "reference"])
 
 
 def arguments(dtype, shape, std=1.0):
@@ -44,6 +48,10 @@ def on(backend, q, k, v, scale=None, **config):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         return reference(q, k, v, scale)
+    if backend == "sm90-emulated":
+        if harness.INTERPRETER:
+            pytest.skip("needs no interpreter")
+        return emulated.attention_fp8(q, k, v, scale, bits14=True)
     launch, device = launcher(OP, backend)
     if device == "cuda":  # at the same strides
         q, k, v = (
@@ -80,7 +88,7 @@ SHAPES = {
 }
 
 
-@triton_kernel
+@fused_kernel
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @precisions
 def test_within_twice_the_emulation(dtype, std, shape, backend, record_property):
@@ -157,28 +165,29 @@ def test_zeros(backend):
         )
 
 
-@triton_kernel
+@fused_kernel
 @pytest.mark.parametrize("d", [64, 72])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-def test_triton_reads_views_in_place(dtype, d, backend):
+def test_views_are_read_in_place(dtype, d, backend):
     q, k, v = Draw(dtype)(3, 2, 37, 2, d).unbind(0)
     q = q[:, 5:]
     want = on(backend, q.contiguous(), k.clone(), v.clone())
     heads_first = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
-    for views in ((q, k, v), heads_first, map(at_odd_stride, (q, k, v))):
+    odd = map(at_odd_stride, (q, k, v))  # the CUDA kernels refuse these
+    for views in ((q, k, v), heads_first, *([] if backend in ("sm90-emulated", "cuda") else [odd])):
         assert_bitwise(on(backend, *views), want)
 
 
-@triton_kernel
-def test_triton_a_row_does_not_depend_on_its_neighbours(backend):
+@fused_kernel
+def test_a_row_does_not_depend_on_its_neighbours(backend):
     q, k, v = arguments(torch.float32, (1, 140, 70, 1, 72))
     whole = on(backend, q, k, v)
     q[:, :7] *= 100
     assert_bitwise(on(backend, q, k, v)[:, 7:], whole[:, 7:])
 
 
-@triton_kernel
-def test_triton_repeats_and_leaves_its_inputs(backend):
+@fused_kernel
+def test_repeats_and_leaves_its_inputs(backend):
     args = arguments(torch.bfloat16, (2, 20, 200, 1, 72))
     before = [t.clone() for t in args]
     assert_bitwise(on(backend, *args), on(backend, *args))
@@ -221,10 +230,11 @@ RELEASED = {
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton-gpu", "cuda"])
 @pytest.mark.parametrize("shape", RELEASED.values(), ids=RELEASED)
-def test_triton_gpu_at_released_shapes(shape, record_property):
+def test_gpu_at_released_shapes(shape, backend, record_property):
     """All rows run; some are judged against the emulation of the first two heads."""
-    launch, device = launcher(OP, "triton-gpu")
+    launch, device = launcher(OP, backend)
     b, rows, _, g, d = shape
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = torch.randn(
@@ -241,8 +251,9 @@ def test_triton_gpu_at_released_shapes(shape, record_property):
 
 
 @pytest.mark.gpu
-def test_triton_gpu_under_graph_capture():
-    launch, device = launcher(OP, "triton-gpu")
+@pytest.mark.parametrize("backend", ["triton-gpu", "cuda"])
+def test_gpu_under_graph_capture(backend):
+    launch, device = launcher(OP, backend)
     args = [t.to(device) for t in arguments(torch.bfloat16, (1, 200, 300, 2, 72))]
     check_captures(launch, *args, 0.1)
 

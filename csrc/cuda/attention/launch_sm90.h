@@ -17,4 +17,8 @@ void launch_sm90<true>(const JointAttentionArgs&, hopper::EncodeTiled, int, cuda
 template <>
 void launch_sm90<false>(const JointAttentionArgs&, hopper::EncodeTiled, int, cudaStream_t);
 
+// Quantises into the workspace and attends (joint_attention_fp8_sm90.cu).
+void launch_e4m3_sm90(const JointAttentionArgs& a, char* workspace, hopper::EncodeTiled driver,
+                      int multiprocessors, cudaStream_t stream);
+
 }  // namespace pixeldiff::attention

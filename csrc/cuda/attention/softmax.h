@@ -21,10 +21,24 @@ constexpr float kNear = 4096.0f;
 
 // Of 16 logits of a thread, one of each row is exponentiated on the FMA units. A polynomial takes 9
 // instructions where the special-function units take one and 8 clocks: with an eighth, both finish
-// before the tensor cores do (docs/kernels/attention.md); with a quarter, issuing would be the
-// wall.
+// before the tensor cores do in 16 bits, and both together in e4m3 (docs/kernels/attention.md);
+// with a quarter, issuing would be the wall.
 PIXELDIFF_HOST_DEVICE constexpr bool by_polynomial(int i, int of_sixteen = 2) {
   return (of_sixteen > 0 && i % 16 == 1) || (of_sixteen > 1 && i % 16 == 14);
+}
+
+// The largest of a row's logits, the same in its four threads; NaN if one is.
+template <class M, int kLogits>
+PIXELDIFF_DEVICE float row_maximum(M& m, const float (&s)[kLogits], int half) {
+  float even = s[2 * half], odd = s[2 * half + 1];
+  PIXELDIFF_UNROLL
+  for (int i = 4 + 2 * half; i < kLogits; i += 4) {
+    even = m.max(even, s[i]);
+    odd = m.max(odd, s[i + 1]);
+  }
+  float top = m.max(even, odd);
+  top = m.max(top, m.shuffle_xor(top, 1));
+  return m.max(top, m.shuffle_xor(top, 2));
 }
 
 // kPolynomials of 16 exponentials, 0 to 2, are computed on the FMA units.
@@ -46,18 +60,7 @@ struct Softmax {
   PIXELDIFF_DEVICE bool weigh(M& m, float (&s)[kLogits], float scale, float (&factor)[2]) {
     float now[2];
     PIXELDIFF_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      float even = s[2 * half], odd = s[2 * half + 1];
-      PIXELDIFF_UNROLL
-      for (int i = 4 + 2 * half; i < kLogits; i += 4) {
-        even = m.max(even, s[i]);
-        odd = m.max(odd, s[i + 1]);
-      }
-      float top = m.max(even, odd);
-      top = m.max(top, m.shuffle_xor(top, 1));
-      top = m.max(top, m.shuffle_xor(top, 2));
-      now[half] = m.max(most[half], top);
-    }
+    for (int half = 0; half < 2; ++half) now[half] = m.max(most[half], row_maximum(m, s, half));
 
     // Not written as "greater": NaN, and infinity less infinity, must move it too.
     const bool still[2] = {(now[0] - most[0]) * scale <= kSlack,

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "../../dtype.h"
 #include "wgmma.cuh"
 
 namespace pixeldiff::hopper {
@@ -84,6 +85,21 @@ class Device {
 #pragma unroll
     for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
   }
+  // Until none is, but not before `x` is there: the assembler moves a wait up past arithmetic that
+  // stands before it, which then no longer runs under the product. It does not move one past a
+  // branch; the comments keep it from seeing that both ways are the same. `a` is what the products
+  // no longer read.
+  template <int n, int k>
+  __device__ __forceinline__ void wgmma_wait_after(float x, float (&d)[n], uint32_t (&a)[k]) const {
+    if (any(x >= 0.0f))
+      asm volatile("wgmma.wait_group.sync.aligned 0;  // one way" ::: "memory");
+    else
+      asm volatile("wgmma.wait_group.sync.aligned 0;  // the other" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#pragma unroll
+    for (int i = 0; i < k; ++i) asm volatile("" : "+r"(a[i])::"memory");
+  }
   template <bool kBf16, int n>
   __device__ __forceinline__ void wgmma_shared(float (&d)[n], uint64_t a, uint64_t b,
                                                bool add) const {
@@ -93,6 +109,16 @@ class Device {
   __device__ __forceinline__ void wgmma_registers(float (&d)[n], const uint32_t* a,
                                                   uint64_t b) const {
     hopper::wgmma_registers<kBf16>(d, a, b);
+  }
+  template <int n>
+  __device__ __forceinline__ void wgmma_shared_e4m3(float (&d)[n], uint64_t a, uint64_t b,
+                                                    bool add) const {
+    hopper::wgmma_shared_e4m3(d, a, b, add);
+  }
+  template <int n>
+  __device__ __forceinline__ void wgmma_registers_e4m3(float (&d)[n], const uint32_t* a, uint64_t b,
+                                                       bool add) const {
+    hopper::wgmma_registers_e4m3(d, a, b, add);
   }
 
   // --- threads
@@ -147,9 +173,66 @@ class Device {
       asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
   }
+  // Rounded, whatever is added to it.
+  __device__ __forceinline__ float multiply(float a, float b) const { return __fmul_rn(a, b); }
+  // Four values of e4m3, `a` in the lowest byte: rounded to nearest even, beyond 448 saturated; a
+  // NaN stays one.
+  __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) const {
+    uint32_t all;
+    asm("{\n.reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n}\n"
+        : "=r"(all)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+    return all;
+  }
 
   // --- global memory
   __device__ __forceinline__ uint8_t load(const uint8_t* p) const { return __ldg(p); }
+  // Here and not where it is needed first.
+  __device__ __forceinline__ float load(const float* p) const {
+    float x;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(p));
+    return x;
+  }
+  // n elements, 1, 2 or 8, at a multiple of their size or of 16 bytes.
+  template <DType kType, int n>
+  __device__ __forceinline__ void load(const char* p, float (&x)[n]) const {
+    if constexpr (kType == DType::f32) {
+#pragma unroll
+      for (int i = 0; i < n; i += n == 8 ? 4 : n) {
+        if constexpr (n == 8) {
+          const float4 four = __ldg(reinterpret_cast<const float4*>(p) + i / 4);
+          x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+        } else if constexpr (n == 2) {
+          const float2 two = __ldg(reinterpret_cast<const float2*>(p));
+          x[0] = two.x, x[1] = two.y;
+        } else {
+          x[0] = __ldg(reinterpret_cast<const float*>(p));
+        }
+      }
+    } else {
+      uint32_t words[(n + 1) / 2];
+      if constexpr (n == 8) {
+        const uint4 four = __ldg(reinterpret_cast<const uint4*>(p));
+        words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+      } else if constexpr (n == 2) {
+        words[0] = __ldg(reinterpret_cast<const uint32_t*>(p));
+      } else {
+        words[0] = __ldg(reinterpret_cast<const uint16_t*>(p));
+      }
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        const auto bits = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+        x[i] = kType == DType::bf16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
+                                    : __half2float(__ushort_as_half(bits));
+      }
+    }
+  }
+  __device__ __forceinline__ void store(char* p, uint32_t a, uint32_t b) const {
+    *reinterpret_cast<uint2*>(p) = make_uint2(a, b);
+  }
   __device__ __forceinline__ void store(char* p, uint32_t value) const {
     *reinterpret_cast<uint32_t*>(p) = value;
   }

@@ -21,4 +21,18 @@ PIXELDIFF_HOST_DEVICE constexpr int accumulator_column(int lane, int i) {
 // register r, of 4, holds accumulator registers first and first + 1, the first in the low half.
 PIXELDIFF_HOST_DEVICE constexpr int operand_from_accumulator(int k, int r) { return 8 * k + 2 * r; }
 
+// For 8-bit operands (PTX ISA, .m64nNk32) the A operand of a product over 32 columns, from 32 k on,
+// is 4 registers of 4 bytes, and its columns are dealt to lanes four at a time where those of an
+// accumulator are dealt in pairs. So no lane holds what it would have to give; but a product does
+// not depend on the order of what it sums over. Register r takes, lowest byte first, what the
+// lane has: accumulator registers first, first + 1, first + 4, first + 5. The contraction then
+// meets the columns of the accumulator in the order of `column_at`, and B must be stored in it.
+PIXELDIFF_HOST_DEVICE constexpr int operand8_from_accumulator(int k, int r) {
+  return 16 * k + 8 * (r / 2) + 2 * (r % 2);
+}
+// The column, of 32, that comes at `position` of the contraction: bits 4, 1, 3, 2, 0 of it.
+PIXELDIFF_HOST_DEVICE constexpr int column_at(int position) {
+  return (position & 17) | (position & 2) << 2 | (position & 12) >> 1;
+}
+
 }  // namespace pixeldiff::hopper

@@ -11,11 +11,12 @@ namespace pixeldiff::hopper {
 // heads, rows, images.
 struct TensorMapSpec {
   const void* data;
-  bool bf16;           // else fp16
-  uint64_t size[4];    // elements
-  uint64_t stride[3];  // bytes, of axes 1 to 3
-  uint32_t box[4];     // elements
-  uint32_t swizzle;    // bytes of a row of the box: 32 or 128
+  bool bf16;             // else fp16
+  uint64_t size[4];      // elements
+  uint64_t stride[3];    // bytes, of axes 1 to 3
+  uint32_t box[4];       // elements
+  uint32_t swizzle;      // bytes of a row of the box: 32, 64 or 128
+  uint32_t element = 2;  // bytes; 1 is neither bf16 nor fp16
 };
 
 // One panel of `columns` channels by `rows` rows of one head. What lies outside is read as 0.
@@ -32,6 +33,18 @@ inline TensorMapSpec heads_map(const Heads& t, bool bf16, int64_t B, int64_t row
           {bytes(t.stride_g, G), bytes(t.stride_n, rows), bytes(t.stride_b, B)},
           {columns, 1, box_rows, 1},
           columns * 2};
+}
+
+// The same for elements of one byte.
+inline TensorMapSpec bytes_map(const Heads& t, int64_t B, int64_t rows, int64_t G, int64_t d,
+                               uint32_t columns, uint32_t box_rows) {
+  TensorMapSpec spec = heads_map(t, false, B, rows, G, d, columns, box_rows);
+  const int64_t strides[] = {t.stride_g, t.stride_n, t.stride_b};
+  for (int axis = 0; axis < 3; ++axis)
+    if (spec.size[axis + 1] > 1) spec.stride[axis] = static_cast<uint64_t>(strides[axis]);
+  spec.swizzle = columns;
+  spec.element = 1;
+  return spec;
 }
 
 // The limits of the copy engine, or nullptr where they are kept.

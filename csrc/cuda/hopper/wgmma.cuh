@@ -66,6 +66,38 @@ __device__ __forceinline__ void wgmma_registers(float (&d)[64], const uint32_t* 
     PIXELDIFF_REGISTERS("f16", "128", 64, "%64", "%65", "%66", "%67", "%68");
 }
 
+// e4m3: 32 of K to a product, which lies side by side in all operands. Without `add`, D is
+// overwritten.
+__device__ __forceinline__ void wgmma_shared_e4m3(float (&d)[64], uint64_t a, uint64_t b,
+                                                  bool add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" PIXELDIFF_NAMES_64
+      "}, %64, %65, add, 1, 1;\n}\n"
+      : PIXELDIFF_64(d)
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+#define PIXELDIFF_REGISTERS_E4M3(n, regs, a0, a1, a2, a3, at, flag)                   \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " flag                           \
+               ", 0;\n"                                                               \
+               "wgmma.mma_async.sync.aligned.m64n" n                                  \
+               "k32.f32.e4m3.e4m3"                                                    \
+               " {" PIXELDIFF_NAMES_##regs "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " at \
+                                           ", add, 1, 1;\n}\n"                        \
+               : PIXELDIFF_##regs(d)                                                  \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
+
+__device__ __forceinline__ void wgmma_registers_e4m3(float (&d)[32], const uint32_t* a, uint64_t b,
+                                                     bool add) {
+  PIXELDIFF_REGISTERS_E4M3("64", 32, "%32", "%33", "%34", "%35", "%36", "%37");
+}
+__device__ __forceinline__ void wgmma_registers_e4m3(float (&d)[40], const uint32_t* a, uint64_t b,
+                                                     bool add) {
+  PIXELDIFF_REGISTERS_E4M3("80", 40, "%40", "%41", "%42", "%43", "%44", "%45");
+}
+
+#undef PIXELDIFF_REGISTERS_E4M3
 #undef PIXELDIFF_REGISTERS
 #undef PIXELDIFF_SHARED
 #undef PIXELDIFF_NAMES_64

@@ -1,5 +1,6 @@
 // The attention kernels on the emulator, for ctypes.
 #include "cuda/attention/sm90.h"
+#include "cuda/attention/sm90_half.h"
 
 #include "cuda/attention/mma.h"
 
@@ -57,7 +58,8 @@ void run(const Call& c) {
     emulator::Block machine(attention::kThreads, Tile::kBarriers, block, c.blocks, c.seed + block,
                             static_cast<emulator::Fault>(c.fault), c.low, c.high, ranges);
     machine.run([&](emulator::Thread& thread) {
-      attention::Sm90Attention<emulator::Thread, kChannels, kBf16>{thread, params}.run(q, k, v);
+      using Kind = attention::Sm90Half<kChannels, kBf16>;
+      attention::Sm90Attention<emulator::Thread, Kind>{thread, params}.run(q, k, v);
     });
   }
 }

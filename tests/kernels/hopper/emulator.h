@@ -78,7 +78,57 @@ inline uint16_t round_to(float x, bool bf16) {
   return sign | static_cast<uint16_t>((kept + 0xfff + (kept >> 13 & 1) - (112u << 23)) >> 13);
 }
 
-constexpr uint16_t kPoison = 0x7fff;  // NaN in bf16 and in fp16
+// e4m3: 4 bits of exponent, 3 of mantissa, no infinity, one NaN of each sign.
+inline float from_e4m3(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  const float sign = bits >> 7 ? -1.0f : 1.0f;
+  if (exponent == 15 && mantissa == 7) return NAN;
+  return sign * (exponent ? std::ldexp(8.0f + mantissa, exponent - 10)
+                          : std::ldexp(static_cast<float>(mantissa), -9));
+}
+// cvt.rn.satfinite.e4m3x2.f32
+inline uint8_t to_e4m3(float x) {
+  if (x != x) return 0x7f;
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  const float a = std::fabs(x);
+  if (a >= 448.0f) return sign | 0x7e;
+  int exponent;
+  std::frexp(a, &exponent);  // a < 2^exponent
+  const int step = std::max(exponent - 4, -9);
+  const float rounded = std::ldexp(std::nearbyint(std::ldexp(a, -step)), step);
+  if (rounded < 0.015625f) return sign | static_cast<uint8_t>(std::ldexp(rounded, 9));
+  std::frexp(rounded, &exponent);
+  const int mantissa = static_cast<int>(std::ldexp(rounded, 4 - exponent)) - 8;
+  return sign | static_cast<uint8_t>((exponent + 6) << 3 | mantissa);
+}
+
+// c + the products as Hopper adds them up in e4m3 (DeepSeek-V3, arXiv 2412.19437, section 3.5.2):
+// moved to the largest exponent, then cut off after 14 bits, the accumulator too.
+inline float add_up_14_bits(float c, const float (&products)[32]) {
+  int largest = -1000;
+  bool finite = std::isfinite(c);
+  const auto see = [&](float x) {
+    int exponent;
+    std::frexp(x, &exponent);
+    if (x != 0) largest = std::max(largest, exponent);
+    finite &= std::isfinite(x);
+  };
+  see(c);
+  for (const float x : products) see(x);
+  double sum = 0;
+  if (!finite) {
+    for (const float x : products) sum += x;
+    return static_cast<float>(c + sum);
+  }
+  const auto cut = [&](float x) {
+    return std::trunc(std::ldexp(static_cast<double>(x), 14 - largest));
+  };
+  sum = cut(c);
+  for (const float x : products) sum += cut(x);
+  return static_cast<float>(std::ldexp(sum, largest - 14));
+}
+
+constexpr uint16_t kPoison = 0x7fff;  // NaN in bf16 and in fp16, and of either byte in e4m3
 
 struct Map {
   pixeldiff::hopper::TensorMapSpec spec;
@@ -86,7 +136,7 @@ struct Map {
 
 struct Product {  // wgmma of one warp: 16 rows of the 64
   int n;
-  bool bf16, add, from_registers;
+  bool bf16, add, from_registers, e4m3;
   uint64_t a, b;
   float* d[32];
   const uint32_t* fragment[32];
@@ -126,6 +176,10 @@ class Thread {
   void wgmma_wait(float (&)[n]) {
     wait_products(kPending);
   }
+  template <int n, int k>
+  void wgmma_wait_after(float, float (&)[n], uint32_t (&)[k]) {
+    wait_products(0);
+  }
   template <bool kBf16, int n>
   void wgmma_shared(float (&d)[n], uint64_t a, uint64_t b, bool add) {
     issue(n * 2, kBf16, add, a, b, d, nullptr);
@@ -133,6 +187,14 @@ class Thread {
   template <bool kBf16, int n>
   void wgmma_registers(float (&d)[n], const uint32_t* a, uint64_t b) {
     issue(n * 2, kBf16, true, 0, b, d, a);
+  }
+  template <int n>
+  void wgmma_shared_e4m3(float (&d)[n], uint64_t a, uint64_t b, bool add) {
+    issue(n * 2, false, add, a, b, d, nullptr, true);
+  }
+  template <int n>
+  void wgmma_registers_e4m3(float (&d)[n], const uint32_t* a, uint64_t b, bool add) {
+    issue(n * 2, false, add, 0, b, d, a, true);
   }
 
   // Of csrc/cuda/ampere/device.cuh.
@@ -174,14 +236,37 @@ class Thread {
     return round_to(low, kBf16) | static_cast<uint32_t>(round_to(high, kBf16)) << 16;
   }
 
+  float multiply(float a, float b) const { return a * b; }
+  uint32_t pack_e4m3(float a, float b, float c, float d) const {
+    return to_e4m3(a) | to_e4m3(b) << 8 | to_e4m3(c) << 16 |
+           static_cast<uint32_t>(to_e4m3(d)) << 24;
+  }
+
   uint8_t load(const uint8_t* p) const;
+  float load(const float* p) const;
+  template <pixeldiff::DType kType, int n>
+  void load(const char* p, float (&x)[n]) const {
+    constexpr int kSize = kType == pixeldiff::DType::f32 ? 4 : 2;
+    check_load(p, n * kSize, std::min(n * kSize, 16));
+    for (int i = 0; i < n; ++i) {
+      uint16_t bits;
+      if constexpr (kSize == 4) {
+        std::memcpy(&x[i], p + 4 * i, 4);
+      } else {
+        std::memcpy(&bits, p + 2 * i, 2);
+        x[i] = to_float(bits, kType == pixeldiff::DType::bf16);
+      }
+    }
+  }
+  void store(char* p, uint32_t a, uint32_t b) const;
   void store(char* p, uint32_t value) const;
   void store(float* p, float value) const;
 
  private:
   const std::vector<uint32_t>& collect(uint32_t value);
-  void issue(int n, bool bf16, bool add, uint64_t a, uint64_t b, float* d,
-             const uint32_t* fragment);
+  void issue(int n, bool bf16, bool add, uint64_t a, uint64_t b, float* d, const uint32_t* fragment,
+             bool e4m3 = false);
+  void check_load(const void* p, int64_t bytes, int64_t alignment) const;
   void wait_products(int pending);
   void wait_own_copies(int pending);
   void load_fragments(uint32_t row, bool transposed, uint32_t (&r)[4]);
@@ -214,6 +299,8 @@ class Block {
         async_(shared_bytes / 2, kPoison),
         warps_(threads / 32),
         fibers_(threads) {}
+
+  bool keeps_14_bits = false;  // of sums of e4m3 products; else they are fp32
 
   void run(const std::function<void(Thread&)>& kernel) {
     kernel_ = &kernel;
@@ -398,6 +485,10 @@ class Block {
     return memory[offset / 2];
   }
 
+  uint8_t byte(std::vector<uint16_t>& memory, uint32_t address) {
+    return static_cast<uint8_t>(element(memory, address) >> (address % 2 * 8));
+  }
+
   void advance_engines(bool alone) {
     const int copies = static_cast<int>(copies_.size());
     const bool copy = copies && draw(copies_wait_) == 0;
@@ -414,7 +505,7 @@ class Block {
   void advance_copy(int index) {
     Copy& copy = copies_[index];
     const auto& spec = copy.map.spec;
-    const uint32_t width = spec.box[0] * 2, rows = spec.box[2];
+    const uint32_t size = spec.element, width = spec.box[0] * size, rows = spec.box[2];
     if (!copy.poisoned) poison(copy);
     const uint32_t until = std::min(rows, copy.next_row + 1 + draw(static_cast<int>(rows)));
     for (; copy.next_row < until; ++copy.next_row) {
@@ -422,16 +513,20 @@ class Block {
         const int64_t at[4] = {copy.at[0] + column, copy.at[1], copy.at[2] + copy.next_row,
                                copy.at[3]};
         bool inside = true;
-        int64_t offset = at[0] * 2;
+        int64_t offset = at[0] * size;
         for (int axis = 0; axis < 4; ++axis) {
           inside &= at[axis] >= 0 && at[axis] < static_cast<int64_t>(spec.size[axis]);
           if (axis) offset += at[axis] * static_cast<int64_t>(spec.stride[axis - 1]);
         }
         uint16_t value = 0;
-        if (inside) std::memcpy(&value, static_cast<const char*>(spec.data) + offset, 2);
+        if (inside) std::memcpy(&value, static_cast<const char*>(spec.data) + offset, size);
         const uint32_t other = width == 128 ? 64 : 128;
-        const uint32_t to = swizzled(copy.to + copy.next_row * width + column * 2,
+        const uint32_t to = swizzled(copy.to + copy.next_row * width + column * size,
                                      fault_ == kOtherSwizzle ? other : spec.swizzle);
+        if (size == 1) {
+          const int shift = to % 2 * 8;
+          value = static_cast<uint16_t>((element(async_, to) & 0xff00 >> shift) | value << shift);
+        }
         element(generic_, to) = element(async_, to) = value;
       }
     }
@@ -444,7 +539,8 @@ class Block {
   }
 
   void poison(Copy& copy) {
-    const uint32_t elements = copy.map.spec.box[0] * copy.map.spec.box[2];
+    const uint32_t elements =
+        copy.map.spec.box[0] * copy.map.spec.box[2] * copy.map.spec.element / 2;
     for (uint32_t i = 0; i < elements; ++i)
       element(generic_, copy.to + 2 * i) = element(async_, copy.to + 2 * i) = kPoison;
     copy.poisoned = true;
@@ -513,7 +609,56 @@ class Block {
     return swizzled(start + at, width);
   }
 
+  // Byte k, of 32, of row mn of an operand of e4m3.
+  static uint32_t locate_byte(uint64_t d, uint32_t mn, uint32_t k) {
+    const uint32_t start = (d & 0x3fff) << 4, stride = (d >> 32 & 0x3fff) << 4;
+    if (d >> 49 & 7) fail("a descriptor with a base offset");
+    const uint32_t mode = static_cast<uint32_t>(d >> 62);
+    const uint32_t width = mode == 1 ? 128 : mode == 2 ? 64 : mode == 3 ? 32 : 0;
+    if (!width) fail("a descriptor without a swizzle");
+    if (start % width + 32 > width) fail("32 bytes of K beyond their row");
+    return swizzled(start + mn % 8 * width + mn / 8 * stride + k, width);
+  }
+
+  void carry_out_e4m3(Product& p, int warp) {
+    float a[16][32], b[32], products[32];
+    for (int row = 0; row < 16; ++row)
+      for (int k = 0; k < 32; ++k) {
+        uint8_t bits;
+        if (p.from_registers) {
+          const int lane = row % 8 * 4 + k % 16 / 4, r = row / 8 + k / 16 * 2;
+          bits = static_cast<uint8_t>(p.fragment[lane][r] >> (k % 4 * 8));
+        } else {
+          bits = byte(async_, locate_byte(p.a, 16 * warp + row, k));
+        }
+        a[row][k] = from_e4m3(bits);
+      }
+    for (int column = 0; column < p.n; ++column) {
+      for (int k = 0; k < 32; ++k) b[k] = from_e4m3(byte(async_, locate_byte(p.b, column, k)));
+      for (int row = 0; row < 16; ++row) {
+        const int lane = row % 8 * 4 + column % 8 / 2;
+        const int i = column / 8 * 4 + row / 8 * 2 + column % 2;
+        if (p.d[lane][i] == p.d[lane][i])
+          fail("an accumulator was written to while its product was under way");
+        const auto found = hidden_.find(&p.d[lane][i]);
+        if (found == hidden_.end()) fail("a product without an accumulator");
+        for (int k = 0; k < 32; ++k) products[k] = a[row][k] * b[k];
+        float sum = p.add ? found->second.value : 0.0f;
+        if (keeps_14_bits)
+          sum = add_up_14_bits(sum, products);
+        else
+          for (const float x : products) sum += x;
+        found->second.value = sum;
+        if (--found->second.products == 0) {
+          p.d[lane][i] = sum;
+          hidden_.erase(found);
+        }
+      }
+    }
+  }
+
   void carry_out(Product& p, int warp) {
+    if (p.e4m3) return carry_out_e4m3(p, warp);
     float a[16][16];
     for (int row = 0; row < 16; ++row)
       for (int k = 0; k < 16; ++k) {
@@ -625,7 +770,7 @@ inline void Thread::load_box(const Map& map, uint32_t to, uint32_t barrier, int 
                              int row, int image) {
   const auto& spec = map.spec;
   if (to % (8 * spec.swizzle)) fail("a box that does not start where its swizzle does");
-  if (spec.swizzle != spec.box[0] * 2) fail("a box that is not as wide as its swizzle");
+  if (spec.swizzle != spec.box[0] * spec.element) fail("a box that is not as wide as its swizzle");
   if (spec.box[1] != 1 || spec.box[3] != 1 || spec.box[2] > 256) fail("a box of other shape");
   Block::Copy copy{map, address(to), barrier, {channel, head, row, image}};
   if (block_.draw(2)) block_.poison(copy);
@@ -654,7 +799,7 @@ inline void Thread::wgmma_fence() {
 }
 
 inline void Thread::issue(int n, bool bf16, bool add, uint64_t a, uint64_t b, float* d,
-                          const uint32_t* fragment) {
+                          const uint32_t* fragment, bool e4m3) {
   Block::Warp& warp = block_.warps_[id_ / 32];
   if (!warp.fenced) fail("a product was issued without a fence since the last wait");
   Product& p = warp.next;
@@ -663,6 +808,7 @@ inline void Thread::issue(int n, bool bf16, bool add, uint64_t a, uint64_t b, fl
   const int lane = id_ % 32;
   p.n = n;
   p.bf16 = bf16;
+  p.e4m3 = e4m3;
   p.add = add;
   p.from_registers = fragment != nullptr;
   p.a = a;
@@ -833,6 +979,17 @@ inline uint32_t Thread::ballot(bool x) {
   return bits;
 }
 
+inline void Thread::check_load(const void* p, int64_t bytes, int64_t alignment) const {
+  const auto at = static_cast<const char*>(p);
+  if (reinterpret_cast<uintptr_t>(p) % alignment) fail("a read at no multiple of its size");
+  for (const auto& [from, to] : block_.ranges_.readable)
+    if (at >= from && at + bytes <= to) return;
+  fail("a read outside of the arguments");
+}
+inline float Thread::load(const float* p) const {
+  check_load(p, 4, 4);
+  return *p;
+}
 inline uint8_t Thread::load(const uint8_t* p) const {
   for (const auto& [from, to] : block_.ranges_.readable)
     if (reinterpret_cast<const char*>(p) >= from && reinterpret_cast<const char*>(p) < to)
@@ -843,6 +1000,12 @@ inline void check_store(const Ranges& ranges, const void* p, size_t bytes) {
   for (const auto& [from, to] : ranges.writable)
     if (static_cast<const char*>(p) >= from && static_cast<const char*>(p) + bytes <= to) return;
   fail("a store outside of the results");
+}
+inline void Thread::store(char* p, uint32_t a, uint32_t b) const {
+  check_store(block_.ranges_, p, 8);
+  if (reinterpret_cast<uintptr_t>(p) % 8) fail("8 bytes stored at no multiple of 8");
+  std::memcpy(p, &a, 4);
+  std::memcpy(p + 4, &b, 4);
 }
 inline void Thread::store(char* p, uint32_t value) const {
   check_store(block_.ranges_, p, 4);

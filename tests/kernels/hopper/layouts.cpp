@@ -28,6 +28,8 @@ int accumulator_row(int warp, int lane, int i) {
 }
 int accumulator_column(int lane, int i) { return hopper::accumulator_column(lane, i); }
 int operand_from_accumulator(int k, int r) { return hopper::operand_from_accumulator(k, r); }
+int operand8_from_accumulator(int k, int r) { return hopper::operand8_from_accumulator(k, r); }
+int column_at(int position) { return hopper::column_at(position); }
 
 void exp2_polynomial(const float* x, float* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = attention::exp2_polynomial(x[i]);
