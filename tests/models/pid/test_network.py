@@ -13,6 +13,7 @@ from tiny_networks import CONFIGS, PLAIN, TINY, V1, V15, inputs, network
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pixeldiff import ops
 from pixeldiff.models import feed_forward
 from pixeldiff.models.pid import PiDConfig, PiDNet
 from pixeldiff.models.pid.lq_projection import LQProjection, SigmaGate
@@ -29,6 +30,21 @@ def _no_gradients():
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@each_config
+def test_projection_and_norm_are_one_op_where_it_is_named(config, monkeypatch):
+    net, given = network(config), inputs()
+    calls, op = [], ops.qkv_norm_rope
+    monkeypatch.setattr(
+        ops, "qkv_norm_rope", lambda *a, **k: calls.append(a[0].shape) or op(*a, **k)
+    )
+    with ops.backend("reference"):
+        want = net(**given)
+        assert not calls
+        with ops.backend("reference", qkv_norm_rope="reference"):
+            assert torch.equal(net(**given), want)
+    assert len(calls) == config.patch_depth + config.pixel_depth
 
 
 # ---- Goldens ---------------------------------------------------------------------------------
