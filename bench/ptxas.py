@@ -19,8 +19,8 @@ DOC = """# CUDA kernels: what they take of a device
 Compiled with nvcc {version} by `python -m bench cuda-resources -o docs/kernels/cuda.md`. Each cell:
 registers per thread at launch, and among the machine code tensor-core instructions and those that
 feed them (UTMALDG the copy engine, LDGSTS cp.async, LDSM ldmatrix). A stack or spills would stand
-there in bold. Shared memory of the attention kernels is asked for at
-launch: [attention.md](attention.md).
+there in bold. Shared memory of the attention and projection kernels is asked for at launch:
+[attention.md](attention.md), [qkv.md](qkv.md).
 
 """
 
@@ -41,6 +41,8 @@ SOURCES = (
     Source("joint_attention_mma.cu", definition="PIXELDIFF_BF16=false"),
     Source("joint_attention_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),
     Source("joint_attention_sm90.cu", ("90a",), "PIXELDIFF_BF16=false"),
+    Source("qkv_norm_rope_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),
+    Source("qkv_norm_rope_sm90.cu", ("90a",), "PIXELDIFF_BF16=false"),
     Source("rms_norm_modulate.cu"),
 )
 

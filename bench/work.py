@@ -122,6 +122,22 @@ def _qk_channels(args: Args) -> int:
     return sum(t.numel() for t in (args[0], args[5]) if t is not None) * 2 // 3
 
 
+def _projection_streams(args: Args) -> list[tuple[Tensor, Tensor]]:  # x and weight of each
+    return [(args[i], args[i + 1]) for i in (0, 6) if args[i] is not None]
+
+
+def _projection_bytes(args: Args) -> int:
+    out = sum(x.numel() // x.shape[2] * w.shape[0] for x, w in _projection_streams(args))
+    return size(*args) + out * args[0].element_size()
+
+
+def _projection_flops(args: Args) -> int:  # the products, and 7 a channel of q and k
+    return sum(
+        x.numel() // x.shape[2] * (2 * w.numel() + 7 * w.shape[0] * 2 // 3)
+        for x, w in _projection_streams(args)
+    )
+
+
 def _attention_bytes(args: Args) -> int:
     q, k, v, _, key_mask, return_lse = args
     lse = 4 * q.shape[0] * q.shape[1] * q.shape[2] if return_lse else 0
@@ -225,6 +241,7 @@ WORK: dict[str, Work] = {
         flops=lambda a: 7 * _qk_channels(a),
         rule=ONE_ROUNDING,
     ),
+    "qkv_norm_rope": Work(bytes=_projection_bytes, flops=_projection_flops, rule=TWICE_EAGER),
     "joint_attention": Work(
         bytes=_attention_bytes,
         flops=_attention_flops,

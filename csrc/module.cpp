@@ -138,6 +138,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_joint_attention(m);
   bind_local_decoder(m);
   bind_qk_norm_rope(m);
+#ifdef PIXELDIFF_SM90
+  bind_qkv_norm_rope(m);
+#endif
   bind_sigma_gate(m);
   bind_swiglu(m);
 #ifdef PIXELDIFF_CUDA

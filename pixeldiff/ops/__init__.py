@@ -17,8 +17,9 @@ from .pixel_embed import pixel_embed
 from .pixel_head import pixel_head
 from .pixel_head_step import pixel_head_step
 from .qk_norm_rope import qk_norm_rope
+from .qkv_norm_rope import qkv_norm_rope
 from .quantize_rows import quantize_rows
-from .registry import backend, explain
+from .registry import backend, explain, named_backend
 from .rms_norm import rms_norm
 from .rms_norm_modulate import rms_norm_modulate
 from .rms_norm_modulate_fp8 import rms_norm_modulate_fp8
@@ -41,6 +42,7 @@ __all__ = [
     "local_decoder_down",
     "local_decoder_pixels",
     "local_decoder_up",
+    "named_backend",
     "patchify",
     "pixel_adaln_compress",
     "pixel_adaln_mlp",
@@ -48,6 +50,7 @@ __all__ = [
     "pixel_head",
     "pixel_head_step",
     "qk_norm_rope",
+    "qkv_norm_rope",
     "quantize_rows",
     "rms_norm",
     "rms_norm_modulate",

@@ -98,6 +98,17 @@ def _qk_norm_rope(t: Draw, g: Geometry) -> tuple[Any, ...]:
     return (*rows(g.tokens), *rows(g.text), g.heads, 1e-6)
 
 
+def _qkv_norm_rope(t: Draw, g: Geometry) -> tuple[Any, ...]:
+    def rows(count: int) -> tuple[Any, ...]:
+        if count == 0:
+            return (None,) * 6
+        weight = _matrix(t, 3 * g.heads * g.head_dim, g.width)
+        gains = t(g.head_dim), t(g.head_dim)
+        return (t(1, count, g.width), weight, *gains, *_rope(t, count, g.head_dim))
+
+    return (*rows(g.tokens), *rows(g.text), g.heads, 1e-6)
+
+
 def _joint_attention(t: Draw, g: Geometry) -> tuple[Any, ...]:
     # q, k and v lie in one buffer, as qk_norm_rope leaves them.
     q, k, v = t(3, 1, g.text + g.tokens, g.heads, g.head_dim).unbind(0)
@@ -226,6 +237,7 @@ _ARGUMENTS: dict[str, Callable[[Draw, Geometry], tuple[Any, ...]]] = {
         *(t(g.width), t(1, g.width), 1e-5),
     ),
     "qk_norm_rope": _qk_norm_rope,
+    "qkv_norm_rope": _qkv_norm_rope,
     "joint_attention": _joint_attention,
     "joint_attention_fp8": lambda t, g: _joint_attention(t, g)[:4],
     "swiglu": _halves,

@@ -135,6 +135,16 @@ def forced_backend(op: str) -> str | None:
 
 
 @torch.compiler.assume_constant_result
+def named_backend(op: str) -> str | None:
+    """The backend asked for by a `backend(op=...)` block that names `op` itself, else None.
+
+    Of an op that stands for several others: unnamed, those others are called, each with its own
+    choice. Under `torch.compile` the choice is made while tracing.
+    """
+    return (_forced.get() or {}).get(op)
+
+
+@torch.compiler.assume_constant_result
 def _reference_forced(op: str) -> bool:
     # Dynamo cannot trace a ContextVar. Evaluated while tracing, this decides whether the compiler
     # sees plain PyTorch or the opaque op; the op itself still reads the choice at every call.

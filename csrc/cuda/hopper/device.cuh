@@ -12,6 +12,7 @@
 
 #include "../../dtype.h"
 #include "wgmma.cuh"
+#include "wgmma_wide.cuh"
 
 namespace pixeldiff::hopper {
 
@@ -99,6 +100,11 @@ class Device {
     for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
 #pragma unroll
     for (int i = 0; i < k; ++i) asm volatile("" : "+r"(a[i])::"memory");
+  }
+  // The same where only what they read is to be free again.
+  template <int kPending>
+  __device__ __forceinline__ void wgmma_wait() const {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
   }
   template <bool kBf16, int n>
   __device__ __forceinline__ void wgmma_shared(float (&d)[n], uint64_t a, uint64_t b,
@@ -188,6 +194,24 @@ class Device {
     return all;
   }
 
+  // The two values that `pack` made of its arguments.
+  template <bool kBf16>
+  __device__ __forceinline__ void unpack(uint32_t both, float& low, float& high) const {
+    if constexpr (kBf16) {
+      low = __uint_as_float(both << 16);
+      high = __uint_as_float(both & 0xffff0000u);
+    } else {
+      const float2 wide = __half22float2(*reinterpret_cast<const __half2*>(&both));
+      low = wide.x;
+      high = wide.y;
+    }
+  }
+  // Rounded once, as the root and its inverse are in turn.
+  __device__ __forceinline__ float divide(float a, float b) const { return __fdiv_rn(a, b); }
+  __device__ __forceinline__ float inverse_root(float x) const {
+    return __fdiv_rn(1.0f, __fsqrt_rn(x));
+  }
+
   // --- global memory
   __device__ __forceinline__ uint8_t load(const uint8_t* p) const { return __ldg(p); }
   // Here and not where it is needed first.
@@ -237,6 +261,36 @@ class Device {
     *reinterpret_cast<uint32_t*>(p) = value;
   }
   __device__ __forceinline__ void store(float* p, float value) const { *p = value; }
+  // 1 or 4 values of 4 bytes at once, at a multiple of their size; loads of what nobody writes.
+  template <int n>
+  __device__ __forceinline__ void load_floats(const float* p, float* to) const {
+    if constexpr (n == 1) {
+      *to = __ldg(p);
+    } else {
+      static_assert(n == 4, "1 or 4");
+      const float4 all = __ldg(reinterpret_cast<const float4*>(p));
+      to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
+    }
+  }
+  template <int n>
+  __device__ __forceinline__ void load_words(const char* p, uint32_t* to) const {
+    if constexpr (n == 1) {
+      *to = __ldg(reinterpret_cast<const uint32_t*>(p));
+    } else {
+      static_assert(n == 4, "1 or 4");
+      const uint4 all = __ldg(reinterpret_cast<const uint4*>(p));
+      to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
+    }
+  }
+  template <int n>
+  __device__ __forceinline__ void store_words(char* p, const uint32_t* from) const {
+    if constexpr (n == 1) {
+      *reinterpret_cast<uint32_t*>(p) = *from;
+    } else {
+      static_assert(n == 4, "1 or 4");
+      *reinterpret_cast<uint4*>(p) = make_uint4(from[0], from[1], from[2], from[3]);
+    }
+  }
 
  private:
   uint32_t start_;

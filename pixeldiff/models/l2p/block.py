@@ -37,25 +37,34 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """(B, L, D) -> (B, queries, D); arguments as in `Block.forward`."""
         batch, rows = h.shape[:2]
-        # Each row has a table row of its own, whatever image it belongs to.
-        qkv = self._projected(h).reshape(1, batch * rows, -1)
-        q, k, v = ops.qk_norm_rope(
-            qkv, self.norm_q.weight, self.norm_k.weight, rope, heads=self.heads, eps=self.eps
-        ).view(3, batch, rows, self.heads, -1)
-        del qkv
+        q, k, v = self._joint_qkv(h, rope).view(3, batch, rows, self.heads, -1)
         # Projecting the other queries too takes less than a product of its own would.
         o = ops.joint_attention(q[:, :queries], k, v, key_mask=key_mask)
         del q, k, v
         return self.to_out[0](o.flatten(2))
 
-    def _projected(self, h: Tensor) -> Tensor:
-        """(B, L, 3D): q, k and v of every row."""
-        parts = (self.to_q, self.to_k, self.to_v)
-        q, k, v = (p.weight for p in parts)
+    def _joint_qkv(self, h: Tensor, rope: Rope) -> Tensor:
+        """(3, 1, B*L, G, d): q, k and v of every row, normalised and rotated."""
+        # Each row has a table row of its own, whatever image it belongs to.
+        rows = (1, h.shape[0] * h.shape[1], -1)
+        norms = (self.norm_q.weight, self.norm_k.weight, rope)
+        how = {"heads": self.heads, "eps": self.eps}
+        weight = self._joint_weight(h)
+        if weight is None:
+            qkv = torch.cat([p(h) for p in (self.to_q, self.to_k, self.to_v)], -1)
+        elif ops.named_backend("qkv_norm_rope"):
+            return ops.qkv_norm_rope(h.reshape(rows), weight, *norms, **how)
+        else:
+            qkv = linear(h, weight)
+        return ops.qk_norm_rope(qkv.reshape(rows), *norms, **how)
+
+    def _joint_weight(self, h: Tensor) -> Tensor | None:
+        """(3D, D): the three weights as the one matrix they are in memory, or None."""
+        q, k, v = (p.weight for p in (self.to_q, self.to_k, self.to_v))
         # Tracing knows no addresses, and a view of q's weight has no gradient for the others.
         if torch.compiler.is_compiling() or needs_grad(h, q, k, v) or not self._packed():
-            return torch.cat([p(h) for p in parts], -1)
-        return linear(h, q.as_strided((3 * q.shape[0], q.shape[1]), q.stride()))
+            return None
+        return q.as_strided((3 * q.shape[0], q.shape[1]), q.stride())
 
     def _packed(self) -> bool:
         q, k, v = parts = (self.to_q, self.to_k, self.to_v)

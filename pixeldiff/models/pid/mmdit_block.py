@@ -31,16 +31,14 @@ class JointAttention(nn.Module):
 
     def joint_qkv(self, x: Tensor | Rows, y: Tensor | Rows, rope: Rope, txt_rope: Rope) -> Tensor:
         """(3, B, T+N, G, d): normalised, rotated, text rows first."""
+        image = (self.q_norm_x.weight, self.k_norm_x.weight, rope)
+        text = (self.q_norm_y.weight, self.k_norm_y.weight, txt_rope)
+        if ops.named_backend("qkv_norm_rope") and type(self.qkv_x) is type(self.qkv_y) is nn.Linear:
+            text = (y, self.qkv_y.weight, *text)
+            return ops.qkv_norm_rope(x, self.qkv_x.weight, *image, heads=self.heads, text=text)
         qkv, text_qkv = self.qkv_x(x), self.qkv_y(y)
         del x, y  # if the caller keeps none of its own, their memory is free for the result
-        return ops.qk_norm_rope(
-            qkv,
-            self.q_norm_x.weight,
-            self.k_norm_x.weight,
-            rope,
-            heads=self.heads,
-            text=(text_qkv, self.q_norm_y.weight, self.k_norm_y.weight, txt_rope),
-        )
+        return ops.qk_norm_rope(qkv, *image, heads=self.heads, text=(text_qkv, *text))
 
 
 class MMDiTBlock(nn.Module):

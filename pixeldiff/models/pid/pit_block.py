@@ -20,9 +20,17 @@ class RotaryAttention(nn.Module):
         self.k_norm = RMSNorm(dim // heads, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
 
-    def attend(self, qkv: Tensor, rope: Rope) -> Tensor:
-        """(B, N, 3A), the projection of the tokens, -> (B, N, A)."""
-        qkv = ops.qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, rope, heads=self.heads)
+    def joint_qkv(self, a: Tensor, rope: Rope) -> Tensor:
+        """(B, N, A) tokens -> (3, B, N, G, d): projected, normalised, rotated."""
+        how = (self.q_norm.weight, self.k_norm.weight, rope)
+        if ops.named_backend("qkv_norm_rope") and type(self.qkv) is nn.Linear:
+            return ops.qkv_norm_rope(a, self.qkv.weight, *how, heads=self.heads)
+        qkv = self.qkv(a)
+        del a
+        return ops.qk_norm_rope(qkv, *how, heads=self.heads)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """(3, B, N, G, d) of `joint_qkv` -> (B, N, A)."""
         o = ops.joint_attention(*qkv.unbind(0)).flatten(2)
         del qkv
         return self.proj(o)
@@ -59,7 +67,7 @@ class PiTBlock(nn.Module):
         """q (B*N, P*P, p), u (B*N, D) -> q."""
         ada = self.adaLN_modulation[0]
         # Nothing here is named that attention only passes through: it would last to its end.
-        o = self.attn.attend(self._qkv(q, u, batch, trace), rope)
+        o = self.attn.attend(self.attn.joint_qkv(self._compressed(q, u, batch, trace), rope))
         if trace:
             trace("attn", o)
         return ops.pixel_adaln_mlp(
@@ -73,8 +81,8 @@ class PiTBlock(nn.Module):
             (self.mlp.fc2.weight, self.mlp.fc2.bias),
         )
 
-    def _qkv(self, q: Tensor, u: Tensor, batch: int, trace: Trace | None) -> Tensor:
-        """(B, N, 3A): one attention token of each patch, projected."""
+    def _compressed(self, q: Tensor, u: Tensor, batch: int, trace: Trace | None) -> Tensor:
+        """(B, N, A): one attention token of each patch."""
         ada = self.adaLN_modulation[0]
         a = ops.pixel_adaln_compress(
             q,
@@ -87,4 +95,4 @@ class PiTBlock(nn.Module):
         )
         if trace:
             trace("compressed", a)
-        return self.attn.qkv(a.unflatten(0, (batch, -1)))
+        return a.unflatten(0, (batch, -1))

@@ -180,6 +180,10 @@ class Thread {
   void wgmma_wait_after(float, float (&)[n], uint32_t (&)[k]) {
     wait_products(0);
   }
+  template <int kPending>
+  void wgmma_wait() {
+    wait_products(kPending);
+  }
   template <bool kBf16, int n>
   void wgmma_shared(float (&d)[n], uint64_t a, uint64_t b, bool add) {
     issue(n * 2, kBf16, add, a, b, d, nullptr);
@@ -241,6 +245,13 @@ class Thread {
     return to_e4m3(a) | to_e4m3(b) << 8 | to_e4m3(c) << 16 |
            static_cast<uint32_t>(to_e4m3(d)) << 24;
   }
+  template <bool kBf16>
+  void unpack(uint32_t both, float& low, float& high) const {
+    low = to_float(static_cast<uint16_t>(both), kBf16);
+    high = to_float(static_cast<uint16_t>(both >> 16), kBf16);
+  }
+  float divide(float a, float b) const { return a / b; }
+  float inverse_root(float x) const { return 1.0f / std::sqrt(x); }
 
   uint8_t load(const uint8_t* p) const;
   float load(const float* p) const;
@@ -261,6 +272,18 @@ class Thread {
   void store(char* p, uint32_t a, uint32_t b) const;
   void store(char* p, uint32_t value) const;
   void store(float* p, float value) const;
+  template <int n>
+  void load_floats(const float* p, float* to) const {
+    load_all(p, to, 4 * n);
+  }
+  template <int n>
+  void load_words(const char* p, uint32_t* to) const {
+    load_all(p, to, 4 * n);
+  }
+  template <int n>
+  void store_words(char* p, const uint32_t* from) const {
+    store_all(p, from, 4 * n);
+  }
 
  private:
   const std::vector<uint32_t>& collect(uint32_t value);
@@ -271,6 +294,8 @@ class Thread {
   void wait_own_copies(int pending);
   void load_fragments(uint32_t row, bool transposed, uint32_t (&r)[4]);
   void multiply_in_warp(bool bf16, const uint32_t (&operands)[6], float* d);
+  void load_all(const void* p, void* to, size_t bytes) const;
+  void store_all(char* p, const void* from, size_t bytes) const;
 
   Block& block_;
   int id_;
@@ -505,13 +530,13 @@ class Block {
   void advance_copy(int index) {
     Copy& copy = copies_[index];
     const auto& spec = copy.map.spec;
-    const uint32_t size = spec.element, width = spec.box[0] * size, rows = spec.box[2];
+    const uint32_t size = spec.element, width = spec.box[0] * size, rows = spec.box[1] * spec.box[2];
     if (!copy.poisoned) poison(copy);
     const uint32_t until = std::min(rows, copy.next_row + 1 + draw(static_cast<int>(rows)));
     for (; copy.next_row < until; ++copy.next_row) {
       for (uint32_t column = 0; column < spec.box[0]; ++column) {
-        const int64_t at[4] = {copy.at[0] + column, copy.at[1], copy.at[2] + copy.next_row,
-                               copy.at[3]};
+        const int64_t at[4] = {copy.at[0] + column, copy.at[1] + copy.next_row % spec.box[1],
+                               copy.at[2] + copy.next_row / spec.box[1], copy.at[3]};
         bool inside = true;
         int64_t offset = at[0] * size;
         for (int axis = 0; axis < 4; ++axis) {
@@ -539,8 +564,8 @@ class Block {
   }
 
   void poison(Copy& copy) {
-    const uint32_t elements =
-        copy.map.spec.box[0] * copy.map.spec.box[2] * copy.map.spec.element / 2;
+    const auto& box = copy.map.spec.box;
+    const uint32_t elements = box[0] * box[1] * box[2] * copy.map.spec.element / 2;
     for (uint32_t i = 0; i < elements; ++i)
       element(generic_, copy.to + 2 * i) = element(async_, copy.to + 2 * i) = kPoison;
     copy.poisoned = true;
@@ -771,7 +796,7 @@ inline void Thread::load_box(const Map& map, uint32_t to, uint32_t barrier, int 
   const auto& spec = map.spec;
   if (to % (8 * spec.swizzle)) fail("a box that does not start where its swizzle does");
   if (spec.swizzle != spec.box[0] * spec.element) fail("a box that is not as wide as its swizzle");
-  if (spec.box[1] != 1 || spec.box[3] != 1 || spec.box[2] > 256) fail("a box of other shape");
+  if (spec.box[1] > 256 || spec.box[2] > 256 || spec.box[3] != 1) fail("a box of other shape");
   Block::Copy copy{map, address(to), barrier, {channel, head, row, image}};
   if (block_.draw(2)) block_.poison(copy);
   block_.copies_.push_back(copy);
@@ -996,6 +1021,15 @@ inline uint8_t Thread::load(const uint8_t* p) const {
       return *p;
   fail("a read outside of the mask");
 }
+inline void Thread::load_all(const void* p, void* to, size_t bytes) const {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("a load at no multiple of its size");
+  for (const auto& [from, end] : block_.ranges_.readable)
+    if (static_cast<const char*>(p) >= from && static_cast<const char*>(p) + bytes <= end) {
+      std::memcpy(to, p, bytes);
+      return;
+    }
+  fail("a read outside of what is given");
+}
 inline void check_store(const Ranges& ranges, const void* p, size_t bytes) {
   for (const auto& [from, to] : ranges.writable)
     if (static_cast<const char*>(p) >= from && static_cast<const char*>(p) + bytes <= to) return;
@@ -1011,6 +1045,11 @@ inline void Thread::store(char* p, uint32_t value) const {
   check_store(block_.ranges_, p, 4);
   if (reinterpret_cast<uintptr_t>(p) % 4) fail("4 bytes stored at no multiple of 4");
   std::memcpy(p, &value, 4);
+}
+inline void Thread::store_all(char* p, const void* from, size_t bytes) const {
+  check_store(block_.ranges_, p, bytes);
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("a store at no multiple of its size");
+  std::memcpy(p, from, bytes);
 }
 inline void Thread::store(float* p, float value) const {
   check_store(block_.ranges_, p, 4);

@@ -7,6 +7,7 @@ import torch
 from tiny_l2p import LATENT, captions, config, draw, network, relative
 from torch.nn import functional
 
+from pixeldiff import ops
 from pixeldiff.errors import SizeError
 from pixeldiff.models.l2p import VARIANTS, L2PNet, bands
 from pixeldiff.models.l2p.block import Block
@@ -115,6 +116,20 @@ def test_packed_weights_change_nothing():
     assert k.data_ptr() == q.data_ptr() + q.numel() * q.element_size()
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert relative(net(x, 0.3, y), u) < 1e-5
+
+
+def test_projection_and_norm_are_one_op_where_it_is_named(monkeypatch):
+    net, x, y = network(TINY).pack_(), draw(1, 3, 64, 96), captions(5)
+    calls, op = [], ops.qkv_norm_rope
+    monkeypatch.setattr(
+        ops, "qkv_norm_rope", lambda *a, **k: calls.append(a[0].shape) or op(*a, **k)
+    )
+    with ops.backend("reference"):
+        want = net(x, 0.3, y)
+        assert not calls
+        with ops.backend("reference", qkv_norm_rope="reference"):
+            assert torch.equal(net(x, 0.3, y), want)
+    assert len(calls) == sum(isinstance(m, Block) for m in net.modules())
 
 
 def test_gradients_reach_every_parameter():

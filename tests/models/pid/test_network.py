@@ -13,6 +13,7 @@ from tiny_networks import CONFIGS, PLAIN, TINY, V1, V15, inputs, network
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pixeldiff import ops
 from pixeldiff.models import feed_forward
 from pixeldiff.models.pid import PiDConfig, PiDNet
 from pixeldiff.models.pid.lq_projection import LQProjection, SigmaGate
@@ -168,6 +169,21 @@ def test_tracing_changes_nothing():
     v = net(**kw, trace=lambda name, value: names.append(name))
     torch.testing.assert_close(v, net(**kw), rtol=1e-5, atol=1e-5)
     assert {"s_embed", "t_emb", "lq_features", "patch_blocks.2.y", "s_cond"} <= set(names)
+
+
+@each_config
+def test_projection_and_norm_are_one_op_where_it_is_named(config, monkeypatch):
+    net, given = network(config), inputs()
+    calls, op = [], ops.qkv_norm_rope
+    monkeypatch.setattr(
+        ops, "qkv_norm_rope", lambda *a, **k: calls.append(a[0].shape) or op(*a, **k)
+    )
+    with ops.backend("reference"):
+        want = net(**given)
+        assert not calls
+        with ops.backend("reference", qkv_norm_rope="reference"):
+            assert torch.equal(net(**given), want)
+    assert len(calls) == config.patch_depth + config.pixel_depth
 
 
 # ---- What the output depends on --------------------------------------------------------------
