@@ -8,16 +8,19 @@ from dataclasses import dataclass, field
 
 KINDS = ("fp32", "integer", "special", "memory", "tensor", "other")
 
-_FP32 = {"FFMA", "FADD", "FMUL"}
+_FP32 = re.compile("FFMA|FADD|FMUL")
 # Half as fast as fp32: 64 a clock and multiprocessor (CUDA C++ Programming Guide, throughput of
 # native arithmetic instructions, 9.0). IMAD shares its unit with half of the fp32 ones.
-_INTEGER = set(
-    "IADD3 VIADD LEA LOP3 SHF PRMT SEL FSEL ISETP FSETP PLOP3 VIMNMX VIADDMNMX FMNMX HMNMX2 F2FP "
-    "SGXT IABS IMAD MOV I2FP".split()
+_INTEGER = re.compile(
+    "IADD3|VIADD|LEA|LOP3|SHF|PRMT|SEL|FSEL|ISETP|FSETP|PLOP3|VIMNMX|VIADDMNMX|FMNMX|HMNMX2|F2FP|"
+    "SGXT|IABS|IMAD|MOV|I2FP"
 )
-_SPECIAL = {"MUFU", "F2F", "I2F", "F2I"}  # 16 a clock
-_MEMORY = set("LDS STS LDSM STSM LDG STG LDGSTS SHFL LDC ATOMG RED UTMALDG".split())
-_TENSOR = {"HGMMA", "HMMA"}
+_SPECIAL = re.compile("MUFU|F2F|I2F|F2I")  # 16 a clock
+_LOADED = re.compile(
+    "LDS|STS|LDSM|STSM|LDG|STG|LDGSTS|SHFL|ATOMG|RED"
+)  # from memory that is shared
+_MEMORY = re.compile(_LOADED.pattern + "|LDC|UTMALDG")
+_TENSOR = re.compile("HGMMA|HMMA")
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,13 @@ def count(sass: str, iterations: int = 1) -> Counts:
     for i in instructions(sass):
         times = iterations if i.loop else 1
         total.kinds[_kind(i.name)] += times
-        if i.name in _SPECIAL:
+        if _SPECIAL.fullmatch(i.name):
             total.special += 2 * times
-        if i.name in _TENSOR:
+        if _TENSOR.fullmatch(i.name):
             tensor, shared = _product(i)
             total.tensor += times * tensor
             total.shared += times * shared
-        elif i.name in _MEMORY - {"LDC", "UTMALDG"}:
+        elif _LOADED.fullmatch(i.name):
             total.shared += times * max(1.0, _bytes(i) * 32 / 128)
             if i.name == "LDGSTS" and i.loop:
                 total.copied += times * 32 * _bytes(i)
@@ -102,7 +105,7 @@ def count(sass: str, iterations: int = 1) -> Counts:
 
 def _kind(name: str) -> str:
     families = zip(KINDS, (_FP32, _INTEGER, _SPECIAL, _MEMORY, _TENSOR), strict=False)
-    return next((kind for kind, names in families if name in names), "other")
+    return next((kind for kind, names in families if names.fullmatch(name)), "other")
 
 
 def _bytes(i: Instruction) -> int:

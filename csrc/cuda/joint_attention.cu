@@ -3,36 +3,13 @@
 
 #include "attention/launch_sm90.h"
 #include "check.h"
+#include "hopper/find_encode_tiled.h"
 
 namespace pixeldiff::cuda {
-namespace {
-
-static_assert(sizeof(CUtensorMap) == 128 && hopper::kFloat16 == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 &&
-                  hopper::kBfloat16 == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 &&
-                  hopper::kSwizzle32 == CU_TENSOR_MAP_SWIZZLE_32B &&
-                  hopper::kSwizzle128 == CU_TENSOR_MAP_SWIZZLE_128B &&
-                  hopper::kPromote256 == CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-              "the driver's own numbers");
-
-// By name, from the driver that is there: linking against it would need one to import the package.
-hopper::EncodeTiled find_encode_tiled() {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  constexpr const char* kName = "cuTensorMapEncodeTiled";
-#if CUDART_VERSION >= 12050
-  check(cudaGetDriverEntryPointByVersion(kName, &found, 12000, cudaEnableDefault, &result), kName);
-#else
-  check(cudaGetDriverEntryPoint(kName, &found, cudaEnableDefault, &result), kName);
-#endif
-  if (found == nullptr) throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
-  return reinterpret_cast<hopper::EncodeTiled>(found);
-}
-
-}  // namespace
 
 void joint_attention(const JointAttentionArgs& a, int device, void* stream) {
   const DeviceScope scope(device);
-  static const hopper::EncodeTiled driver = find_encode_tiled();
+  static const hopper::EncodeTiled driver = hopper::find_encode_tiled();
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
         "joint_attention");

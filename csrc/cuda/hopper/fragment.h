@@ -21,4 +21,8 @@ PIXELDIFF_HOST_DEVICE constexpr int accumulator_column(int lane, int i) {
 // register r, of 4, holds accumulator registers first and first + 1, the first in the low half.
 PIXELDIFF_HOST_DEVICE constexpr int operand_from_accumulator(int k, int r) { return 8 * k + 2 * r; }
 
+// The column of B of mma.sync .m16n8k16 that a thread holds, in its two registers: of each 8 rows
+// the two that are the columns of its accumulator.
+PIXELDIFF_HOST_DEVICE constexpr int operand_column(int lane) { return lane / 4; }
+
 }  // namespace pixeldiff::hopper

@@ -1,4 +1,5 @@
-// A block of threads on a CPU, for kernels written against csrc/cuda/hopper/device.cuh.
+// A block of threads on a CPU, or a cluster of blocks, for kernels written against
+// csrc/cuda/hopper/device.cuh.
 //
 // Every thread is a fiber; which of them runs next, and when a copy or a product that was only
 // issued is carried out, is drawn from a seed. What a thread may not rely on is made to fail: a
@@ -87,6 +88,7 @@ struct Product {  // wgmma of one warp: 16 rows of the 64
   uint64_t a, b;
   float* d[32];
   const uint32_t* fragment[32];
+  uint32_t window;  // where the shared memory of the warp's block lies among the cluster's
 };
 
 struct Group {
@@ -102,7 +104,7 @@ class Thread {
 
   Thread(Block& block, int id) : block_(block), id_(id) {}
 
-  int thread() const { return id_; }
+  int thread() const;
   int block() const;
   int blocks() const;
   uint32_t address(uint32_t offset) const;
@@ -117,12 +119,25 @@ class Thread {
   void publish_to_async();
   void store_zero16(uint32_t to);
 
+  int rank() const;
+  void sync_cluster();
+  void arrive_at(int rank, uint32_t barrier);
+  void wait_cluster(uint32_t barrier, uint32_t parity) { wait(barrier, parity); }
+  void load_box_for(uint16_t ranks, const Map& map, uint32_t to, uint32_t barrier, int channel,
+                    int head, int row, int image);
+
   void wgmma_fence();
   void wgmma_commit();
   template <int kPending, int n>
   void wgmma_wait(float (&)[n]) {
     wait_products(kPending);
   }
+  template <int kPending>
+  void wgmma_wait() {
+    wait_products(kPending);
+  }
+  template <bool kBf16>
+  void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
   template <bool kBf16, int n>
   void wgmma_shared(float (&d)[n], uint64_t a, uint64_t b, bool add) {
     issue(n * 2, kBf16, add, a, b, d, nullptr);
@@ -151,12 +166,20 @@ class Thread {
   }
   float log2(float x) const { return std::log2(x); }
   float reciprocal(float x) const { return 1.0f / x; }
+  float rsqrt(float x) const { return 1.0f / std::sqrt(x); }
   template <bool kBf16>
   uint32_t pack(float low, float high) const {
     return round_to(low, kBf16) | static_cast<uint32_t>(round_to(high, kBf16)) << 16;
   }
 
+  template <bool kBf16>
+  void unpack(uint32_t both, float& low, float& high) const {
+    low = to_float(static_cast<uint16_t>(both), kBf16);
+    high = to_float(static_cast<uint16_t>(both >> 16), kBf16);
+  }
+
   uint8_t load(const uint8_t* p) const;
+  uint32_t load(const uint32_t* p) const;
   void store(char* p, uint32_t value) const;
   void store(float* p, float value) const;
 
@@ -165,6 +188,8 @@ class Thread {
   void issue(int n, bool bf16, bool add, uint64_t a, uint64_t b, float* d,
              const uint32_t* fragment);
   void wait_products(int pending);
+  int64_t here(uint32_t barrier) const;
+  uint32_t window() const;
 
   Block& block_;
   int id_;
@@ -177,10 +202,14 @@ struct Ranges {
 
 class Block {
  public:
+  // `threads` and `shared_bytes` of each block of the cluster, `index` of its first.
   Block(int threads, uint32_t shared_bytes, int index, int count, uint64_t seed, Fault fault,
-        uint32_t low, uint32_t high, const Ranges& ranges)
+        uint32_t low, uint32_t high, const Ranges& ranges, int cluster = 1)
       : index_(index),
         count_(count),
+        threads_(threads),
+        cluster_(cluster),
+        shared_bytes_(shared_bytes),
         fault_(fault),
         low_(low),
         high_(high),
@@ -189,10 +218,10 @@ class Block {
         slow_(draw(4)),
         copies_wait_(slow_ == 1 || slow_ == 2 ? 400 : 1),
         products_wait_(slow_ == 3 ? 400 : 1),
-        generic_(shared_bytes / 2, kPoison),
-        async_(shared_bytes / 2, kPoison),
-        warps_(threads / 32),
-        fibers_(threads) {}
+        generic_(cluster * shared_bytes / 2, kPoison),
+        async_(cluster * shared_bytes / 2, kPoison),
+        warps_(cluster * threads / 32),
+        fibers_(cluster * threads) {}
 
   void run(const std::function<void(Thread&)>& kernel) {
     kernel_ = &kernel;
@@ -268,7 +297,8 @@ class Block {
   };
   struct Copy {
     Map map;
-    uint32_t to, barrier;
+    uint32_t to;
+    int64_t barrier;
     int at[4];
     uint32_t next_row = 0;
     bool poisoned = false;
@@ -337,7 +367,14 @@ class Block {
     return fault_ == fault && barrier >= low_ && barrier < high_;
   }
 
-  Barrier& barrier(uint32_t at) {
+  // A barrier's address, and the rank of its block above it.
+  static int64_t key(int rank, uint32_t at) { return static_cast<int64_t>(rank) << 32 | at; }
+  bool over(int rank) const {
+    for (int id = rank * threads_; id < (rank + 1) * threads_; ++id)
+      if (!fibers_[id].done) return false;
+    return true;
+  }
+  Barrier& barrier(int64_t at) {
     const auto found = barriers_.find(at);
     if (found == barriers_.end() || !published_) fail("a barrier was used before it was there");
     return found->second;
@@ -400,9 +437,11 @@ class Block {
       }
     }
     if (copy.next_row < rows) return;
+    if (over(static_cast<int>(copy.barrier >> 32))) fail("bytes arrived at a block that has ended");
     Barrier& full = barrier(copy.barrier);
     full.bytes -= static_cast<int64_t>(width) * rows;
-    if (full.bytes < 0) fail("more bytes arrived than were announced");
+    // Another block's copy may come before this one announced it.
+    if (full.bytes < 0 && cluster_ == 1) fail("more bytes arrived than were announced");
     copies_.erase(copies_.begin() + index);
     settle(full);
   }
@@ -453,14 +492,15 @@ class Block {
           const int lane = row % 8 * 4 + k % 8 / 2, r = row / 8 + k / 8 * 2;
           bits = static_cast<uint16_t>(p.fragment[lane][r] >> (k % 2 * 16));
         } else {
-          bits = element(async_, locate(p.a, true, 16 * warp + row, k));
+          bits = element(async_, locate(p.a, true, 16 * warp + row, k) + p.window);
         }
         a[row][k] = to_float(bits, p.bf16);
       }
     for (int column = 0; column < p.n; ++column) {
       float b[16];
       for (int k = 0; k < 16; ++k)
-        b[k] = to_float(element(async_, locate(p.b, !p.from_registers, column, k)), p.bf16);
+        b[k] =
+            to_float(element(async_, locate(p.b, !p.from_registers, column, k) + p.window), p.bf16);
       for (int row = 0; row < 16; ++row) {
         const int lane = row % 8 * 4 + column % 8 / 2;
         const int i = column / 8 * 4 + row / 8 * 2 + column % 2;
@@ -489,7 +529,8 @@ class Block {
     int products;
   };
 
-  int index_, count_;
+  int index_, count_, threads_, cluster_;
+  uint32_t shared_bytes_;
   Fault fault_;
   uint32_t low_, high_;
   const Ranges& ranges_;
@@ -505,10 +546,11 @@ class Block {
   std::string error_;
   int current_ = 0;
   std::vector<int> ready_;
-  std::map<uint32_t, Barrier> barriers_;
+  std::map<int64_t, Barrier> barriers_;
   bool published_ = false, dropped_ = false;
   std::map<int, Named> named_;
-  Named all_;
+  std::map<int, Named> all_;  // of each block
+  Named of_cluster_;
   std::vector<Copy> copies_;
   int products_under_way_ = 0;
   std::unordered_map<float*, Hidden> hidden_;
@@ -516,15 +558,19 @@ class Block {
   std::vector<int> issue_count_ = std::vector<int>(64);
 };
 
-inline int Thread::block() const { return block_.index_; }
+inline int Thread::thread() const { return id_ % block_.threads_; }
+inline int Thread::rank() const { return id_ / block_.threads_; }
+inline int Thread::block() const { return block_.index_ + rank(); }
 inline int Thread::blocks() const { return block_.count_; }
 inline uint32_t Thread::address(uint32_t offset) const { return Block::kStart + offset; }
+inline uint32_t Thread::window() const { return rank() * block_.shared_bytes_; }
+inline int64_t Thread::here(uint32_t barrier) const { return Block::key(rank(), barrier); }
 
 inline void Thread::barrier_init(uint32_t at, int arrivals) {
   if (at % 8) fail("a barrier at no multiple of 8");
   Block::Barrier barrier;
   barrier.count = barrier.pending = arrivals;
-  block_.barriers_[at] = barrier;
+  block_.barriers_[here(at)] = barrier;
 }
 inline void Thread::publish_barriers() { block_.published_ = true; }
 
@@ -534,40 +580,72 @@ inline void Thread::arrive(uint32_t at) {
     block_.dropped_ = true;
     return;
   }
-  Block::Barrier& barrier = block_.barrier(at);
+  Block::Barrier& barrier = block_.barrier(here(at));
   --barrier.pending;
   block_.settle(barrier);
 }
+inline void Thread::arrive_at(int rank, uint32_t at) {
+  block_.yield();
+  if (block_.faulty(kDropArrival, at) && !block_.dropped_) {
+    block_.dropped_ = true;
+    return;
+  }
+  if (rank < 0 || rank >= block_.cluster_) fail("an arrival at a block outside of the cluster");
+  if (block_.over(rank)) fail("an arrival at a block that has ended");
+  Block::Barrier& barrier = block_.barrier(Block::key(rank, at));
+  --barrier.pending;
+  block_.settle(barrier);
+}
+inline void Thread::sync_cluster() {
+  Block::Named& all = block_.of_cluster_;
+  if (++all.arrived == static_cast<int>(block_.fibers_.size())) {
+    all.arrived = 0;
+    block_.wake(all.waiting);
+  } else {
+    block_.sleep(all.waiting, "at the cluster's barrier", 0);
+  }
+}
 inline void Thread::arrive_and_expect(uint32_t at, uint32_t bytes) {
   block_.yield();
-  Block::Barrier& barrier = block_.barrier(at);
+  Block::Barrier& barrier = block_.barrier(here(at));
   barrier.bytes += block_.fault_ == kShortCopy ? bytes / 2 : bytes;
   --barrier.pending;
   block_.settle(barrier);
 }
 inline void Thread::wait(uint32_t at, uint32_t parity) {
   block_.yield();
-  Block::Barrier& barrier = block_.barrier(at);
+  Block::Barrier& barrier = block_.barrier(here(at));
   if (block_.faulty(kSkipWait, at)) return;
   while (barrier.phase == parity) block_.sleep(barrier.waiting, "waiting for barrier", at);
 }
 
 inline void Thread::load_box(const Map& map, uint32_t to, uint32_t barrier, int channel, int head,
                              int row, int image) {
+  load_box_for(static_cast<uint16_t>(1u << rank()), map, to, barrier, channel, head, row, image);
+}
+inline void Thread::load_box_for(uint16_t ranks, const Map& map, uint32_t to, uint32_t barrier,
+                                 int channel, int head, int row, int image) {
   const auto& spec = map.spec;
   if (to % (8 * spec.swizzle)) fail("a box that does not start where its swizzle does");
   if (spec.swizzle != spec.box[0] * 2) fail("a box that is not as wide as its swizzle");
   if (spec.box[1] != 1 || spec.box[3] != 1 || spec.box[2] > 256) fail("a box of other shape");
-  Block::Copy copy{map, address(to), barrier, {channel, head, row, image}};
-  if (block_.draw(2)) block_.poison(copy);
-  block_.copies_.push_back(copy);
+  if (ranks == 0 || ranks >> block_.cluster_) fail("a copy for blocks outside of the cluster");
+  for (int rank = 0; rank < block_.cluster_; ++rank) {
+    if (!(ranks >> rank & 1)) continue;
+    Block::Copy copy{map,
+                     address(to) + rank * block_.shared_bytes_,
+                     Block::key(rank, barrier),
+                     {channel, head, row, image}};
+    if (block_.draw(2)) block_.poison(copy);
+    block_.copies_.push_back(copy);
+  }
   block_.yield();
 }
 
 inline void Thread::store_zero16(uint32_t to) {
   if (to % 16) fail("16 bytes stored at no multiple of 16");
-  for (int i = 0; i < 8; ++i) block_.element(block_.generic_, address(to) + 2 * i) = 0;
-  block_.fibers_[id_].unpublished.push_back(address(to));
+  for (int i = 0; i < 8; ++i) block_.element(block_.generic_, address(to) + window() + 2 * i) = 0;
+  block_.fibers_[id_].unpublished.push_back(address(to) + window());
 }
 inline void Thread::publish_to_async() {
   block_.yield();
@@ -600,6 +678,7 @@ inline void Thread::issue(int n, bool bf16, bool add, uint64_t a, uint64_t b, fl
   p.b = b;
   p.d[lane] = d;
   p.fragment[lane] = fragment;
+  p.window = window();
   for (int i = 0; i < n / 2; ++i) {
     auto [found, fresh] = block_.hidden_.try_emplace(d + i, Block::Hidden{d[i], 0});
     ++found->second.products;
@@ -639,8 +718,8 @@ inline void Thread::wait_products(int pending) {
 }
 
 inline void Thread::sync_block() {
-  Block::Named& all = block_.all_;
-  if (++all.arrived == static_cast<int>(block_.fibers_.size())) {
+  Block::Named& all = block_.all_[rank()];
+  if (++all.arrived == block_.threads_) {
     all.arrived = 0;
     block_.wake(all.waiting);
   } else {
@@ -648,7 +727,7 @@ inline void Thread::sync_block() {
   }
 }
 inline void Thread::named_arrive(int id, int threads) {
-  Block::Named& named = block_.named_[id];
+  Block::Named& named = block_.named_[16 * rank() + id];
   if (named.arrived && named.threads != threads) fail("a named barrier of two sizes");
   named.threads = threads;
   if (++named.arrived == threads) {
@@ -657,7 +736,7 @@ inline void Thread::named_arrive(int id, int threads) {
   }
 }
 inline void Thread::named_sync(int id, int threads) {
-  Block::Named& named = block_.named_[id];
+  Block::Named& named = block_.named_[16 * rank() + id];
   if (named.arrived && named.threads != threads) fail("a named barrier of two sizes");
   named.threads = threads;
   if (++named.arrived == threads) {
@@ -680,6 +759,30 @@ inline const std::vector<uint32_t>& Thread::collect(uint32_t value) {
   }
   return warp.result;
 }
+// PTX ISA, "Matrix fragments for mma.m16n8k16": A's registers are rows lane / 4 and 8 below, first
+// of columns 2 (lane % 4) and the next, then of those 8 further; B's are these as rows, column lane
+// / 4.
+template <bool kBf16>
+void Thread::mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  float rows[16][16], columns[8][16];
+  const auto each = [&](uint32_t mine, auto place) {
+    const std::vector<uint32_t> all = collect(mine);
+    for (int lane = 0; lane < 32; ++lane)
+      for (int side = 0; side < 2; ++side)
+        place(lane / 4, lane % 4 * 2 + side,
+              to_float(static_cast<uint16_t>(all[lane] >> 16 * side), kBf16));
+  };
+  for (int r = 0; r < 4; ++r)
+    each(a[r], [&](int row, int k, float x) { rows[row + r % 2 * 8][k + r / 2 * 8] = x; });
+  for (int r = 0; r < 2; ++r)
+    each(b[r], [&](int column, int k, float x) { columns[column][k + r * 8] = x; });
+  for (int i = 0; i < 4; ++i) {
+    const int row = id_ % 32 / 4 + i / 2 * 8, column = id_ % 4 * 2 + i % 2;
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) sum += rows[row][k] * columns[column][k];
+    d[i] += sum;
+  }
+}
 inline float Thread::shuffle_xor(float x, int lanes) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -699,6 +802,13 @@ inline uint8_t Thread::load(const uint8_t* p) const {
     if (reinterpret_cast<const char*>(p) >= from && reinterpret_cast<const char*>(p) < to)
       return *p;
   fail("a read outside of the mask");
+}
+inline uint32_t Thread::load(const uint32_t* p) const {
+  const auto* first = reinterpret_cast<const char*>(p);
+  if (reinterpret_cast<uintptr_t>(p) % 4) fail("4 bytes read at no multiple of 4");
+  for (const auto& [from, to] : block_.ranges_.readable)
+    if (first >= from && first + 4 <= to) return *p;
+  fail("a read outside of the arguments");
 }
 inline void check_store(const Ranges& ranges, const void* p, size_t bytes) {
   for (const auto& [from, to] : ranges.writable)
