@@ -37,6 +37,8 @@ SOURCES = (
     Source("gated_residual_norm.cu"),
     Source("joint_attention_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),
     Source("joint_attention_sm90.cu", ("90a",), "PIXELDIFF_BF16=false"),
+    Source("pixel_adaln_mlp_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),
+    Source("pixel_adaln_mlp_sm90.cu", ("90a",), "PIXELDIFF_BF16=false"),
     Source("rms_norm_modulate.cu"),
 )
 

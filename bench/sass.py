@@ -16,10 +16,8 @@ _INTEGER = re.compile(
     "SGXT|IABS|IMAD|MOV|I2FP"
 )
 _SPECIAL = re.compile("MUFU|F2F|I2F|F2I")  # 16 a clock
-_LOADED = re.compile(
-    "LDS|STS|LDSM|STSM|LDG|STG|LDGSTS|SHFL|ATOMG|RED"
-)  # from memory that is shared
-_MEMORY = re.compile(_LOADED.pattern + "|LDC|UTMALDG")
+_MOVED = re.compile("LDS|STS|LDSM|STSM|LDG|STG|LDGSTS|SHFL|ATOMG|RED")  # by the threads
+_MEMORY = re.compile(_MOVED.pattern + "|LDC|UTMALDG")
 _TENSOR = re.compile("HGMMA|HMMA")
 
 
@@ -96,7 +94,7 @@ def count(sass: str, iterations: int = 1) -> Counts:
             tensor, shared = _product(i)
             total.tensor += times * tensor
             total.shared += times * shared
-        elif _LOADED.fullmatch(i.name):
+        elif _MOVED.fullmatch(i.name):
             total.shared += times * max(1.0, _bytes(i) * 32 / 128)
             if i.name == "LDGSTS" and i.loop:
                 total.copied += times * 32 * _bytes(i)

@@ -7,15 +7,12 @@
 // ms.
 //
 // Counted for a tile of 128 x 128 and D 1536, in clocks of a multiprocessor: tensor cores 12288
-// (and 512 for the MLP); shared memory 15400, 48 + 32 KB a step; second-level cache 393 KB, 6.4 GB
-// of a call, 1.0 ms at 6.4 TB/s; issue slots 3100. Issuing is the other warpgroup's epilogue, and
-// runs under the product. Shared memory is the longest: 1.09 ms of a call at 1.755 GHz. Predicted
-// 1.25 ms, and 1.5 with the vendor's product: 83 % of the floor. Not yet measured.
-// docs/kernels/estimates.md compares it with the Triton kernel.
-//
-// 64 x 256 for each warpgroup needs the same: fewer reads of shared memory, more writes. 128 x 256
-// for both together, 64 rows each, has a fifth less to do there, but nobody multiplies while they
-// finish their tile, a fifth of the time.
+// (and 512 for the MLP); shared memory 15400, 48 + 32 KB a step; issue slots 5700, under which fall
+// all of the epilogue's, with the other warpgroup's product. From the second-level cache 393 KB,
+// 6.4 GB a call, 1.0 ms at 6.4 TB/s. Shared memory is the longest: 1.2 ms on the 128
+// multiprocessors that clusters of four fill. Predicted 1.3 ms, and with the vendor's product 1.5:
+// 82 % of the floor. Not yet measured. docs/kernels/estimates.md compares it with the Triton kernel
+// and says what else was weighed.
 #include "check.h"
 #include "hopper/device.cuh"
 #include "hopper/find_encode_tiled.h"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 
 import torch
 from emulated import FAULTS, EmulatorError, library
@@ -61,7 +62,7 @@ def pixel_adaln_mlp(
     seed: int = 0,
     fault: str = "none",
     barriers: tuple[int, int] = (0, 0),
-    **changed: int,
+    changed: Mapping[str, int] | None = None,
 ) -> Tensor:
     """The op by the sm_90a kernel; what it does not write stays NaN.
 
@@ -83,7 +84,7 @@ def pixel_adaln_mlp(
         *(t.data_ptr() for t in rest),
         eps,
     )
-    for name, value in changed.items():
+    for name, value in (changed or {}).items():
         setattr(args, name, value)
     call = Call(args, clusters, FAULTS.index(fault), *barriers, seed)
     message = ctypes.create_string_buffer(400)

@@ -308,7 +308,7 @@ def test_launch_refuses(changed, message):
     """What the launch checks before it starts anything."""
     args = arguments(torch.bfloat16, (3, 4, 16, 16, 8))
     with pytest.raises(EmulatorError, match=f"^{re.escape(message)}$"):
-        pixel_adaln_mlp(*args, **changed)
+        pixel_adaln_mlp(*args, changed=changed)
 
 
 def test_on_request_only():
