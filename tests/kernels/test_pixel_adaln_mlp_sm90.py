@@ -78,12 +78,12 @@ def test_mlp_width(dtype, hidden, where):
     DEFINITION.check(run(where, args), args)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from(HALVES),
     st.integers(4, 280),
-    st.integers(1, 10),
-    st.integers(1, 60),
+    st.integers(1, 9),
+    st.integers(1, 40),
     st.integers(1, 3),
     st.integers(0, 2**63 - 1),
 )
@@ -94,9 +94,9 @@ def test_random_sizes_in_random_orders(dtype, rows, pixels, eighths, clusters, s
 
 
 def test_the_order_does_not_change_a_bit():
-    args = arguments(torch.bfloat16, (300, 11, 16, 200, 8))
+    args = arguments(torch.bfloat16, (130, 9, 16, 136, 8))
     want = run("emulated", args)
-    for seed, clusters in ((1, 1), (2, 2), (3, 4), (4, 1)):
+    for seed, clusters in ((1, 1), (2, 2), (3, 4)):
         assert_bitwise(run("emulated", args, seed=seed, clusters=clusters), want)
 
 
@@ -120,28 +120,28 @@ def test_strided(where):
 @each_dtype
 def test_not_finite(dtype, where):
     """Of a pixel its own channels, of u and attn all that they reach."""
-    q, u, attn, *rest = arguments(dtype, (6, 16, 16, 24, 40))
-    q[1, 5, 3], q[2, 15, 7], u[4, 0], attn[5, 1] = torch.nan, torch.inf, torch.inf, -torch.inf
+    q, u, attn, *rest = arguments(dtype, (6, 8, 16, 24, 40))
+    q[1, 5, 3], q[2, 7, 7], u[4, 0], attn[5, 1] = torch.nan, torch.inf, torch.inf, -torch.inf
     y = run(where, (q, u, attn, *rest))
     wide = [t.float() for t in (q, u, attn, *rest)]
     want = reference(*wide, 1e-6).to(dtype)
     check_not_finite_like(y, want)
-    assert (~y.isfinite()).any(2).sum(1).tolist() == [0, 1, 1, 0, 16, 16]
+    assert (~y.isfinite()).any(2).sum(1).tolist() == [0, 1, 1, 0, 8, 8]
 
 
 @each_backend
 @each_dtype
 def test_gelu_over_its_whole_range(dtype, where):
     """With q = 0, scale = -1 and identities for the MLP the result is gelu(shift)."""
-    x = torch.cat([torch.linspace(-14, 14, 928), torch.logspace(-4, 3, 96)])
-    x[928::2] *= -1
+    x = torch.cat([torch.linspace(-14, 14, 448), torch.logspace(-4, 3, 64)])
+    x[448::2] *= -1
     x = x.to(dtype)
-    ada_bias = torch.zeros(64, 6, 16)
-    ada_bias[:, 3], ada_bias[:, 4], ada_bias[:, 5] = x.view(64, 16), -1, 1
+    ada_bias = torch.zeros(32, 6, 16)
+    ada_bias[:, 3], ada_bias[:, 4], ada_bias[:, 5] = x.view(32, 16), -1, 1
     zeros, one = torch.zeros, torch.eye(16)
     args = (
-        zeros(1, 64, 16), zeros(1, 16), zeros(1, 1), zeros(1024, 1), zeros(1024),
-        zeros(6 * 1024, 16), ada_bias.flatten(), torch.ones(16), one, zeros(16), one, zeros(16),
+        zeros(1, 32, 16), zeros(1, 16), zeros(1, 1), zeros(512, 1), zeros(512),
+        zeros(6 * 512, 16), ada_bias.flatten(), torch.ones(16), one, zeros(16), one, zeros(16),
     )  # fmt: skip
     y = run(where, tuple(t.to(dtype) for t in args)).flatten()
     x, y = f64(x, y)
@@ -218,7 +218,7 @@ FAULTS = {
 def test_faults_are_noticed(fault):
     """In some order of a few: by the emulator, or because the result is wrong."""
     kind, barrier = fault
-    args = arguments(torch.bfloat16, (130, 9, 16, 64 * 8, 8))
+    args = arguments(torch.bfloat16, (5, 9, 16, 64 * 7, 8))
     where = barriers()[barrier] if barrier else (0, 0)
     for seed in range(16):
         try:

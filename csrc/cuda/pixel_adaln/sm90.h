@@ -8,8 +8,8 @@
 //   1 and 2       every other tile each, 128 patches by 128 columns: the sums of one are multiplied
 //                 while those of the other are made a result.
 //
-// They take turns at issuing. A wait for a stage tells one use of it from the next, not from the one
-// after: whoever starts a tile must know that all stages of the tile before have been filled.
+// They take turns at issuing. A wait for a stage tells one use of it from the next, not from the
+// one after: whoever starts a tile must know that all stages of the tile before have been filled.
 #pragma once
 
 #include "../hopper/descriptor.h"
