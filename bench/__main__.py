@@ -17,6 +17,7 @@ from pixeldiff.models.pid.decoder import PRECISIONS
 from pixeldiff.out_files import check_out_path
 
 from . import show
+from .estimates import SITES
 from .forward import CHOICES
 from .l2p_commands import convert, local_decoder
 from .machine import DTYPES
@@ -285,6 +286,34 @@ def attention_error(divide: int, threads: int | None, path: Path | None) -> None
     if path is not None:
         save(found, path)
     show.console.print(table(found), markup=False)
+
+
+@main.command()
+@click.option(
+    "--op", "ops", multiple=True, callback=comma(choices=tuple(SITES)), help="default: all"
+)
+@click.option(
+    "--page",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="whose tables to count again, docs/kernels/estimates.md",
+)
+@clean_errors
+def estimates(ops: tuple[str, ...], page: Path | None) -> None:
+    """How far from its floor an op's Triton kernel must stay on an H100, counted in its machine
+    code; needs no GPU."""
+    from pixeldiff.out_files import written_whole
+
+    from .estimates import cases, estimate, rewrite, tables
+
+    if page is not None and ops:
+        raise click.UsageError("--page holds all ops; leave --op out")
+    found = [estimate(case) for case in cases(ops)]
+    for table in tables(found).values():
+        show.console.print(table, markup=False, soft_wrap=True)
+    if page is not None:
+        text = rewrite(page, found)
+        with written_whole([page]) as (partial,):
+            partial.write_text(text)
 
 
 @main.command()

@@ -11,6 +11,7 @@ tensors are on the meta device, so a call can have its real size:
 from __future__ import annotations
 
 import functools
+import math
 import re
 import subprocess
 import tempfile
@@ -52,11 +53,23 @@ class Recorded:
     kernel: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    grid: tuple[int, ...]
 
 
 def compile_launch(call: Callable[[], Any], target: int) -> list[Compiled]:
     """The kernels that `call` launches on a device of capability `target` (90 is 9.0), compiled."""
     return [_compile(r, target) for r in record(call, target)]
+
+
+def compile_once(call: Callable[[], Any], target: int) -> list[tuple[Compiled, int]]:
+    """Each different kernel among them once, with the blocks that all its launches have."""
+    blocks: dict[str, int] = {}
+    first: dict[str, Recorded] = {}
+    for r in record(call, target):
+        key = str(_specialise(r, target)[1:])
+        first.setdefault(key, r)
+        blocks[key] = blocks.get(key, 0) + math.prod(r.grid)
+    return [(_compile(r, target), blocks[key]) for key, r in first.items()]
 
 
 def keys(call: Callable[[], Any], target: int = 90) -> list[str]:
@@ -92,7 +105,7 @@ def _recording() -> Iterator[list[Recorded]]:
     found: list[Recorded] = []
 
     def run(self, *args, grid, warmup, **kwargs):
-        found.append(Recorded(self, args, kwargs))
+        found.append(Recorded(self, args, kwargs, grid))
 
     # Triton reads a tensor's address for its alignment; a meta tensor has none, and the allocator
     # of a real device starts every tensor on 256 bytes.

@@ -16,9 +16,10 @@ A program makes the squares of one kind in one tile; the edges cost 2 % more pro
 
 Level 0, per pixel: 72 + 128 bytes into shared memory, 2304 multiply-adds of the composition (64
 columns a product) and 2304 of the skip (16 columns, whose operand is read in twice the time the
-product takes): 0.06 + 0.17 ms of the tensor cores, 10 GB through shared memory 0.35 ms, 1376
-instructions for two pixels a thread 0.41 ms of issue. At best about the floor, 0.5 to 0.6 ms more
-likely: 65 to 80 % of it.
+product takes): 0.20 ms of the tensor cores, 1361 instructions for two pixels a thread 0.39 ms of
+issue. Shared memory is the longest: 0.70 ms, two fifths of it operands of products, the rest their
+way there from global memory through registers. Estimated 0.8 to 0.9 ms, 45 to 50 % of the floor:
+docs/kernels/estimates.md.
 
 An infinity of x reaches the same results as in the reference, but where that finds NaN (u's
 infinities have both signs) the composition may find an infinity.

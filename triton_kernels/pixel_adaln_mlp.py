@@ -11,7 +11,9 @@ shared memory, 48 cycles' worth, in 64 cycles of the tensor cores; one product a
 would read 3 KB in 16 and run at two thirds. 256 wide (4 pixels) fetches a quarter less from the
 cache, 85 FLOPs a byte instead of 64, but holds 128 sums a thread: one block a processor, with
 nothing to run under its epilogue, where two blocks of 128 wide alternate. The epilogue is 1600
-instructions a thread on sm_90, 3200 cycles of issue for a tile's 12300 of products.
+instructions a thread on sm_90, 3200 cycles of issue for a tile's 12300 of products. The cache is
+what limits it there, at 54 to 66 % of the floor by the count of docs/kernels/estimates.md; the
+kernel in CUDA C++ fetches half.
 
 expand(attn) is the vendor's product, over PIECE patches at a time. As a second loop in here it is
 m64n32 for 2 pixels: 0.29 ms a block at two thirds of the floor's rate, and each tile fetches its

@@ -7,6 +7,9 @@
 #include "../cpu/pixel_embed.h"
 #include "../cpu/pixel_head.h"
 #include "../cpu/pixel_head_step.h"
+#ifdef PIXELDIFF_SM90
+#include "../cuda/pixel_adaln_mlp.h"
+#endif
 
 namespace py = pybind11;
 
@@ -147,12 +150,57 @@ void pixel_head_step_cpu(Four sizes, int64_t patch, int64_t p, int dtype, Addres
   cpu::pixel_head_step(args, chosen, threads);
 }
 
+#ifdef PIXELDIFF_SM90
+using Six = std::tuple<Address, Address, Address, Address, Address, Address>;
+
+// sizes: patches, pixels, channels of u, width of the MLP. q: address, elements between patches and
+// between pixels; u, ada: address, elements between rows. vectors: ada bias, norm weight, weight
+// and bias of fc1 and of fc2.
+void pixel_adaln_mlp_cuda(Four sizes, int dtype, RowsTuple q, std::tuple<Address, int64_t> u,
+                          Address a, std::tuple<Address, int64_t> ada, const Six& vectors,
+                          Address out, float eps, int device, Address stream) {
+  const auto [rows, pixels, D, hidden] = sizes;
+  if (rows == 0 || pixels == 0) return;
+  const auto [q_data, q_stride_row, q_stride_pixel] = q;
+  const auto [u_data, u_stride] = u;
+  const auto [ada_data, ada_stride] = ada;
+  const auto [ada_bias, norm, fc1_weight, fc1_bias, fc2_weight, fc2_bias] = vectors;
+  const auto vector = [](const char* name, Address p) { return to_pointer<const void>(name, p); };
+  const cuda::PixelAdalnMlpArgs args{rows,
+                                     pixels,
+                                     D,
+                                     hidden,
+                                     to_dtype(dtype),
+                                     to_pointer<const void>("q", q_data),
+                                     q_stride_row,
+                                     q_stride_pixel,
+                                     to_pointer<const void>("u", u_data),
+                                     u_stride,
+                                     to_pointer<const void>("a", a),
+                                     to_pointer<const void>("ada_weight", ada_data),
+                                     ada_stride,
+                                     vector("ada_bias", ada_bias),
+                                     vector("norm_weight", norm),
+                                     vector("fc1 weight", fc1_weight),
+                                     vector("fc1 bias", fc1_bias),
+                                     vector("fc2 weight", fc2_weight),
+                                     vector("fc2 bias", fc2_bias),
+                                     to_pointer<void>("out", out),
+                                     eps};
+  py::gil_scoped_release unlocked;
+  cuda::pixel_adaln_mlp(args, device, reinterpret_cast<void*>(stream));
+}
+#endif
+
 }  // namespace
 
 void bind_pixel(py::module_& m) {
   m.def("pixel_embed_cpu", &pixel_embed_cpu);
   m.def("pixel_adaln_compress_cpu", &pixel_adaln_compress_cpu);
   m.def("pixel_adaln_mlp_cpu", &pixel_adaln_mlp_cpu);
+#ifdef PIXELDIFF_SM90
+  m.def("pixel_adaln_mlp_cuda", &pixel_adaln_mlp_cuda);
+#endif
   m.def("pixel_head_cpu", &pixel_head_cpu);
   m.def("pixel_head_step_cpu", &pixel_head_step_cpu);
 }

@@ -12,6 +12,8 @@ from .registry import Backend, define, upcast
 
 BACKENDS = (
     Backend("triton", "pixeldiff.triton_kernels.pixel_adaln_mlp"),
+    # On request until it has been measured.
+    Backend("cuda", "pixeldiff.ops.cuda.pixel_adaln_mlp", automatic=False),
     Backend("cpu", "pixeldiff.ops.cpu.pixel_adaln_mlp"),
 )
 
@@ -83,8 +85,9 @@ def pixel_adaln_mlp(
         ValueError: shape. TypeError: dtype.
 
     Backends: triton and cpu (fp32, bf16, fp16; neither stores more than a few MB of modulation, the
-    first none, and both are fp32 between their products), reference (all 4*R*P*P*p values of it,
-    rounded to the dtype of q). Gradients: through the reference.
+    first none, and both are fp32 between their products), cuda on request (bf16 and fp16, p = 16,
+    compute capability 9.0; as triton), reference (all 4*R*P*P*p values of it, rounded to the dtype
+    of q). Gradients: through the reference.
     Cost: 2*R*P*P*p*(4*D + A + 2*F) FLOPs.
     Source: PiD (arXiv 2605.23902), PiT block, second half.
     """

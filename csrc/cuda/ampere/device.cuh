@@ -47,22 +47,6 @@ class Device : public hopper::Device {
                  : "r"(address(row))
                  : "memory");
   }
-
-  // --- the tensor cores: d += a b, 16 rows by 8 columns over 16.
-  template <bool kBf16>
-  __device__ __forceinline__ void multiply(float* d, const uint32_t* a, uint32_t b0,
-                                           uint32_t b1) const {
-    if constexpr (kBf16)
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-          " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    else
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-          " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
 };
 
 }  // namespace pixeldiff::ampere

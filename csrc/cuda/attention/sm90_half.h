@@ -4,6 +4,7 @@
 
 #include "../hopper/descriptor.h"
 #include "../hopper/fragment.h"
+#include "results.h"
 #include "schedule.h"
 #include "sm90_tile.h"
 #include "softmax.h"
@@ -113,24 +114,9 @@ struct Sm90Half {
       const float sums[2] = {softmax.sum(m, 0), softmax.sum(m, 1)};
       PIXELDIFF_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const float sum = sums[half];
         const int row = at.row + 64 * consumer + hopper::accumulator_row(warp, lane, half);
-        if (row >= p.schedule.L) continue;
-        const int64_t index =
-            (static_cast<int64_t>(at.b) * p.schedule.L + row) * p.schedule.G + at.g;
-        const float inverse = sum == 0.0f ? 0.0f : m.reciprocal(sum);
-        char* out = static_cast<char*>(p.o) + index * p.d * 2;
-        PIXELDIFF_UNROLL
-        for (int i = 2 * half; i < kOutputs; i += 4) {
-          const int column = hopper::accumulator_column(lane, i);
-          if (column < p.d)
-            m.store(out + 2 * column,
-                    m.template pack<kBf16>(product[i] * inverse, product[i + 1] * inverse));
-        }
-        if (p.lse != nullptr && lane % 4 == 0) {
-          constexpr float kLn2 = 0.6931471805599453f;
-          m.store(p.lse + index, fmaf(softmax.most[half], p.scale, m.log2(sum) * kLn2));
-        }
+        store_row<kBf16>(m, {p.d, p.o, p.lse}, p.schedule, at, row, half, product, sums[half],
+                         softmax.most[half], p.scale);
       }
     }
   };

@@ -55,6 +55,36 @@ class Device {
         : "memory");
   }
 
+  // --- the cluster
+  __device__ __forceinline__ int rank() const {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+  }
+  __device__ __forceinline__ void sync_cluster() const {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  }
+  // At the barrier of that block.
+  __device__ __forceinline__ void arrive_at(int rank, uint32_t barrier) const {
+    asm volatile(
+        "{\n.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(
+            address(barrier)),
+        "r"(rank)
+        : "memory");
+  }
+  // For a barrier at which threads of other blocks arrive.
+  __device__ __forceinline__ void wait_cluster(uint32_t barrier, uint32_t parity) const {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}\n" ::"r"(address(barrier)),
+        "r"(parity)
+        : "memory");
+  }
+
   // --- the copy engine
   __device__ __forceinline__ void load_box(const CUtensorMap& map, uint32_t to, uint32_t barrier,
                                            int channel, int head, int row, int image) const {
@@ -62,6 +92,16 @@ class Device {
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(address(to)),
         "l"(&map), "r"(address(barrier)), "r"(channel), "r"(head), "r"(row), "r"(image)
+        : "memory");
+  }
+  // The same into the block of every rank r whose bit r is set, at its own barrier there.
+  __device__ __forceinline__ void load_box_for(uint16_t ranks, const CUtensorMap& map, uint32_t to,
+                                               uint32_t barrier, int channel, int head, int row,
+                                               int image) const {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(address(to)),
+        "l"(&map), "r"(address(barrier)), "r"(channel), "r"(head), "r"(row), "r"(image), "h"(ranks)
         : "memory");
   }
   // What this thread stored in shared memory is seen by the tensor cores and the copy engine.
@@ -127,6 +167,22 @@ class Device {
     hopper::wgmma_registers_e4m3(d, a, b, add);
   }
 
+  // D += A B of a warp alone, 16 rows by 8 columns over 16.
+  template <bool kBf16>
+  __device__ __forceinline__ void multiply(float* d, const uint32_t* a, uint32_t b0,
+                                           uint32_t b1) const {
+    if constexpr (kBf16)
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+          " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+          " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+
   // --- threads
   template <int n>
   __device__ __forceinline__ void release_registers() const {
@@ -163,6 +219,8 @@ class Device {
     return y;
   }
   __device__ __forceinline__ float log2(float x) const { return log2f(x); }
+  // 1 / sqrt(x), to two units in the last place.
+  __device__ __forceinline__ float rsqrt(float x) const { return rsqrtf(x); }
   // Of a normal number, to one unit in the last place.
   __device__ __forceinline__ float reciprocal(float x) const {
     float y;
@@ -257,6 +315,7 @@ class Device {
   __device__ __forceinline__ void store(char* p, uint32_t a, uint32_t b) const {
     *reinterpret_cast<uint2*>(p) = make_uint2(a, b);
   }
+  __device__ __forceinline__ uint32_t load(const uint32_t* p) const { return __ldg(p); }
   __device__ __forceinline__ void store(char* p, uint32_t value) const {
     *reinterpret_cast<uint32_t*>(p) = value;
   }

@@ -34,5 +34,8 @@ PIXELDIFF_HOST_DEVICE constexpr int operand8_from_accumulator(int k, int r) {
 PIXELDIFF_HOST_DEVICE constexpr int column_at(int position) {
   return (position & 17) | (position & 2) << 2 | (position & 12) >> 1;
 }
+// The column of B of mma.sync .m16n8k16 that a thread holds, in its two registers: of each 8 rows
+// the two that are the columns of its accumulator.
+PIXELDIFF_HOST_DEVICE constexpr int operand_column(int lane) { return lane / 4; }
 
 }  // namespace pixeldiff::hopper

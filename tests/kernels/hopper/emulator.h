@@ -1,4 +1,5 @@
-// A block of threads on a CPU, for kernels written against csrc/cuda/hopper/device.cuh.
+// A block of threads on a CPU, or a cluster of blocks, for kernels written against
+// csrc/cuda/hopper/device.cuh.
 //
 // Every thread is a fiber; which of them runs next, and when a copy or a product that was only
 // issued is carried out, is drawn from a seed. What a thread may not rely on is made to fail: a
@@ -140,6 +141,7 @@ struct Product {  // wgmma of one warp: 16 rows of the 64
   uint64_t a, b;
   float* d[32];
   const uint32_t* fragment[32];
+  uint32_t window;  // where the shared memory of the warp's block lies among the cluster's
 };
 
 struct Group {
@@ -155,7 +157,7 @@ class Thread {
 
   Thread(Block& block, int id) : block_(block), id_(id) {}
 
-  int thread() const { return id_; }
+  int thread() const;
   int block() const;
   int blocks() const;
   uint32_t address(uint32_t offset) const;
@@ -169,6 +171,13 @@ class Thread {
                 int image);
   void publish_to_async();
   void store_zero16(uint32_t to);
+
+  int rank() const;
+  void sync_cluster();
+  void arrive_at(int rank, uint32_t barrier);
+  void wait_cluster(uint32_t barrier, uint32_t parity) { wait(barrier, parity); }
+  void load_box_for(uint16_t ranks, const Map& map, uint32_t to, uint32_t barrier, int channel,
+                    int head, int row, int image);
 
   void wgmma_fence();
   void wgmma_commit();
@@ -235,6 +244,7 @@ class Thread {
   }
   float log2(float x) const { return std::log2(x); }
   float reciprocal(float x) const { return 1.0f / x; }
+  float rsqrt(float x) const { return 1.0f / std::sqrt(x); }
   template <bool kBf16>
   uint32_t pack(float low, float high) const {
     return round_to(low, kBf16) | static_cast<uint32_t>(round_to(high, kBf16)) << 16;
@@ -254,6 +264,7 @@ class Thread {
   float inverse_root(float x) const { return 1.0f / std::sqrt(x); }
 
   uint8_t load(const uint8_t* p) const;
+  uint32_t load(const uint32_t* p) const;
   float load(const float* p) const;
   template <pixeldiff::DType kType, int n>
   void load(const char* p, float (&x)[n]) const {
@@ -296,6 +307,8 @@ class Thread {
   void multiply_in_warp(bool bf16, const uint32_t (&operands)[6], float* d);
   void load_all(const void* p, void* to, size_t bytes) const;
   void store_all(char* p, const void* from, size_t bytes) const;
+  int64_t here(uint32_t barrier) const;
+  uint32_t window() const;
 
   Block& block_;
   int id_;
@@ -308,10 +321,14 @@ struct Ranges {
 
 class Block {
  public:
+  // `threads` and `shared_bytes` of each block of the cluster, `index` of its first.
   Block(int threads, uint32_t shared_bytes, int index, int count, uint64_t seed, Fault fault,
-        uint32_t low, uint32_t high, const Ranges& ranges)
+        uint32_t low, uint32_t high, const Ranges& ranges, int cluster = 1)
       : index_(index),
         count_(count),
+        threads_(threads),
+        cluster_(cluster),
+        shared_bytes_(shared_bytes),
         fault_(fault),
         low_(low),
         high_(high),
@@ -320,10 +337,10 @@ class Block {
         slow_(draw(4)),
         copies_wait_(slow_ == 1 || slow_ == 2 ? 400 : 1),
         products_wait_(slow_ == 3 ? 400 : 1),
-        generic_(shared_bytes / 2, kPoison),
-        async_(shared_bytes / 2, kPoison),
-        warps_(threads / 32),
-        fibers_(threads) {}
+        generic_(cluster * shared_bytes / 2, kPoison),
+        async_(cluster * shared_bytes / 2, kPoison),
+        warps_(cluster * threads / 32),
+        fibers_(cluster * threads) {}
 
   bool keeps_14_bits = false;  // of sums of e4m3 products; else they are fp32
 
@@ -416,7 +433,8 @@ class Block {
   };
   struct Copy {
     Map map;
-    uint32_t to, barrier;
+    uint32_t to;
+    int64_t barrier;
     int at[4];
     uint32_t next_row = 0;
     bool poisoned = false;
@@ -485,7 +503,14 @@ class Block {
     return fault_ == fault && barrier >= low_ && barrier < high_;
   }
 
-  Barrier& barrier(uint32_t at) {
+  // A barrier's address, and the rank of its block above it.
+  static int64_t key(int rank, uint32_t at) { return static_cast<int64_t>(rank) << 32 | at; }
+  bool over(int rank) const {
+    for (int id = rank * threads_; id < (rank + 1) * threads_; ++id)
+      if (!fibers_[id].done) return false;
+    return true;
+  }
+  Barrier& barrier(int64_t at) {
     const auto found = barriers_.find(at);
     if (found == barriers_.end() || !published_) fail("a barrier was used before it was there");
     return found->second;
@@ -530,7 +555,8 @@ class Block {
   void advance_copy(int index) {
     Copy& copy = copies_[index];
     const auto& spec = copy.map.spec;
-    const uint32_t size = spec.element, width = spec.box[0] * size, rows = spec.box[1] * spec.box[2];
+    const uint32_t size = spec.element, width = spec.box[0] * size,
+                   rows = spec.box[1] * spec.box[2];
     if (!copy.poisoned) poison(copy);
     const uint32_t until = std::min(rows, copy.next_row + 1 + draw(static_cast<int>(rows)));
     for (; copy.next_row < until; ++copy.next_row) {
@@ -556,9 +582,11 @@ class Block {
       }
     }
     if (copy.next_row < rows) return;
+    if (over(static_cast<int>(copy.barrier >> 32))) fail("bytes arrived at a block that has ended");
     Barrier& full = barrier(copy.barrier);
     full.bytes -= static_cast<int64_t>(width) * rows;
-    if (full.bytes < 0) fail("more bytes arrived than were announced");
+    // Another block's copy may come before this one announced it.
+    if (full.bytes < 0 && cluster_ == 1) fail("more bytes arrived than were announced");
     copies_.erase(copies_.begin() + index);
     settle(full);
   }
@@ -692,14 +720,15 @@ class Block {
           const int lane = row % 8 * 4 + k % 8 / 2, r = row / 8 + k / 8 * 2;
           bits = static_cast<uint16_t>(p.fragment[lane][r] >> (k % 2 * 16));
         } else {
-          bits = element(async_, locate(p.a, true, 16 * warp + row, k));
+          bits = element(async_, locate(p.a, true, 16 * warp + row, k) + p.window);
         }
         a[row][k] = to_float(bits, p.bf16);
       }
     for (int column = 0; column < p.n; ++column) {
       float b[16];
       for (int k = 0; k < 16; ++k)
-        b[k] = to_float(element(async_, locate(p.b, !p.from_registers, column, k)), p.bf16);
+        b[k] =
+            to_float(element(async_, locate(p.b, !p.from_registers, column, k) + p.window), p.bf16);
       for (int row = 0; row < 16; ++row) {
         const int lane = row % 8 * 4 + column % 8 / 2;
         const int i = column / 8 * 4 + row / 8 * 2 + column % 2;
@@ -728,7 +757,8 @@ class Block {
     int products;
   };
 
-  int index_, count_;
+  int index_, count_, threads_, cluster_;
+  uint32_t shared_bytes_;
   Fault fault_;
   uint32_t low_, high_;
   const Ranges& ranges_;
@@ -744,10 +774,11 @@ class Block {
   std::string error_;
   int current_ = 0;
   std::vector<int> ready_;
-  std::map<uint32_t, Barrier> barriers_;
+  std::map<int64_t, Barrier> barriers_;
   bool published_ = false, dropped_ = false;
   std::map<int, Named> named_;
-  Named all_;
+  std::map<int, Named> all_;  // of each block
+  Named of_cluster_;
   std::vector<Copy> copies_;
   int products_under_way_ = 0;
   std::unordered_map<float*, Hidden> hidden_;
@@ -755,15 +786,19 @@ class Block {
   std::vector<int> issue_count_ = std::vector<int>(64);
 };
 
-inline int Thread::block() const { return block_.index_; }
+inline int Thread::thread() const { return id_ % block_.threads_; }
+inline int Thread::rank() const { return id_ / block_.threads_; }
+inline int Thread::block() const { return block_.index_ + rank(); }
 inline int Thread::blocks() const { return block_.count_; }
 inline uint32_t Thread::address(uint32_t offset) const { return Block::kStart + offset; }
+inline uint32_t Thread::window() const { return rank() * block_.shared_bytes_; }
+inline int64_t Thread::here(uint32_t barrier) const { return Block::key(rank(), barrier); }
 
 inline void Thread::barrier_init(uint32_t at, int arrivals) {
   if (at % 8) fail("a barrier at no multiple of 8");
   Block::Barrier barrier;
   barrier.count = barrier.pending = arrivals;
-  block_.barriers_[at] = barrier;
+  block_.barriers_[here(at)] = barrier;
 }
 inline void Thread::publish_barriers() { block_.published_ = true; }
 
@@ -773,40 +808,72 @@ inline void Thread::arrive(uint32_t at) {
     block_.dropped_ = true;
     return;
   }
-  Block::Barrier& barrier = block_.barrier(at);
+  Block::Barrier& barrier = block_.barrier(here(at));
   --barrier.pending;
   block_.settle(barrier);
 }
+inline void Thread::arrive_at(int rank, uint32_t at) {
+  block_.yield();
+  if (block_.faulty(kDropArrival, at) && !block_.dropped_) {
+    block_.dropped_ = true;
+    return;
+  }
+  if (rank < 0 || rank >= block_.cluster_) fail("an arrival at a block outside of the cluster");
+  if (block_.over(rank)) fail("an arrival at a block that has ended");
+  Block::Barrier& barrier = block_.barrier(Block::key(rank, at));
+  --barrier.pending;
+  block_.settle(barrier);
+}
+inline void Thread::sync_cluster() {
+  Block::Named& all = block_.of_cluster_;
+  if (++all.arrived == static_cast<int>(block_.fibers_.size())) {
+    all.arrived = 0;
+    block_.wake(all.waiting);
+  } else {
+    block_.sleep(all.waiting, "at the cluster's barrier", 0);
+  }
+}
 inline void Thread::arrive_and_expect(uint32_t at, uint32_t bytes) {
   block_.yield();
-  Block::Barrier& barrier = block_.barrier(at);
+  Block::Barrier& barrier = block_.barrier(here(at));
   barrier.bytes += block_.fault_ == kShortCopy ? bytes / 2 : bytes;
   --barrier.pending;
   block_.settle(barrier);
 }
 inline void Thread::wait(uint32_t at, uint32_t parity) {
   block_.yield();
-  Block::Barrier& barrier = block_.barrier(at);
+  Block::Barrier& barrier = block_.barrier(here(at));
   if (block_.faulty(kSkipWait, at)) return;
   while (barrier.phase == parity) block_.sleep(barrier.waiting, "waiting for barrier", at);
 }
 
 inline void Thread::load_box(const Map& map, uint32_t to, uint32_t barrier, int channel, int head,
                              int row, int image) {
+  load_box_for(static_cast<uint16_t>(1u << rank()), map, to, barrier, channel, head, row, image);
+}
+inline void Thread::load_box_for(uint16_t ranks, const Map& map, uint32_t to, uint32_t barrier,
+                                 int channel, int head, int row, int image) {
   const auto& spec = map.spec;
   if (to % (8 * spec.swizzle)) fail("a box that does not start where its swizzle does");
   if (spec.swizzle != spec.box[0] * spec.element) fail("a box that is not as wide as its swizzle");
   if (spec.box[1] > 256 || spec.box[2] > 256 || spec.box[3] != 1) fail("a box of other shape");
-  Block::Copy copy{map, address(to), barrier, {channel, head, row, image}};
-  if (block_.draw(2)) block_.poison(copy);
-  block_.copies_.push_back(copy);
+  if (ranks == 0 || ranks >> block_.cluster_) fail("a copy for blocks outside of the cluster");
+  for (int rank = 0; rank < block_.cluster_; ++rank) {
+    if (!(ranks >> rank & 1)) continue;
+    Block::Copy copy{map,
+                     address(to) + rank * block_.shared_bytes_,
+                     Block::key(rank, barrier),
+                     {channel, head, row, image}};
+    if (block_.draw(2)) block_.poison(copy);
+    block_.copies_.push_back(copy);
+  }
   block_.yield();
 }
 
 inline void Thread::store_zero16(uint32_t to) {
   if (to % 16) fail("16 bytes stored at no multiple of 16");
-  for (int i = 0; i < 8; ++i) block_.element(block_.generic_, address(to) + 2 * i) = 0;
-  block_.fibers_[id_].unpublished.push_back(address(to));
+  for (int i = 0; i < 8; ++i) block_.element(block_.generic_, address(to) + window() + 2 * i) = 0;
+  block_.fibers_[id_].unpublished.push_back(address(to) + window());
 }
 inline void Thread::publish_to_async() {
   block_.yield();
@@ -840,6 +907,7 @@ inline void Thread::issue(int n, bool bf16, bool add, uint64_t a, uint64_t b, fl
   p.b = b;
   p.d[lane] = d;
   p.fragment[lane] = fragment;
+  p.window = window();
   for (int i = 0; i < n / 2; ++i) {
     auto [found, fresh] = block_.hidden_.try_emplace(d + i, Block::Hidden{d[i], 0});
     ++found->second.products;
@@ -949,8 +1017,8 @@ inline void Thread::multiply_in_warp(bool bf16, const uint32_t (&operands)[6], f
 inline void Thread::sync_block() {
   const uint32_t number = block_.fibers_[id_].syncs++;
   if (block_.faulty(kSkipSync, number)) return;
-  Block::Named& all = block_.all_;
-  if (++all.arrived == static_cast<int>(block_.fibers_.size())) {
+  Block::Named& all = block_.all_[rank()];
+  if (++all.arrived == block_.threads_) {
     all.arrived = 0;
     block_.wake(all.waiting);
   } else {
@@ -958,7 +1026,7 @@ inline void Thread::sync_block() {
   }
 }
 inline void Thread::named_arrive(int id, int threads) {
-  Block::Named& named = block_.named_[id];
+  Block::Named& named = block_.named_[16 * rank() + id];
   if (named.arrived && named.threads != threads) fail("a named barrier of two sizes");
   named.threads = threads;
   if (++named.arrived == threads) {
@@ -967,7 +1035,7 @@ inline void Thread::named_arrive(int id, int threads) {
   }
 }
 inline void Thread::named_sync(int id, int threads) {
-  Block::Named& named = block_.named_[id];
+  Block::Named& named = block_.named_[16 * rank() + id];
   if (named.arrived && named.threads != threads) fail("a named barrier of two sizes");
   named.threads = threads;
   if (++named.arrived == threads) {
@@ -1022,13 +1090,12 @@ inline uint8_t Thread::load(const uint8_t* p) const {
   fail("a read outside of the mask");
 }
 inline void Thread::load_all(const void* p, void* to, size_t bytes) const {
-  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("a load at no multiple of its size");
-  for (const auto& [from, end] : block_.ranges_.readable)
-    if (static_cast<const char*>(p) >= from && static_cast<const char*>(p) + bytes <= end) {
-      std::memcpy(to, p, bytes);
-      return;
-    }
-  fail("a read outside of what is given");
+  check_load(p, static_cast<int64_t>(bytes), static_cast<int64_t>(bytes));
+  std::memcpy(to, p, bytes);
+}
+inline uint32_t Thread::load(const uint32_t* p) const {
+  check_load(p, 4, 4);
+  return *p;
 }
 inline void check_store(const Ranges& ranges, const void* p, size_t bytes) {
   for (const auto& [from, to] : ranges.writable)

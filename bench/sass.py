@@ -1,0 +1,127 @@
+"""What a kernel's machine code asks of each unit of a Hopper multiprocessor, counted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+KINDS = ("fp32", "integer", "special", "memory", "tensor", "other")
+
+_FP32 = re.compile("FFMA|FADD|FMUL")
+# Half as fast as fp32: 64 a clock and multiprocessor (CUDA C++ Programming Guide, throughput of
+# native arithmetic instructions, 9.0). IMAD shares its unit with half of the fp32 ones.
+_INTEGER = re.compile(
+    "IADD3|VIADD|LEA|LOP3|SHF|PRMT|SEL|FSEL|ISETP|FSETP|PLOP3|VIMNMX|VIADDMNMX|FMNMX|HMNMX2|F2FP|"
+    "SGXT|IABS|IMAD|MOV|I2FP"
+)
+_SPECIAL = re.compile("MUFU|F2F|I2F|F2I")  # 16 a clock
+_MOVED = re.compile("LDS|STS|LDSM|STSM|LDG|STG|LDGSTS|SHFL|ATOMG|RED")  # by the threads
+_MEMORY = re.compile(_MOVED.pattern + "|LDC|UTMALDG")
+_TENSOR = re.compile("HGMMA|HMMA")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    modifiers: tuple[str, ...]
+    operands: str
+    loop: int  # how many loops it stands in
+
+
+@dataclass
+class Counts:
+    """Of one warp, through all iterations.
+
+    Args:
+        kinds: instructions by kind.
+        special: clocks of a multiprocessor's special-function units.
+        shared: clocks of its shared memory and first-level cache, 128 bytes each, without bank
+            conflicts. A product's operands in shared memory are among them.
+        tensor: clocks of its tensor cores.
+        copied: bytes that asynchronous copies fetch past the first-level cache. Those ahead of a
+            loop are the ones its last iterations leave out.
+    """
+
+    kinds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    special: float = 0.0
+    shared: float = 0.0
+    tensor: float = 0.0
+    copied: float = 0.0
+
+    @property
+    def instructions(self) -> float:
+        return sum(self.kinds.values())
+
+
+def instructions(sass: str) -> Iterator[Instruction]:
+    """A loop is what lies between a label and a branch back to it; the branch to itself that ends
+    a function, and what pads it, is left out."""
+    lines: list[tuple[str, str] | str] = []  # labels, and (name with modifiers, operands)
+    pattern = re.compile(r"^(\.L_x_\d+):|^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*)")
+    for line in sass.splitlines():
+        found = pattern.match(line)
+        if found:
+            lines.append(found[1] or (found[2], found[3]))
+    places = {line: i for i, line in enumerate(lines) if isinstance(line, str)}
+    depth = [0] * len(lines)
+    for i, line in enumerate(lines):
+        target = re.search(r"`\((\.L_x_\d+)\)", line[1]) if isinstance(line, tuple) else None
+        if target and line[0].startswith("BRA") and places[target[1]] < i:
+            first = places[target[1]]
+            if i - first == 1:
+                depth[i] = -1
+            else:
+                depth[first : i + 1] = [d + 1 for d in depth[first : i + 1]]
+    for line, loop in zip(lines, depth, strict=True):
+        if isinstance(line, tuple) and loop >= 0 and not line[0].startswith("NOP"):
+            name, *modifiers = line[0].split(".")
+            yield Instruction(name, tuple(modifiers), line[1], loop)
+
+
+def count(sass: str, iterations: int = 1) -> Counts:
+    """`iterations` of the loop, if there is one; of nested ones, of the innermost as well.
+
+    Instructions behind a forward branch count as if they ran.
+    """
+    total = Counts()
+    for i in instructions(sass):
+        times = iterations if i.loop else 1
+        total.kinds[_kind(i.name)] += times
+        if _SPECIAL.fullmatch(i.name):
+            total.special += 2 * times
+        if _TENSOR.fullmatch(i.name):
+            tensor, shared = _product(i)
+            total.tensor += times * tensor
+            total.shared += times * shared
+        elif _MOVED.fullmatch(i.name):
+            total.shared += times * max(1.0, _bytes(i) * 32 / 128)
+            if i.name == "LDGSTS" and i.loop:
+                total.copied += times * 32 * _bytes(i)
+    return total
+
+
+def _kind(name: str) -> str:
+    families = zip(KINDS, (_FP32, _INTEGER, _SPECIAL, _MEMORY, _TENSOR), strict=False)
+    return next((kind for kind, names in families if names.fullmatch(name)), "other")
+
+
+def _bytes(i: Instruction) -> int:
+    """Of a thread."""
+    if i.name in ("LDSM", "STSM"):  # 8 x 8 matrices of 16 bits
+        return 4 * int(i.modifiers[-1]) if i.modifiers[-1] in ("2", "4") else 4
+    wide = [m for m in i.modifiers if m in ("64", "128")]
+    return int(wide[0]) // 8 if wide else 4
+
+
+def _product(i: Instruction) -> tuple[float, float]:
+    """(clocks of the tensor cores, of shared memory), one warp's share."""
+    shape = next(m for m in i.modifiers if re.fullmatch(r"\d+x\d+x\d+|\d{4,}", m))
+    if i.name == "HMMA":  # mma.sync reaches 62 % of wgmma on Hopper (arXiv 2402.13499)
+        m, n, k = (16, 8, 16) if shape == "16816" else (16, 8, 8)
+        return 2 * m * n * k / 4096 / 0.62, 0.0
+    m, n, k = map(int, shape.split("x"))
+    operands = i.operands.split(",")
+    first = m * k * 2 if "gdesc" in operands[1] else 0
+    # A warpgroup's product, by its four warps.
+    return 2 * m * n * k / 4096 / 4, (first + n * k * 2) / 128 / 4
