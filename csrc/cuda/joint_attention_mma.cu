@@ -4,7 +4,7 @@
 // FLOPs: 4*B*L*S*G*d; exponentials: B*L*S*G; bytes: 2*(2*B*L + 2*B*S)*G*d. PiD at 2048 (16684 rows,
 // 24 heads of 64): 1.71 TFLOP, 5.5 ms on an A100 (312 TFLOP/s), 10.4 ms on an RTX 4090 (165), 8.2
 // ms on an RTX 5090 (209); 6.68 G exponentials, 2.7, 1.3 and 1.0 ms. Compute bound; 14 calls a
-// step. Not yet measured.
+// step. Not yet measured; predicted 9.0, 11.5 and 9.0 ms.
 #include "ampere/device.cuh"
 #include "attention/launch_mma.h"
 #include "attention/mma.h"
