@@ -50,14 +50,16 @@ def check(args, **how):
     return out
 
 
-def whole(args):
-    """The same with small integers for x and W: their products are exact, in any order."""
+def whole(args, unit=1.0):
+    """The same with small integers for W, and small multiples of a power of two for x: their
+    products are exact, in any order."""
 
     def rounded(stream):
-        return stream and (stream[0].mul(2).round(), stream[1].mul(8).round(), *stream[2:])
+        x, weight, *others = stream
+        return x.mul(2).round().mul(unit), weight.mul(8).round(), *others
 
     image, text, heads = args
-    return rounded(image), rounded(text), heads
+    return rounded(image), text and rounded(text), heads
 
 
 # --- layouts, against models of the hardware written from the PTX ISA
@@ -221,10 +223,11 @@ def test_random_sizes_in_random_orders(d, dtype, b, n, t, k, heads, std, blocks,
 
 @dims
 @pytest.mark.parametrize("dtype", TYPES, ids=["bf16", "fp16"])
-def test_exact_products_leave_one_rounding(d, dtype):
+@pytest.mark.parametrize("unit", [1.0, 2.0**-14], ids=["std20", "std1e-3"])
+def test_exact_products_leave_one_rounding(d, dtype, unit):
     """Then nothing but the order of a head's squares is free: v is the projection bit for bit, and
     q and k are those of `qk_norm_rope` to one rounding."""
-    args = whole(arguments(dtype, (2, 130, 9, 136, 4, d)))
+    args = whole(arguments(dtype, (2, 130, 9, 136, 4, d)), unit)
     out = emulate(*args)
     image, text, heads = args
     want = rest(projected(image, linear), projected(text, linear), heads)
