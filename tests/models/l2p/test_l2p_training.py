@@ -149,6 +149,22 @@ def test_recomputation_keeps_less():
     assert kept(True) < kept(False) / 3
 
 
+def test_recomputation_keeps_less_of_the_decoder():
+    """Whose activations are those of full resolution."""
+    net, kept, grads = tiny_l2p.network(CONFIG).local_decoder.requires_grad_(), [], []
+    x, features = tiny_l2p.draw(1, 3, 64, 64), tiny_l2p.draw(1, 4, 4, CONFIG.dim)
+    for net.recompute in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+        ):
+            loss = net(x, features).square().mean()
+        grads.append(torch.autograd.grad(loss, net.parameters()))
+        kept.append(sum(sizes))
+    assert all(map(torch.equal, *grads))
+    assert kept[1] < 0.6 * kept[0]
+
+
 def test_noise_levels():
     levels = NoiseLevels()
     assert levels.at(0) == (1.0, 0.0)
