@@ -12,15 +12,25 @@ from torch.utils._pytree import tree_leaves
 class Tape(TorchDispatchMode):
     """The operations made inside the block, their arguments and results at fixed addresses."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: set[int]) -> None:
         super().__init__()
         self.calls, self.replays, self.released = [], 0, False
+        self.inputs: dict[int, torch.Tensor] = {}  # by storage: read, made by no call, no weights
+        self._own = own
+        self.fixed: set[int] = set()  # storages that the turn at hand was told of
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        read = {t.untyped_storage()._cdata: t for t in _tensors((args, kwargs))}
+        given = set(read)
+        fresh_scalar = func is torch.ops.aten.lift_fresh.default  # torch.tensor(number)
+        self._own |= {
+            at for at, t in read.items() if fresh_scalar or isinstance(t, torch.nn.Parameter)
+        }
+        self.inputs |= {at: t for at, t in read.items() if at not in self._own}
         result = func(*args, **kwargs)
         fresh = [t for t in _tensors(result) if t.untyped_storage()._cdata not in given]
+        self._own |= {t.untyped_storage()._cdata for t in fresh}
         self.calls.append((func, args, kwargs, fresh))
         return result
 
@@ -32,6 +42,8 @@ class Tape(TorchDispatchMode):
 
     def replay(self) -> None:
         assert not self.released
+        unnamed = [tuple(t.shape) for at, t in self.inputs.items() if at not in self.fixed]
+        assert not unnamed, f"a turn must name what its recordings read; it left out {unnamed}"
         self.replays += 1
         with torch.inference_mode():  # may write to whatever mode the tensors were made in
             for func, args, kwargs, fresh in self.calls:
@@ -59,9 +71,9 @@ class TapeRecorder:
 
     def record(self, warm_up, works):
         warm_up()
-        tapes = []
+        tapes, own = [], set()
         for work in works:
-            with Tape() as tape:
+            with Tape(own) as tape:
                 work()
             tapes.append(tape)
             if self.fail is not None:
@@ -76,6 +88,8 @@ class TapeRecorder:
         assert not self._in_turn, "two decodes use the recordings at the same time"
         self._in_turn = True
         self.turns += 1
+        for tape in (tape for tapes in self.decodes for tape in tapes):
+            tape.fixed = {t.untyped_storage()._cdata for t in fixed}
         try:
             yield
         finally:

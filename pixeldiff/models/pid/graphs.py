@@ -126,7 +126,7 @@ class Captured:
     @contextlib.contextmanager
     def run(self, student: Student) -> Iterator[Advance]:
         """`student.on(net)`, replayed."""
-        fixed = (*self._inputs, self._x, self._noise, self._x0)
+        fixed = (*self._inputs, self._x, self._noise, self._x0, *self._tables.tensors)
         with self._recorder.turn(*fixed):
             self._load(student)
             self._prepare.replay()

@@ -58,6 +58,11 @@ class Tables:
     pos_y: Tensor  # (H, p/2)
     times: Tensor  # (len(timesteps), 256), their embedding
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        own = (self.pos_x, self.pos_y, self.times)
+        return (*self.rope, *self.txt_rope, *self.pixel_rope, *own)
+
 
 @dataclass(frozen=True)
 class PiDCondition:

@@ -327,6 +327,11 @@ def test_gradients_and_traces_run_whole(monkeypatch):
     with torch.enable_grad():
         net.step(x, 0.3, condition, decoder_memory=1).sum().backward()
     assert net.local_decoder.out_conv.weight.grad is not None
+    net.requires_grad_(False)
+    x.requires_grad_()
+    with torch.enable_grad():
+        net.step(x, 0.3, condition, decoder_memory=1).sum().backward()
+    assert x.grad.any()
     assert seen == []
 
 

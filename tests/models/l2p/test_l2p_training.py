@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -22,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from pixeldiff import cli
 from pixeldiff.errors import CheckpointFormatError, SizeError
-from pixeldiff.models.l2p import VARIANTS, L2PNet, read_checkpoint
-from pixeldiff.models.l2p.train_checkpoints import checkpoints
+from pixeldiff.models.l2p import VARIANTS, L2PNet, read_checkpoint, train_loop
+from pixeldiff.models.l2p.train_checkpoints import checkpoints, read_facts
 from pixeldiff.models.l2p.train_data import PictureFolder, pictures_of
 from pixeldiff.models.l2p.train_loop import Schedule, Trainer, TrainSettings, epoch_order
 from pixeldiff.models.l2p.training import (
@@ -146,6 +147,22 @@ def test_recomputation_keeps_less():
         return total
 
     assert kept(True) < kept(False) / 3
+
+
+def test_recomputation_keeps_less_of_the_decoder():
+    """Whose activations are those of full resolution."""
+    net, kept, grads = tiny_l2p.network(CONFIG).local_decoder.requires_grad_(), [], []
+    x, features = tiny_l2p.draw(1, 3, 64, 64), tiny_l2p.draw(1, 4, 4, CONFIG.dim)
+    for net.recompute in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+        ):
+            loss = net(x, features).square().mean()
+        grads.append(torch.autograd.grad(loss, net.parameters()))
+        kept.append(sum(sizes))
+    assert all(map(torch.equal, *grads))
+    assert kept[1] < 0.6 * kept[0]
 
 
 def test_noise_levels():
@@ -288,6 +305,54 @@ def test_texts_are_encoded_once(own, tmp_path):
     (own / "2.txt").write_text("another")
     pictures_of(own, CONFIG, encoder=Encoder, encoded=encoded)
     assert Encoder.texts[4:] == ["another"]
+
+
+# ---- The command -------------------------------------------------------------------------------
+
+
+def stated(settings: TrainSettings) -> dict[str, object]:
+    """As a checkpoint's facts have it: recomputation changes no number and is not among them."""
+    values = json.loads(json.dumps(dataclasses.asdict(settings)))
+    del values["recompute"]
+    return values
+
+
+def test_what_the_command_is_told_is_what_it_does(base, pictures, tmp_path, monkeypatch):
+    recomputed = []
+    monkeypatch.setattr(train_loop, "recompute_blocks", recomputed.append)
+    out = tmp_path / "run"
+    options = "--steps 3 --trainable strict --shift 4 --noise-levels noisy --batch 2 --accumulate 3"
+    options += " --lr 0.01 --weight-decay 0.2 --clip 0.5 --average 0.9 --seed 9 --precision bf16"
+    options += " --save-every 1 --keep 3 --sample-every 3 --samples 2 --sample-steps 1"
+    run(base, pictures, out, *options.split(), "--no-recompute")
+    assert recomputed == []
+    settings = TrainSettings(
+        *((32, 48), TrainableSet(1, 1, False), NoiseLevels(4.0, "noisy")),
+        **{"batch": 2, "accumulate": 3, "lr": 0.01, "weight_decay": 0.2, "clip": 0.5},
+        **{"average": 0.9, "seed": 9, "precision": "bf16"},
+    )
+    assert [p.name for p in checkpoints(out)] == [f"step-0000000{i}" for i in (1, 2, 3)]
+    assert stated(settings).items() <= read_facts(checkpoints(out)[-1]).items()
+    names = sorted(p.name for p in (out / "samples").iterdir())
+    assert names == ["0-step-00000003.png", "1-step-00000003.png"]
+
+
+@pytest.mark.parametrize(("form", "shift"), [("1k", 3.0), ("4k", 5.0)])
+def test_what_the_command_does_where_it_is_told_nothing(
+    pictures, tmp_path, monkeypatch, form, shift
+):
+    recomputed, c = [], tiny_l2p.config(form, n_layers=2)
+    monkeypatch.setattr(train_loop, "recompute_blocks", recomputed.append)
+    path, out = tmp_path / "base.safetensors", tmp_path / "run"
+    save_file(tiny_l2p.network(c).state_dict(), path, {"config": json.dumps(c.to_dict())})
+    run(path, pictures, out, "--steps", 1, "--size", "64x64")
+    settings = TrainSettings(
+        (64, 64), TrainableSet(1, 1, True), NoiseLevels(shift), precision="fp32"
+    )
+    (folder,) = checkpoints(out)
+    assert stated(settings).items() <= read_facts(folder).items()
+    assert len(recomputed) == 1
+    assert not (out / "samples").exists()
 
 
 # ---- Interruption, through the command line -----------------------------------------------------
