@@ -22,6 +22,7 @@ from pixeldiff.verify.l2p_inputs import decoder_config, given, load_weights, wei
 DIM = 10
 CELL = {"1k": 16, "4k": 64, "8k": 128, "10k": 64}
 GB = 10**9
+LEAST_MB = {"1k": 21.0, "4k": 37.9, "8k": 71.3, "10k": 118.0}  # at its own size, in bf16
 each_form = pytest.mark.parametrize("form", DECODERS)
 
 
@@ -238,6 +239,7 @@ def test_the_least_budget_is_named_and_is_enough(form):
         f"L2PNet: decoder_memory must be at least {least} bytes for 1 images of {side}x{side}, "
         f"got 1000; None sets no bound"
     )
+    assert least / 1e6 == pytest.approx(LEAST_MB[form], abs=0.1)
     tiling = bands.plan(what, least)
     assert what.memory(tiling) <= least
     with pytest.raises(ValueError, match=f"at least {least} bytes"):

@@ -388,6 +388,19 @@ def test_stopped_by_a_signal_it_saves_and_says_so(base, pictures, tmp_path, monk
     assert "step-00000005" in run(base, pictures, tmp_path / "run", "--resume", "--steps", 5)
 
 
+def test_an_average_on_request(base, pictures, tmp_path):
+    out = tmp_path / "run"
+    run(base, pictures, out, "--steps", 2, "--average", 0.5)
+    (folder,) = checkpoints(out)
+    with safe_open(folder / "state.safetensors", "pt") as file:
+        assert any(key.startswith("average.layers.0.") for key in file.keys())  # noqa: SIM118
+    said = run(base, pictures, out, "--resume", "--steps", 3, code=1)
+    assert "was made with average = 0.5, now it is None" in said
+    said = run(base, pictures, tmp_path / "other", "--steps", 1, "--average", 1, code=1)
+    assert "average must be above 0 and below 1, such as 0.999, got 1.0" in said
+    assert not list((tmp_path / "other").glob("step-*"))
+
+
 def test_killed_in_the_middle_leaves_a_checkpoint_to_go_on_from(base, pictures, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "pixeldiff.cli"]
