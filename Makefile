@@ -40,7 +40,7 @@ setup: $(INSTALLED)
 
 demo: setup
 	$(BIN)/python -m pixeldiff.demo $(if $(IMAGE),--image "$(IMAGE)")
-	$(BIN)/pixeldiff generate "$(PROMPT)" --model demo --seed 3 -o out/generated.png
+	$(BIN)/pixeldiff generate "$(PROMPT)" --model demo --seed 0 -o out/generated.png
 
 # A thread each: processes that share the cores spend their time waiting for each other's threads.
 test: setup

@@ -65,8 +65,8 @@ class SourcePictures:
 
 
 SIDE = 128  # of the pictures that the shipped network makes where nothing is said
-PICTURES = SourcePictures(side=SIDE, count=3000, steps=16, guidance=2.5)
-SAMPLING = Sampling(steps=30, guidance_scale=3.0, shift=5.0)
+PICTURES = SourcePictures(side=SIDE, count=9248, steps=16, guidance=2.5)
+SAMPLING = Sampling(steps=30, guidance_scale=4.5, shift=5.0)
 
 
 def trainable_set(recipe: ShallowRecipe) -> TrainableSet:
