@@ -5,7 +5,6 @@ the op's own cases on it, on the emulator and on a GPU."""
 import ctypes
 import math
 import re
-import shutil
 from importlib import import_module
 from itertools import product
 
@@ -16,12 +15,12 @@ from e4m3_rules import nearest
 from emulated import AttentionFp8, CallFp8, EmulatorError, attention_fp8, barriers_of, library
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from machine_code import check_products_overlap, compiled_for, instructions
 from rules import Draw, assert_bitwise, assert_within_twice_eager, f64
 from test_hopper_layouts import DRIVER, fields, swizzled
 from test_joint_attention_fp8 import distance, exact
 
 from bench.attention_error import attention as with_14_bits
-from bench.ptxas import Source, compile_source
 from pixeldiff.ops.cuda import joint_attention_fp8 as backend
 
 module = import_module("pixeldiff.ops.joint_attention_fp8")
@@ -538,10 +537,7 @@ def test_why_not():
 @pytest.fixture(scope="module")
 def compiled():
     """(kernels by name, what the compiler said)"""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
-    pytest.importorskip("triton", reason="brings the disassembler")
-    kernels, said = compile_source(Source("joint_attention_fp8_sm90.cu"), "90a")
+    kernels, said = compiled_for("90a", "joint_attention_fp8_sm90.cu")
     return {kernel.name: kernel for kernel in kernels}, said
 
 
@@ -563,10 +559,7 @@ def test_registers(compiled):
     for name, kernel in kernels.items():
         assert (kernel.stack, kernel.spills) == (0, 0), name
         assert kernel.registers == 168 if name in ATTENTION else kernel.registers <= 80
-    # setmaxnreg ignored, or products that wait for each other.
-    assert "C7508" not in said
-    assert "C7510" not in said
-    assert "serializ" not in said
+    check_products_overlap(said)
 
 
 @pytest.mark.parametrize("channels", [64, 80, 128])
@@ -574,10 +567,7 @@ def test_instructions(compiled, channels):
     """Hopper's tensor cores in e4m3, its copy engine, hardware conversions, and an eighth of the
     exponentials elsewhere."""
     sass = compiled[0][f"joint_attention_fp8_sm90_kernel<{channels}>"].sass
-    count = {
-        name: len(re.findall(rf"\b{name}\b", sass))
-        for name in ("QGMMA", "UTMALDG", "USETMAXREG", "STL", "LDL", "LDSM", "HGMMA", "HMMA")
-    }
+    count = instructions(sass)
     depth = -(-channels // 32) * 32
     parts = 2 if channels == 128 else 1
     # In the first step, in the others, and after the last.

@@ -3,16 +3,16 @@ the compiler makes of it. tests/kernels/test_joint_attention_sm90.py runs it in 
 tests/kernels/test_joint_attention.py the op's own cases, on the emulator and on a GPU."""
 
 import re
-import shutil
 
 import pytest
 import torch
 from emulated import EmulatorError, attention
+from machine_code import compiled_for
 from rules import Draw, assert_bitwise
 from test_joint_attention import masks, oracles
 from test_joint_attention_sm90 import arguments, dims
 
-from bench.ptxas import ARCHS, Source, compile_source
+from bench.ptxas import ARCHS
 from pixeldiff.ops.cuda import joint_attention as backend
 
 ALWAYS = (0, 1000)
@@ -123,11 +123,7 @@ def test_older_capability():
 def test_machine_code(bf16, arch):
     """Two blocks' registers, no spills; products, fragments and copies by their own instructions,
     every one of them once for a step, and 16 bytes at a time."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
-    pytest.importorskip("triton", reason="brings the disassembler")
-    source = Source("joint_attention_mma.cu", definition=f"PIXELDIFF_BF16={bf16}")
-    kernels, _ = compile_source(source, arch)
+    kernels, _ = compiled_for(arch, "joint_attention_mma.cu", f"PIXELDIFF_BF16={bf16}")
     names = [f"joint_attention_mma_kernel<{n}, {bf16}>" for n in (128, 64, 80)]
     assert [kernel.name for kernel in kernels] == names
     for kernel, channels, keys in zip(kernels, (128, 64, 80), (32, 64, 64), strict=True):

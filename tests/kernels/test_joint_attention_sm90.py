@@ -4,17 +4,16 @@ op's own cases on it, on the emulator and on a GPU. What asks for a `kernel` run
 too, of which tests/kernels/test_joint_attention_mma.py has the rest."""
 
 import re
-import shutil
 
 import pytest
 import torch
 from emulated import EmulatorError, attention, barriers_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from machine_code import check_register_trade, compiled_for, instructions
 from rules import Draw, assert_bitwise, assert_within_twice_eager
 from test_joint_attention import eager, eager_lse, masks, oracles
 
-from bench.ptxas import Source, compile_source
 from pixeldiff.ops.cuda import joint_attention as backend
 
 DIMS = (64, 72, 128)
@@ -211,35 +210,24 @@ def test_why_not():
 @pytest.fixture(scope="module", params=["true", "false"], ids=["bf16", "fp16"])
 def compiled(request):
     """(kernels for 128, 64 and 80 channels, what the compiler said)"""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
-    pytest.importorskip("triton", reason="brings the disassembler")
-    definition = f"PIXELDIFF_BF16={request.param}"
-    kernels, said = compile_source(Source("joint_attention_sm90.cu", definition=definition), "90a")
+    kernels, said = compiled_for(
+        "90a", "joint_attention_sm90.cu", f"PIXELDIFF_BF16={request.param}"
+    )
     names = [f"joint_attention_sm90_kernel<{n}, {request.param}>" for n in (128, 64, 80)]
     assert [k.name for k in kernels] == names
     return kernels, said
 
 
 def test_registers(compiled):
-    """No spills; the block's 384 threads start with 168 registers each, and then trade them."""
     kernels, said = compiled
     for kernel in kernels:
-        assert (kernel.registers, kernel.stack, kernel.spills) == (168, 0, 0)
-    assert 128 * 56 + 256 * 224 <= 384 * 168 <= 65536
-    # setmaxnreg ignored, or products that wait for each other.
-    assert "C7508" not in said
-    assert "C7510" not in said
-    assert "serializ" not in said
+        check_register_trade(kernel, said, producer=56, consumers=224)
 
 
 def test_instructions(compiled):
     """Hopper's tensor cores and copy engine, and an eighth of the exponentials elsewhere."""
     for kernel, channels in zip(compiled[0], (128, 64, 80), strict=True):
-        count = {
-            name: len(re.findall(rf"\b{name}\b", kernel.sass))
-            for name in ("HGMMA", "UTMALDG", "USETMAXREG", "STL", "LDL", "LDSM", "HMMA")
-        }
+        count = instructions(kernel.sass)
         # In the first step, in the others, and after the last.
         assert count["HGMMA"] == 2 * (channels // 16) + 2 * 8
         panels = channels // (64 if channels % 64 == 0 else 16)

@@ -5,7 +5,6 @@ import ctypes
 import itertools
 import math
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -15,10 +14,10 @@ from emulated_pixel_adaln import SOURCE, barriers, pixel_adaln_mlp
 from harness import NAMES, check_not_finite_like, launcher, on
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from machine_code import check_register_trade, compiled_for, instructions
 from rules import assert_bitwise, check_captures, check_repeatable, f64
 from test_pixel_adaln_mlp import DEFINITION, OP, arguments, reference, with_hidden
 
-from bench.ptxas import Source, compile_source
 from pixeldiff.ops.cuda import pixel_adaln_mlp as backend
 from pixeldiff.ops.registry import explain
 
@@ -323,34 +322,20 @@ def test_on_request_only():
 @pytest.fixture(scope="module", params=["true", "false"], ids=["bf16", "fp16"])
 def compiled(request):
     """(the kernel, what the compiler said)"""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
-    pytest.importorskip("triton", reason="brings the disassembler")
     definition = f"PIXELDIFF_BF16={request.param}"
-    (kernel,), said = compile_source(
-        Source("pixel_adaln_mlp_sm90.cu", definition=definition), "90a"
-    )
+    (kernel,), said = compiled_for("90a", "pixel_adaln_mlp_sm90.cu", definition)
     assert kernel.name == f"pixel_adaln_mlp_sm90_kernel<{request.param}>"
     return kernel, said
 
 
 def test_registers(compiled):
-    """No spills; the block's 384 threads start with 168 registers each, and then trade them."""
     kernel, said = compiled
-    assert (kernel.registers, kernel.stack, kernel.spills) == (168, 0, 0)
-    assert 128 * 40 + 256 * 232 <= 384 * 168 <= 65536
-    # setmaxnreg ignored, or products that wait for each other.
-    assert "C7508" not in said
-    assert "C7510" not in said
-    assert "serializ" not in said
+    check_register_trade(kernel, said, producer=40, consumers=232)
 
 
 def test_instructions(compiled):
     sass = compiled[0].sass
-    count = {
-        name: len(re.findall(rf"\b{name}\b", sass))
-        for name in ("HGMMA", "HMMA", "UTMALDG", "USETMAXREG", "STL", "LDL", "STS", "LDS", "CALL")
-    }
+    count = instructions(sass)
     # A step of 64 is 4 products of each m64, and the loop is unrolled.
     assert count["HGMMA"] % 8 == 0
     assert len(re.findall(r"HGMMA\.64x128x16", sass)) == count["HGMMA"] > 0

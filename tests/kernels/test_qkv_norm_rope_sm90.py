@@ -3,7 +3,6 @@ orders and with faults planted, and what the compiler makes of it; with one, the
 
 import ctypes
 import re
-import shutil
 from itertools import product
 
 import pytest
@@ -12,6 +11,7 @@ from emulated import EmulatorError, library
 from emulated_qkv import SOURCE, Call, barriers_of, call_of, qkv_norm_rope, shared_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from machine_code import check_register_trade, compiled_for, instructions
 from rules import (
     assert_bitwise,
     assert_one_rounding,
@@ -24,10 +24,10 @@ from test_qkv_norm_rope import arguments, eager, oracle, projected
 from torch.nn.functional import linear
 
 import pixeldiff
-from bench.ptxas import Source, compile_source
 from pixeldiff import native
 from pixeldiff.ops import qkv_norm_rope as op
 from pixeldiff.ops.cuda import qkv_norm_rope as backend
+from pixeldiff.ops.cuda.hopper import why_not_hopper
 
 DIMS = (64, 72, 128)
 TYPES = (torch.bfloat16, torch.float16)
@@ -373,7 +373,7 @@ def test_why_not():
 @pytest.mark.parametrize("dtype", TYPES, ids=["bf16", "fp16"])
 def test_on_a_gpu(dtype, shape):
     args = arguments(dtype, shape)
-    reason = native.why_not_cuda() or backend._why_not_device(torch.device("cuda", 0))
+    reason = native.why_not_cuda() or why_not_hopper("qkv_norm_rope_cuda", torch.device("cuda", 0))
     if reason is not None:
         pytest.skip(reason)
 
@@ -397,35 +397,22 @@ def test_on_a_gpu(dtype, shape):
 @pytest.fixture(scope="module", params=["true", "false"], ids=["bf16", "fp16"])
 def compiled(request):
     """(kernels for heads of 128, 64 and 72, what the compiler said)"""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
-    pytest.importorskip("triton", reason="brings the disassembler")
-    definition = f"PIXELDIFF_BF16={request.param}"
-    kernels, said = compile_source(Source("qkv_norm_rope_sm90.cu", definition=definition), "90a")
+    kernels, said = compiled_for("90a", "qkv_norm_rope_sm90.cu", f"PIXELDIFF_BF16={request.param}")
     names = [f"qkv_norm_rope_sm90_kernel<{n}, {request.param}>" for n in (128, 64, 72)]
     assert [k.name for k in kernels] == names
     return kernels, said
 
 
 def test_registers(compiled):
-    """No spills; the block's 384 threads start with 168 registers each, and then trade them."""
     kernels, said = compiled
     for kernel in kernels:
-        assert (kernel.registers, kernel.stack, kernel.spills) == (168, 0, 0)
-    assert 128 * 40 + 256 * 232 <= 384 * 168 <= 65536
-    # setmaxnreg ignored, or products that wait for each other.
-    assert "C7508" not in said
-    assert "C7510" not in said
-    assert "serializ" not in said
+        check_register_trade(kernel, said, producer=40, consumers=232)
 
 
 def test_instructions(compiled):
     """Hopper's tensor cores and copy engine; results leave 16 bytes at a time."""
     for kernel, d in zip(compiled[0], (128, 64, 72), strict=True):
-        count = {
-            name: len(re.findall(rf"\b{name}\b", kernel.sass))
-            for name in ("HGMMA", "UTMALDG", "USETMAXREG", "STL", "LDL", "LDSM", "HMMA")
-        }
+        count = instructions(kernel.sass)
         assert count["HGMMA"] % 4 == 0
         assert count["HGMMA"] > 0
         assert count["UTMALDG"] % (1 if d == 72 else 5) == 0

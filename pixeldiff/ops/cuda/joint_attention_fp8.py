@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ... import native
+from .hopper import why_not_hopper
 
-CAPABILITY = (9, 0)
 MAX_D = 128
 ALIGNMENT = 16  # bytes: of addresses and strides, for 16-byte loads
 MAX_ROWS = 1 << 31  # of all heads
@@ -17,18 +15,11 @@ MAX_ROWS = 1 << 31  # of all heads
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     reason = native.why_not_cuda() or native.why_not_tensors("cuda", q, k, v)
-    return reason or _why_not_device(q.device) or why_not_call(q, k, v, scale)
-
-
-@functools.cache
-def _why_not_device(device: torch.device) -> str | None:
-    if not hasattr(native.load(), "joint_attention_fp8_cuda"):
-        archs = native.load().build_info()["cuda_archs"]
-        return f"needs a build with sm_90a among PIXELDIFF_CUDA_ARCHS, which was {archs}"
-    found = torch.cuda.get_device_capability(device)
-    if found != CAPABILITY:
-        return f"needs compute capability 9.0, this device is {found[0]}.{found[1]}"
-    return None
+    return (
+        reason
+        or why_not_hopper("joint_attention_fp8_cuda", q.device)
+        or why_not_call(q, k, v, scale)
+    )
 
 
 def why_not_call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:

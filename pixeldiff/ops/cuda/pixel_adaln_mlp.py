@@ -5,14 +5,12 @@ expand(attn) is the vendor's product, over PIECE patches at a time, as with the 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ... import native
+from .hopper import why_not_hopper
 
-CAPABILITY = (9, 0)
 CHANNELS = 16  # of a pixel
 MAX_HIDDEN = 256
 MAX_SIZE = 1 << 20  # of P*P and D
@@ -40,18 +38,7 @@ def why_not(
     tensors = (q, u, attn, expand_weight, expand_bias, ada_weight, ada_bias, norm_weight)
     tensors += (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     reason = native.why_not_cuda() or native.why_not_tensors("cuda", *tensors)
-    return reason or _why_not_device(q.device) or why_not_call(*tensors)
-
-
-@functools.cache
-def _why_not_device(device: torch.device) -> str | None:
-    if not hasattr(native.load(), "pixel_adaln_mlp_cuda"):
-        archs = native.load().build_info()["cuda_archs"]
-        return f"needs a build with sm_90a among PIXELDIFF_CUDA_ARCHS, which was {archs}"
-    found = torch.cuda.get_device_capability(device)
-    if found != CAPABILITY:
-        return f"needs compute capability 9.0, this device is {found[0]}.{found[1]}"
-    return None
+    return reason or why_not_hopper("pixel_adaln_mlp_cuda", q.device) or why_not_call(*tensors)
 
 
 def why_not_call(q: Tensor, u: Tensor, *rest: Tensor) -> str | None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ... import native
+from .hopper import why_not_hopper
 
-CAPABILITY = (9, 0)
 HEAD_DIMS = (64, 72, 128)
 ALIGNMENT = 16  # bytes: of addresses and strides, for the copy engine and for loads
 MAX_TILES = 1 << 31
@@ -36,18 +34,9 @@ def why_not(
     image = (x, weight, q_weight, k_weight, cos, sin)
     text = (txt_x, txt_weight, txt_q_weight, txt_k_weight, txt_cos, txt_sin)
     reason = native.why_not_cuda() or native.why_not_tensors("cuda", *image, *text)
-    return reason or _why_not_device(x.device) or why_not_call(image, text, heads)
-
-
-@functools.cache
-def _why_not_device(device: torch.device) -> str | None:
-    if not hasattr(native.load(), "qkv_norm_rope_cuda"):
-        archs = native.load().build_info()["cuda_archs"]
-        return f"needs a build with sm_90a among PIXELDIFF_CUDA_ARCHS, which was {archs}"
-    found = torch.cuda.get_device_capability(device)
-    if found != CAPABILITY:
-        return f"needs compute capability 9.0, this device is {found[0]}.{found[1]}"
-    return None
+    return (
+        reason or why_not_hopper("qkv_norm_rope_cuda", x.device) or why_not_call(image, text, heads)
+    )
 
 
 def why_not_call(image: tuple, text: tuple, heads: int) -> str | None:
