@@ -41,6 +41,8 @@ SOURCES = (
     Source("joint_attention_mma.cu", definition="PIXELDIFF_BF16=false"),
     Source("joint_attention_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),
     Source("joint_attention_sm90.cu", ("90a",), "PIXELDIFF_BF16=false"),
+    Source("pixel_adaln_compress_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),
+    Source("pixel_adaln_compress_sm90.cu", ("90a",), "PIXELDIFF_BF16=false"),
     Source("pixel_adaln_mlp_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),
     Source("pixel_adaln_mlp_sm90.cu", ("90a",), "PIXELDIFF_BF16=false"),
     Source("qkv_norm_rope_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),

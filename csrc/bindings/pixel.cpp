@@ -8,6 +8,7 @@
 #include "../cpu/pixel_head.h"
 #include "../cpu/pixel_head_step.h"
 #ifdef PIXELDIFF_SM90
+#include "../cuda/pixel_adaln_compress.h"
 #include "../cuda/pixel_adaln_mlp.h"
 #endif
 
@@ -151,42 +152,58 @@ void pixel_head_step_cpu(Four sizes, int64_t patch, int64_t p, int dtype, Addres
 }
 
 #ifdef PIXELDIFF_SM90
-using Six = std::tuple<Address, Address, Address, Address, Address, Address>;
+using MatrixTuple = std::tuple<Address, int64_t>;  // data, elements between rows
+using Two = std::tuple<Address, Address>;
 
-// sizes: patches, pixels, channels of u, width of the MLP. q: address, elements between patches and
-// between pixels; u, ada: address, elements between rows. vectors: ada bias, norm weight, weight
-// and bias of fc1 and of fc2.
-void pixel_adaln_mlp_cuda(Four sizes, int dtype, RowsTuple q, std::tuple<Address, int64_t> u,
-                          Address a, std::tuple<Address, int64_t> ada, const Six& vectors,
-                          Address out, float eps, int device, Address stream) {
-  const auto [rows, pixels, D, hidden] = sizes;
-  if (rows == 0 || pixels == 0) return;
+// What both kernels are given. sizes: patches, pixels, channels of u. q: address, elements between
+// patches and between pixels. vectors: ada bias, norm weight.
+cuda::PixelAdalnArgs to_pixel_adaln(Sizes sizes, int dtype, RowsTuple q, MatrixTuple u,
+                                    MatrixTuple ada, Two vectors, Address out, float eps) {
+  const auto [rows, pixels, D] = sizes;
   const auto [q_data, q_stride_row, q_stride_pixel] = q;
   const auto [u_data, u_stride] = u;
   const auto [ada_data, ada_stride] = ada;
-  const auto [ada_bias, norm, fc1_weight, fc1_bias, fc2_weight, fc2_bias] = vectors;
-  const auto vector = [](const char* name, Address p) { return to_pointer<const void>(name, p); };
-  const cuda::PixelAdalnMlpArgs args{rows,
-                                     pixels,
-                                     D,
+  const auto [ada_bias, norm] = vectors;
+  return {rows,
+          pixels,
+          D,
+          to_dtype(dtype),
+          to_pointer<const void>("q", q_data),
+          q_stride_row,
+          q_stride_pixel,
+          to_pointer<const void>("u", u_data),
+          u_stride,
+          to_pointer<const void>("ada_weight", ada_data),
+          ada_stride,
+          to_pointer<const void>("ada_bias", ada_bias),
+          to_pointer<const void>("norm_weight", norm),
+          to_pointer<void>("out", out),
+          eps};
+}
+
+// z: what the attention tokens are a product of.
+void pixel_adaln_compress_cuda(Sizes sizes, int dtype, RowsTuple q, MatrixTuple u, MatrixTuple ada,
+                               Two vectors, Address z, float eps, int device, Address stream) {
+  if (is_empty(sizes)) return;
+  const cuda::PixelAdalnCompressArgs args{to_pixel_adaln(sizes, dtype, q, u, ada, vectors, z, eps)};
+  py::gil_scoped_release unlocked;
+  cuda::pixel_adaln_compress(args, device, reinterpret_cast<void*>(stream));
+}
+
+// mlp: its width, weight and bias of fc1 and of fc2.
+void pixel_adaln_mlp_cuda(Sizes sizes, int dtype, RowsTuple q, MatrixTuple u, Address a,
+                          MatrixTuple ada, Two vectors,
+                          std::tuple<int64_t, Address, Address, Address, Address> mlp, Address out,
+                          float eps, int device, Address stream) {
+  if (is_empty(sizes)) return;
+  const auto [hidden, fc1_weight, fc1_bias, fc2_weight, fc2_bias] = mlp;
+  const cuda::PixelAdalnMlpArgs args{to_pixel_adaln(sizes, dtype, q, u, ada, vectors, out, eps),
                                      hidden,
-                                     to_dtype(dtype),
-                                     to_pointer<const void>("q", q_data),
-                                     q_stride_row,
-                                     q_stride_pixel,
-                                     to_pointer<const void>("u", u_data),
-                                     u_stride,
                                      to_pointer<const void>("a", a),
-                                     to_pointer<const void>("ada_weight", ada_data),
-                                     ada_stride,
-                                     vector("ada_bias", ada_bias),
-                                     vector("norm_weight", norm),
-                                     vector("fc1 weight", fc1_weight),
-                                     vector("fc1 bias", fc1_bias),
-                                     vector("fc2 weight", fc2_weight),
-                                     vector("fc2 bias", fc2_bias),
-                                     to_pointer<void>("out", out),
-                                     eps};
+                                     to_pointer<const void>("fc1 weight", fc1_weight),
+                                     to_pointer<const void>("fc1 bias", fc1_bias),
+                                     to_pointer<const void>("fc2 weight", fc2_weight),
+                                     to_pointer<const void>("fc2 bias", fc2_bias)};
   py::gil_scoped_release unlocked;
   cuda::pixel_adaln_mlp(args, device, reinterpret_cast<void*>(stream));
 }
@@ -199,6 +216,7 @@ void bind_pixel(py::module_& m) {
   m.def("pixel_adaln_compress_cpu", &pixel_adaln_compress_cpu);
   m.def("pixel_adaln_mlp_cpu", &pixel_adaln_mlp_cpu);
 #ifdef PIXELDIFF_SM90
+  m.def("pixel_adaln_compress_cuda", &pixel_adaln_compress_cuda);
   m.def("pixel_adaln_mlp_cuda", &pixel_adaln_mlp_cuda);
 #endif
   m.def("pixel_head_cpu", &pixel_head_cpu);

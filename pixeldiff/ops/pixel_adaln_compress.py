@@ -11,6 +11,8 @@ from .registry import Backend, define
 
 BACKENDS = (
     Backend("triton", "pixeldiff.triton_kernels.pixel_adaln_compress"),
+    # On request until it has been measured.
+    Backend("cuda", "pixeldiff.ops.cuda.pixel_adaln_compress", automatic=False),
     Backend("cpu", "pixeldiff.ops.cpu.pixel_adaln_compress"),
 )
 
@@ -68,7 +70,8 @@ def pixel_adaln_compress(
         ValueError: shape. TypeError: dtype.
 
     Backends: triton and cpu (fp32, bf16, fp16; neither stores more than a few MB of modulation, the
-    first none), reference (all 2*R*P*P*p values of it). Gradients: through the reference.
+    first none), cuda on request (bf16 and fp16, p = 16, compute capability 9.0; as triton),
+    reference (all 2*R*P*P*p values of it). Gradients: through the reference.
     Cost: 2*R*P*P*p*(2*D + A) FLOPs.
     Source: PiD (arXiv 2605.23902), PiT block, first half.
     """

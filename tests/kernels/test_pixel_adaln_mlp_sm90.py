@@ -1,16 +1,15 @@
 """The sm_90a kernel of pixel_adaln_mlp: its source on an emulator of a cluster, in random orders
 and with faults planted, or on a GPU; and what the compiler makes of it."""
 
-import ctypes
-import itertools
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from emulated import EmulatorError, library
-from emulated_pixel_adaln import SOURCE, barriers, pixel_adaln_mlp
+from emulated import EmulatorError
+from emulated_pixel_adaln import Args, MlpArgs, barriers, emulate, pixel_adaln_mlp
 from harness import NAMES, check_not_finite_like, launcher, on
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from machine_code import check_register_trade, compiled_for, instructions
 from rules import assert_bitwise, check_captures, check_repeatable, f64
 from test_pixel_adaln_mlp import DEFINITION, OP, arguments, reference, with_hidden
 
+from pixeldiff import native
 from pixeldiff.ops.cuda import pixel_adaln_mlp as backend
 from pixeldiff.ops.registry import explain
 
@@ -152,53 +152,25 @@ def test_gelu_over_its_whole_range(dtype, where):
     assert (error[tail] <= rounding[tail] + 0.004 * np.abs(want[tail])).all()
 
 
-# --- which tile, which block, which register
+# --- the launch
 
 
-@pytest.mark.parametrize("rows", [1, 256, 257, 2048, 4096 + 77, 16384])
-@pytest.mark.parametrize("pixels", [1, 4, 9, 256])
-def test_schedule(rows, pixels):
-    """Every tile once, and all patches of a group of 2048 before the next pixels."""
-    schedule = library(SOURCE).pixel_adaln_schedule
-    sizes = ctypes.c_int64(rows), ctypes.c_int64(pixels)
-    count = schedule(*sizes, None)
-    found = (ctypes.c_int * (2 * count))()
-    schedule(*sizes, found)
-    groups = [
-        [(row, pixel) for pixel in range(0, pixels, 4) for row in range(first, last, 256)]
-        for first in range(0, rows, 2048)
-        for last in [min(first + 2048, rows)]
-    ]
-    assert list(zip(found[::2], found[1::2], strict=True)) == [at for g in groups for at in g]
+def test_launch_in_pieces(monkeypatch):
+    """What Python gives the extension, with the emulator in its place: two pieces and a rest."""
+    sizes = []
 
+    def kernel(shape, dtype, q, u, a, ada, vectors, mlp, out, eps, device, stream):
+        sizes.append(shape)
+        hidden, *weights = mlp
+        common = Args(*shape, dtype, *q, *u, *ada, *vectors, out, eps)
+        emulate("emulate_pixel_adaln_mlp", MlpArgs(common, hidden, a, *weights))
 
-def test_cluster():
-    """Two by two; masks of those who have the same patches and of those who have the same pixels,
-    and together all who write into a block's memory."""
-    found = []
-    for rank in range(4):
-        out = (ctypes.c_int * 7)()
-        library(SOURCE).pixel_adaln_cluster(rank, out)
-        found.append(list(out))
-    for rank, (line, column, row_mask, column_mask, *sharing) in enumerate(found):
-        assert (line, column) == divmod(rank, 2)
-        row = {r for r in range(4) if found[r][0] == line}
-        same = {r for r in range(4) if found[r][1] == column}
-        assert row_mask == sum(1 << r for r in row)
-        assert column_mask == sum(1 << r for r in same)
-        assert sharing[0] == rank
-        assert set(sharing) == row | same
-        assert len(sharing) == 3
-
-
-def test_registers_of_a_chunk():
-    """PTX ISA, accumulator of wgmma: register i of a thread is column i / 4 * 8 + lane % 4 * 2 +
-    i % 2, row i / 2 % 2 of its two."""
-    value = library(SOURCE).pixel_adaln_value
-    for pixel, chunk, half, row, side in itertools.product(range(2), range(4), *[range(2)] * 3):
-        i = value(pixel, chunk, half, row, side)
-        assert i // 2 % 2 == row
-        assert i // 4 * 8 + i % 2 == pixel * 64 + chunk * 16 + half * 8 + side
+    monkeypatch.setattr(native, "load", lambda: SimpleNamespace(pixel_adaln_mlp_cuda=kernel))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(backend, "PIECE", 33)
+    args = arguments(torch.bfloat16, (70, 5, 16, 24, 24))
+    DEFINITION.check(backend.launch(*args, 1e-6), args)
+    assert sizes == [(33, 5, 24), (33, 5, 24), (4, 5, 24)]
 
 
 # --- what goes wrong is noticed
@@ -218,7 +190,7 @@ def test_faults_are_noticed(fault):
     """In some order of a few: by the emulator, or because the result is wrong."""
     kind, barrier = fault
     args = arguments(torch.bfloat16, (5, 9, 16, 64 * 7, 8))
-    where = barriers()[barrier] if barrier else (0, 0)
+    where = barriers(OP)[barrier] if barrier else (0, 0)
     for seed in range(16):
         try:
             DEFINITION.check(run("emulated", args, seed=seed, fault=kind, barriers=where), args)
@@ -344,6 +316,9 @@ def test_instructions(compiled):
     assert count["UTMALDG"] == len(re.findall(r"UTMALDG\.4D\.MULTICAST", sass)) == 2
     assert count["USETMAXREG"] == 2
     assert not any(count[name] for name in ("STL", "LDL", "STS", "LDS", "CALL"))
+    # The whole device's order is asked for at the cluster's barrier alone: before the product, and
+    # at the end of both roles.
+    assert len(re.findall(r"\bMEMBAR\S*\.GPU\b", sass)) == 3
 
 
 # --- on a GPU

@@ -64,24 +64,16 @@ class Device {
   __device__ __forceinline__ void sync_cluster() const {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
   }
-  // At the barrier of that block.
+  // At the barrier of that block. For what the tensor cores have read and the copy engine writes
+  // again: those reads are over when the wait for the product is. Neither this nor the wait there
+  // names a scope, since `cluster` would order this thread's own accesses too, by a MEMBAR.GPU and
+  // by emptying the first-level cache.
   __device__ __forceinline__ void arrive_at(int rank, uint32_t barrier) const {
     asm volatile(
         "{\n.reg .b32 there;\n"
         "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(
-            address(barrier)),
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(address(barrier)),
         "r"(rank)
-        : "memory");
-  }
-  // For a barrier at which threads of other blocks arrive.
-  __device__ __forceinline__ void wait_cluster(uint32_t barrier, uint32_t parity) const {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}\n" ::"r"(address(barrier)),
-        "r"(parity)
         : "memory");
   }
 

@@ -1,8 +1,10 @@
-// Both of the kernel's products' sides as the copy engine is told of them, and its parameters.
+// Both sides of the product as the copy engine is told of them, and the kernels' parameters.
 #pragma once
 
 #include "../hopper/tensor_map.h"
+#include "../pixel_adaln_compress.h"
 #include "../pixel_adaln_mlp.h"
+#include "compress.h"
 #include "mlp.h"
 
 namespace pixeldiff::pixel_adaln {
@@ -16,13 +18,6 @@ Schedule schedule_of(int64_t rows, int64_t pixels, int64_t D) {
   constexpr int kRows = kClusterSide * Tile::kRows;
   return {count(rows),  count(pixels),        count(D), kRows, kClusterSide * Tile::kPixels,
           Tile::kDepth, kGroupPatches / kRows};
-}
-
-// (rows, D), in boxes of `box_rows` by a step's channels.
-inline hopper::TensorMapSpec matrix_map(const void* data, bool bf16, int64_t rows, int64_t D,
-                                        int64_t stride, int depth, int box_rows) {
-  return hopper::heads_map({data, 0, stride, 0}, bf16, 1, rows, 1, D, static_cast<uint32_t>(depth),
-                           static_cast<uint32_t>(box_rows));
 }
 
 template <bool kBf16>
@@ -42,16 +37,34 @@ Mlp<kBf16> mlp_of(const cuda::PixelAdalnMlpArgs& a) {
           a.eps};
 }
 
-template <class Tile>
-hopper::TensorMapSpec patches_map(const cuda::PixelAdalnMlpArgs& a) {
-  return matrix_map(a.u, a.dtype == DType::bf16, a.rows, a.D, a.u_stride, Tile::kDepth,
-                    Tile::kBoxRows);
+template <bool kBf16>
+Compress<kBf16> compress_of(const cuda::PixelAdalnCompressArgs& a) {
+  return {static_cast<int>(a.rows),
+          static_cast<int>(a.pixels),
+          {a.q, a.q_stride_row, a.q_stride_pixel},
+          a.ada_bias,
+          a.norm,
+          a.out,
+          a.eps};
 }
 
+// (rows, D), a step's channels of a block's half of the patches.
 template <class Tile>
-hopper::TensorMapSpec weights_map(const cuda::PixelAdalnMlpArgs& a) {
-  return matrix_map(a.ada_weight, a.dtype == DType::bf16, kChunks * kChannels * a.pixels, a.D,
-                    a.ada_stride, Tile::kDepth, Tile::kPixelColumns);
+hopper::TensorMapSpec patches_map(const cuda::PixelAdalnArgs& a) {
+  return hopper::heads_map({a.u, 0, a.u_stride, 0}, a.dtype == DType::bf16, 1, a.rows, 1, a.D,
+                           Tile::kDepth, Tile::kBoxRows);
+}
+
+// (pixels, octets, 8, D), a step's channels of the rows that columns.h says.
+template <class Tile>
+hopper::TensorMapSpec weights_map(const cuda::PixelAdalnArgs& a) {
+  const int64_t row = a.ada_stride;
+  auto spec =
+      hopper::heads_map({a.ada_weight, kOctets * 8 * row, 8 * row, row}, a.dtype == DType::bf16,
+                        a.pixels, kOctets, 8, a.D, Tile::kDepth, Tile::kBoxOctets);
+  spec.box[1] = Tile::kBoxOctetRows;
+  spec.box[3] = Tile::kBoxPixels;
+  return spec;
 }
 
 }  // namespace pixeldiff::pixel_adaln

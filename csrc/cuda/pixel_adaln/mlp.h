@@ -15,7 +15,7 @@ namespace pixeldiff::pixel_adaln {
 
 template <bool kBf16>
 struct Mlp {
-  using Tile = Sm90Tile<2, 4>;
+  using Tile = Sm90Tile<PairColumns<2, 4, 128>, 2>;
   enum Chunk { kGate1, kShift, kScale, kGate2 };
 
   int rows, pixels, hidden;  // hidden a multiple of 16

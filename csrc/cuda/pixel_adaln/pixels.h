@@ -1,4 +1,4 @@
-// What a thread of the pixel_adaln kernels reads and writes of the pixels of its sums: two
+// What a thread of the pixel_adaln kernels reads and writes of the pixels of its sums: two or eight
 // neighbouring channels of 16 bits at a time.
 #pragma once
 
@@ -36,6 +36,12 @@ PIXELDIFF_HOST_DEVICE int at_most(int i, int last) { return i < last ? i : last;
 template <class M>
 PIXELDIFF_DEVICE uint32_t load_pair(const M& m, const void* data, int64_t i) {
   return m.load(reinterpret_cast<const uint32_t*>(static_cast<const char*>(data) + 2 * i));
+}
+
+// Eight from element i on.
+template <class M>
+PIXELDIFF_DEVICE void load_octet(const M& m, const void* data, int64_t i, uint32_t (&octet)[4]) {
+  m.template load_words<4>(static_cast<const char*>(data) + 2 * i, octet);
 }
 
 // Of patches and pixels past the last one the last one's values.

@@ -5,11 +5,15 @@
 //
 //   warpgroup 0   one thread loads: steps of 64 of D into a ring of stages, for itself and for the
 //                 blocks that share its patches or its pixels (sm90_tile.h).
-//   1 and 2       every other tile each, 128 patches by 128 columns: the sums of one are multiplied
-//                 while those of the other are made a result.
+//   1 and 2       either 64 patches each of every tile: nothing but the ring holds the two
+//   together,
+//                 and while one makes its sums a result the other may still multiply, or already
+//                 again. Or every other tile each: the sums of one are multiplied while those of
+//                 the other are made a result.
 //
-// They take turns at issuing. A wait for a stage tells one use of it from the next, not from the
-// one after: whoever starts a tile must know that all stages of the tile before have been filled.
+// With every other tile they take turns at issuing. A wait for a stage tells one use of it from the
+// next, not from the one after: whoever starts a tile must know that all stages of the tile before
+// have been filled.
 #pragma once
 
 #include "../hopper/descriptor.h"
@@ -23,7 +27,7 @@ template <class M, class Tile, class Epilogue, bool kBf16>
 struct Sm90Product {
   using Map = typename M::TensorMap;
   using Ring = hopper::Ring<Tile::kStages>;
-  using Sums = float[2][Tile::kColumns / 2];  // of two m64
+  using Sums = float[Tile::kParts][Tile::kColumns / 2];  // of each m64
   static constexpr int kTurn = 1;  // named barrier of the first consumer; 0 is the block's
 
   M& m;
@@ -34,7 +38,7 @@ struct Sm90Product {
     if (m.thread() == 0) {
       for (int stage = 0; stage < Tile::kStages; ++stage) {
         m.barrier_init(Tile::full(stage), 1);
-        m.barrier_init(Tile::empty(stage), kSharing * kWarpgroup / 32);
+        m.barrier_init(Tile::empty(stage), kSharing * Tile::kReaders);
       }
       m.publish_barriers();
     }
@@ -60,18 +64,15 @@ struct Sm90Product {
       for (int step = 0; step < schedule.steps(); ++step, ring.advance()) {
         const int k = step * Tile::kDepth;
         const uint32_t full = Tile::full(ring.stage);
-        m.wait_cluster(Tile::empty(ring.stage), ring.parity_of_writer());
+        m.wait(Tile::empty(ring.stage), ring.parity_of_writer());
         m.arrive_and_expect(full, Tile::kStageBytes);
         m.load_box_for(row_mask(rank), patches,
                        Tile::patches(ring.stage) + column * Tile::kBoxBytes, full, k, 0,
                        at.row + column * Tile::kBoxRows, 0);
-        PIXELDIFF_UNROLL
-        for (int n = 0; n < Tile::kBoxPixels; ++n) {
-          const int pixel = line * Tile::kBoxPixels + n;
-          m.load_box_for(column_mask(rank), weights,
-                         Tile::weights(ring.stage) + pixel * Tile::kPixelBytes, full, k, 0,
-                         Tile::weight_row(at.pixel + pixel), 0);
-        }
+        for (int box = 0; box < Tile::kBoxes; ++box)
+          m.load_box_for(column_mask(rank), weights, Tile::weights(ring.stage, line, box), full, k,
+                         Tile::box(box).row, Tile::box(box).octet,
+                         at.pixel + line * Tile::kBoxPixels);
       }
     }
   }
@@ -82,17 +83,19 @@ struct Sm90Product {
     const int steps = schedule.steps();
     Sums sums;
     const auto index = [&](int job) { return m.block() / kCluster + job * clusters; };
-    for (int job = consumer; index(job) < schedule.tiles(); job += kConsumers) {
-      const Schedule::Tile at = tile(index(job));
+    for (int job = Tile::kTogether ? 0 : consumer; index(job) < schedule.tiles();
+         job += Tile::kTogether ? 1 : kConsumers) {
+      Schedule::Tile at = tile(index(job));
+      if (Tile::kTogether) at.row += 64 * consumer;
       const typename Epilogue::Given given = epilogue.load(m, at);
       const int first = job * steps;
       Ring ring{first % Tile::kStages, static_cast<uint32_t>(first / Tile::kStages)};
       int last = ring.stage;
-      if (job > 0) m.named_sync(kTurn + consumer, kWarpgroup * kConsumers);
+      if (!Tile::kTogether && job > 0) m.named_sync(kTurn + consumer, kWarpgroup * kConsumers);
       for (int step = 0; step < steps; ++step, ring.advance()) {
         m.wait(Tile::full(ring.stage), ring.parity());
         m.wgmma_fence();
-        multiply(ring.stage, step > 0, sums);
+        multiply(Tile::kTogether ? consumer : 0, ring.stage, step > 0, sums);
         m.wgmma_commit();
         if (step > 0) {
           m.template wgmma_wait<1>();
@@ -100,10 +103,10 @@ struct Sm90Product {
         }
         last = ring.stage;
       }
-      if (index(job + 1) < schedule.tiles())
+      if (!Tile::kTogether && index(job + 1) < schedule.tiles())
         m.named_arrive(kTurn + (consumer + 1) % kConsumers, kWarpgroup * kConsumers);
-      m.template wgmma_wait<0>(sums[0]);
-      m.template wgmma_wait<0>(sums[1]);
+      PIXELDIFF_UNROLL
+      for (int part = 0; part < Tile::kParts; ++part) m.template wgmma_wait<0>(sums[part]);
       leave(last);
       epilogue.store(m, at, given, sums);
     }
@@ -116,16 +119,19 @@ struct Sm90Product {
             at.pixel + cluster_column(m.rank()) * Tile::kPixels};
   }
 
-  PIXELDIFF_DEVICE void multiply(int stage, bool add, Sums& sums) {
-    const uint64_t a = hopper::advance(
-        hopper::k_major(m.address(Tile::patches(0)), Tile::kRowBytes), stage * Tile::kStageBytes);
+  // `first` of the tile's m64.
+  PIXELDIFF_DEVICE void multiply(int first, int stage, bool add, Sums& sums) {
+    const uint32_t rows = first * 64 * Tile::kRowBytes;
+    const uint64_t a =
+        hopper::advance(hopper::k_major(m.address(Tile::patches(0) + rows), Tile::kRowBytes),
+                        stage * Tile::kStageBytes);
     const uint64_t b = hopper::advance(
         hopper::k_major(m.address(Tile::weights(0)), Tile::kRowBytes), stage * Tile::kStageBytes);
     PIXELDIFF_UNROLL
     for (int k = 0; k < Tile::kDepth; k += 16) PIXELDIFF_UNROLL
-    for (int half = 0; half < 2; ++half)
-      m.template wgmma_shared<kBf16>(sums[half],
-                                     hopper::advance(a, half * 64 * Tile::kRowBytes + 2 * k),
+    for (int part = 0; part < Tile::kParts; ++part)
+      m.template wgmma_shared<kBf16>(sums[part],
+                                     hopper::advance(a, part * 64 * Tile::kRowBytes + 2 * k),
                                      hopper::advance(b, 2 * k), add || k > 0);
   }
 

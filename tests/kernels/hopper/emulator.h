@@ -175,7 +175,6 @@ class Thread {
   int rank() const;
   void sync_cluster();
   void arrive_at(int rank, uint32_t barrier);
-  void wait_cluster(uint32_t barrier, uint32_t parity) { wait(barrier, parity); }
   void load_box_for(uint16_t ranks, const Map& map, uint32_t to, uint32_t barrier, int channel,
                     int head, int row, int image);
 
@@ -556,13 +555,14 @@ class Block {
     Copy& copy = copies_[index];
     const auto& spec = copy.map.spec;
     const uint32_t size = spec.element, width = spec.box[0] * size,
-                   rows = spec.box[1] * spec.box[2];
+                   plane = spec.box[1] * spec.box[2], rows = plane * spec.box[3];
     if (!copy.poisoned) poison(copy);
     const uint32_t until = std::min(rows, copy.next_row + 1 + draw(static_cast<int>(rows)));
     for (; copy.next_row < until; ++copy.next_row) {
       for (uint32_t column = 0; column < spec.box[0]; ++column) {
         const int64_t at[4] = {copy.at[0] + column, copy.at[1] + copy.next_row % spec.box[1],
-                               copy.at[2] + copy.next_row / spec.box[1], copy.at[3]};
+                               copy.at[2] + copy.next_row % plane / spec.box[1],
+                               copy.at[3] + copy.next_row / plane};
         bool inside = true;
         int64_t offset = at[0] * size;
         for (int axis = 0; axis < 4; ++axis) {
@@ -593,7 +593,7 @@ class Block {
 
   void poison(Copy& copy) {
     const auto& box = copy.map.spec.box;
-    const uint32_t elements = box[0] * box[1] * box[2] * copy.map.spec.element / 2;
+    const uint32_t elements = box[0] * box[1] * box[2] * box[3] * copy.map.spec.element / 2;
     for (uint32_t i = 0; i < elements; ++i)
       element(generic_, copy.to + 2 * i) = element(async_, copy.to + 2 * i) = kPoison;
     copy.poisoned = true;
@@ -856,7 +856,8 @@ inline void Thread::load_box_for(uint16_t ranks, const Map& map, uint32_t to, ui
   const auto& spec = map.spec;
   if (to % (8 * spec.swizzle)) fail("a box that does not start where its swizzle does");
   if (spec.swizzle != spec.box[0] * spec.element) fail("a box that is not as wide as its swizzle");
-  if (spec.box[1] > 256 || spec.box[2] > 256 || spec.box[3] != 1) fail("a box of other shape");
+  for (const uint32_t elements : spec.box)
+    if (elements < 1 || elements > 256) fail("a box of other shape");
   if (ranks == 0 || ranks >> block_.cluster_) fail("a copy for blocks outside of the cluster");
   for (int rank = 0; rank < block_.cluster_; ++rank) {
     if (!(ranks >> rank & 1)) continue;
