@@ -52,6 +52,7 @@ def main() -> None:
     help="default: bf16 on CUDA; fp8: e4m3 products, capability 8.9 (docs/precision.md)",
 )
 @click.option("--low-memory", is_flag=True, help="half the activations, about 1% slower")
+@click.option("--pixel-chunk", type=click.IntRange(1), help="patches at a time; default: all")
 @click.option(
     "--tile", callback=parsed_tile, help="decode in tiles: auto, or HEIGHTxWIDTH in latent cells"
 )
@@ -77,6 +78,7 @@ def decode(
     device: str | None,
     precision: str | None,
     low_memory: bool,
+    pixel_chunk: int | None,
     tile: tuple[int, int] | str | None,
     overlap: int | None,
     tile_mode: str,
@@ -111,6 +113,7 @@ def decode(
         precision=precision,
         text_encoder=text_encoder,
         low_memory=low_memory,
+        pixel_chunk=pixel_chunk,
     )
     check_picture_path(output, size or output_size(decoder.net.config, latent.shape[-2:]))
     with progress_bar(quiet) as callback:

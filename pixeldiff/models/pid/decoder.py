@@ -38,6 +38,7 @@ from .checkpoint import LoadedCheckpoint, net_from, read_checkpoint
 from .config import PiDConfig
 from .graphs import Student
 from .network import PiDNet, Tables
+from .pixel_bands import check_chunk
 from .samplers import (
     Advance,
     dynamic_shift,
@@ -101,6 +102,8 @@ class PiDDecoder:
             images each; `release_graphs` frees it.
         low_memory: make the latent's features anew in every step instead of keeping them: half the
             activations or less, the same pixels, and about 1% more arithmetic.
+        pixel_chunk: patches at a time through all that works on each patch by itself, as for
+            `PiDNet.prepare`; None is all. The same pixels up to rounding.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class PiDDecoder:
         name: str = "custom",
         cuda_graphs: bool | int = True,
         low_memory: bool = False,
+        pixel_chunk: int | None = None,
     ) -> None:
         if net.config.lq_latent_channels is None:
             raise ValueError(
@@ -127,6 +131,7 @@ class PiDDecoder:
         self.sampling = sampling or (variant.sampling if variant else STUDENT)
         self.name = name
         self.low_memory = low_memory
+        self.pixel_chunk = check_chunk(pixel_chunk)
         self.graphs: Graphs[Advance] = Graphs(graph_limit(cuda_graphs))
         self._tables: Recent[Tables] = Recent(KEPT_TABLES)
 
@@ -146,6 +151,7 @@ class PiDDecoder:
         sampling: SamplingSettings | None = None,
         cuda_graphs: bool | int = True,
         low_memory: bool = False,
+        pixel_chunk: int | None = None,
     ) -> PiDDecoder:
         """Read a checkpoint.
 
@@ -167,7 +173,7 @@ class PiDDecoder:
             variant, config, ema: as for `read_checkpoint`.
             sampling: schedule and guidance of a network that was never released; default: the
                 variant's, or the 4-step student's.
-            cuda_graphs, low_memory: as for `PiDDecoder`.
+            cuda_graphs, low_memory, pixel_chunk: as for `PiDDecoder`.
 
         Raises:
             CheckpointError: what is wrong with the file (see `pixeldiff.errors`); nothing stays
@@ -180,6 +186,7 @@ class PiDDecoder:
         if precision is None:
             precision = "bf16" if device.type == "cuda" else "fp32"
         graph_limit(cuda_graphs)
+        check_chunk(pixel_chunk)
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         check_precision(precision, device)
@@ -209,6 +216,7 @@ class PiDDecoder:
             name=_name(path, loaded),
             cuda_graphs=cuda_graphs,
             low_memory=low_memory,
+            pixel_chunk=pixel_chunk,
         )
 
     @property
@@ -353,6 +361,7 @@ class PiDDecoder:
                     prediction_type=self.sampling.prediction_type,
                     state_dtype=STATE_DTYPES[state_dtype],
                     cfg_scale=cfg_scale,
+                    pixel_chunk=self.pixel_chunk,
                 )
                 result = sample_tiled(self.net, tiled, tile_mode, draw, callback, tile_callback)
                 result = result.clamp_(-1, 1)
@@ -370,13 +379,20 @@ class PiDDecoder:
                         state_dtype=STATE_DTYPES[state_dtype],
                         want_x0=callback is not None,
                         keep_features=not self.low_memory,
+                        pixel_chunk=self.pixel_chunk,
                     ),
                     draw,
                     callback,
                 )
             else:
                 condition = self.net.prepare(
-                    latent, y, sigma, size=size, tables=tables, keep_features=not self.low_memory
+                    latent,
+                    y,
+                    sigma,
+                    size=size,
+                    tables=tables,
+                    keep_features=not self.low_memory,
+                    pixel_chunk=self.pixel_chunk,
                 )
                 negative = None if null is None else self.net.recaption(condition, null)
                 result = sample_teacher(
@@ -414,6 +430,8 @@ class PiDDecoder:
         if not self.distilled:
             metadata["cfg_scale"] = cfg_scale
             metadata["negative_caption"] = describe(negative_caption)
+        if self.pixel_chunk is not None:
+            metadata["pixel_chunk"] = self.pixel_chunk
         forced = forced_backends()
         if forced:
             metadata["backend"] = forced
