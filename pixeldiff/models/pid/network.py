@@ -6,7 +6,7 @@ loop. `net(x, t, y, ...)` is `step(x, t, prepare(...))`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -18,6 +18,7 @@ from ... import ops
 from ...ops.registry import needs_grad
 from ..feed_forward import SwiGLU
 from ..fp8 import Fp8Linear, quantize_
+from ..offload import Offload, Part, offloaded, visiting
 from .config import PiDConfig
 from .layers import CaptionEmbedder, FinalLayer, Projection, TimeEmbedder
 from .lq_projection import LQProjection, SigmaGate
@@ -115,6 +116,7 @@ class PiDNet(nn.Module):
     ) -> None:
         super().__init__()
         self.config = c = config
+        self.offload: Offload | None = None
         factory = {"device": device, "dtype": dtype}
         dim = c.hidden_size
         self.y_pos_embedding = nn.Parameter(torch.zeros(1, c.txt_max_length, dim, **factory))
@@ -168,10 +170,51 @@ class PiDNet(nn.Module):
         (AdaLN and its products with the pixel stream, embedders, the latent's branch, gates, head):
         a fifth of the FLOPs of all linear layers, whose errors go into the image unaveraged.
         """
-        for block in self.patch_blocks:
-            quantize_(block, *_MMDIT_FP8)
-        for block in self.pixel_blocks:
-            quantize_(block, *_PIT_FP8)
+        for block in (*self.patch_blocks, *self.pixel_blocks):
+            _quantize(block)
+        return self
+
+    def offload_(
+        self,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        fp8: bool = False,
+    ) -> PiDNet:
+        """Take the blocks' weights off the device: each visits it when its turn comes, while the
+        block before computes. Same results; a step takes as long as copying all of them, if that is
+        longer (1.8 GB at released size in bf16).
+
+        From then on the blocks' parameters are on the meta device: they say their shapes, and
+        nothing that is done to them has an effect. Hooks of the first block of a kind are all
+        blocks'.
+
+        Args:
+            device, dtype: where and in what to compute; default: as now. Weights that are yet to be
+                moved or converted are, a block at a time.
+            fp8: quantise the blocks as `quantize_` does, on the device.
+
+        Raises:
+            ValueError: parameters that require gradients, or a device that is not cuda or cpu.
+        """
+        device = self.device if device is None else device
+        dtype = self.dtype if dtype is None else dtype
+
+        def ready(block: nn.Module) -> None:
+            if fp8:
+                _quantize(block.to(device, dtype))
+
+        def modulation(name: str) -> bool:
+            return name.startswith("adaLN_modulation_")
+
+        parts = [
+            # What a time's vectors are made of, a third of all, is needed once an image.
+            Part("modulation", self.patch_blocks, modulation, "patch_blocks"),
+            Part("patch_blocks", self.patch_blocks, lambda n: not modulation(n), "pixel_blocks"),
+            Part("pixel_blocks", self.pixel_blocks, lambda n: True, "patch_blocks"),
+        ]
+        if self.offload is None:
+            self.offload = offloaded(self, parts, device=device, dtype=dtype, ready=ready)
         return self
 
     @property
@@ -318,7 +361,8 @@ class PiDNet(nn.Module):
     def _modulation(self, times: Tensor) -> StepModulation:
         e = self.t_embedder.embedded(times)
         c = silu(e)
-        image, text = zip(*(block.modulation(c) for block in self.patch_blocks), strict=True)
+        with visiting(self.offload, "modulation", self.patch_blocks) as blocks:
+            image, text = zip(*(block.modulation(c) for block in blocks), strict=True)
         return StepModulation(time=e, image=list(image), text=list(text))
 
     def _modulations(self, tables: Tables) -> dict[float, StepModulation]:
@@ -443,19 +487,21 @@ class PiDNet(nn.Module):
         image = Stream(self.s_embedder(ops.patchify(x, c.patch_size, dtype=self.dtype)))
         if trace:
             trace("s_embed", image.x)
-        for i, block in enumerate(self.patch_blocks):
-            if condition.has_latent and i % c.lq_interval == 0:
-                r = i // c.lq_interval
-                self.lq_proj.gate_modules[r].inject(image, *condition.injection(r))
-            if trace:
-                trace(f"patch_blocks.{i}.x_in", image.x)
-            # The text stream ends with its keys and values in the last block: nothing reads it.
-            last = i == c.patch_depth - 1 and trace is None
-            rope, how = (condition.rope, condition.txt_rope), {"image_only": last, "chunk": chunk}
-            block(image, text, mod.image[i], mod.text[i], *rope, **how)
-            if trace:
-                trace(f"patch_blocks.{i}.x", image.x)
-                trace(f"patch_blocks.{i}.y", text.x)
+        with visiting(self.offload, "patch_blocks", self.patch_blocks) as blocks:
+            for i, block in enumerate(blocks):
+                if condition.has_latent and i % c.lq_interval == 0:
+                    r = i // c.lq_interval
+                    self.lq_proj.gate_modules[r].inject(image, *condition.injection(r))
+                if trace:
+                    trace(f"patch_blocks.{i}.x_in", image.x)
+                # The text stream ends with its keys and values in the last block: nothing reads it.
+                last = i == c.patch_depth - 1 and trace is None
+                rope = (condition.rope, condition.txt_rope)
+                how = {"image_only": last, "chunk": chunk}
+                block(image, text, mod.image[i], mod.text[i], *rope, **how)
+                if trace:
+                    trace(f"patch_blocks.{i}.x", image.x)
+                    trace(f"patch_blocks.{i}.y", text.x)
         return image.x
 
     def _pixel_stream(self, x, u, condition, trace):
@@ -465,10 +511,11 @@ class PiDNet(nn.Module):
         )
         if trace:
             trace("pixel_embed", q)
-        for k, block in enumerate(self.pixel_blocks):
-            q = block(q, u, condition.pixel_rope, x.shape[0])
-            if trace:
-                trace(f"pixel_blocks.{k}", q)
+        with visiting(self.offload, "pixel_blocks", self.pixel_blocks) as blocks:
+            for k, block in enumerate(blocks):
+                q = block(q, u, condition.pixel_rope, x.shape[0])
+                if trace:
+                    trace(f"pixel_blocks.{k}", q)
         return q
 
     def _chunk(self, x: Tensor, condition: PiDCondition, trace: Trace | None = None) -> int | None:
@@ -478,7 +525,9 @@ class PiDNet(nn.Module):
         kept = (x, condition.text, *condition.features)
         return None if needs_grad(*kept, *self.parameters()) else condition.pixel_chunk
 
-    def _bands(self, x: Tensor, u: Tensor, condition: PiDCondition):
+    def _bands(
+        self, x: Tensor, u: Tensor, condition: PiDCondition
+    ) -> Iterator[tuple[Band, Tensor]]:
         """The pixel stream before the head, (n, P*P, p), of one `Band` after the other."""
         patch, embed = self.config.patch_size, self.pixel_embedder.proj
         grid = self._grid(condition.size)
@@ -489,8 +538,9 @@ class PiDNet(nn.Module):
             tables = (condition.pos_x, pos_y)
             return ops.pixel_embed(own[None], embed.weight, embed.bias, *tables, patch=patch)
 
-        blocks, depth = self.pixel_blocks, len(self.pixel_blocks)
-        return pixel_stream(blocks, embedded, u, condition.pixel_rope, parts, depth)
+        depth = len(self.pixel_blocks)
+        with visiting(self.offload, "pixel_blocks", self.pixel_blocks) as blocks:
+            yield from pixel_stream(blocks, embedded, u, condition.pixel_rope, parts, depth)
 
     def _head(self) -> tuple[Tensor, Tensor, Tensor]:
         final = self.final_layer
@@ -579,3 +629,7 @@ class PiDNet(nn.Module):
             image=[m.expand(batch, -1, -1) for m in mod.image],
             text=[m.expand(batch, -1, -1) for m in mod.text],
         )
+
+
+def _quantize(block: MMDiTBlock | PiTBlock) -> None:
+    quantize_(block, *(_PIT_FP8 if isinstance(block, PiTBlock) else _MMDIT_FP8))

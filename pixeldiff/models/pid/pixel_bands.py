@@ -7,12 +7,12 @@ stream exists once, and not before the first block has ended: that block embeds 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ... import ops
 from .mmdit_block import Rope
 from .pit_block import PiTBlock
 
@@ -58,7 +58,7 @@ def bands(batch: int, grid: tuple[int, int], patch: int, most: int) -> list[Band
     found = []
     for image in range(batch):
         first = image * height * width
-        for top, end in zip(edges[:-1], edges[1:], strict=True):
+        for top, end in itertools.pairwise(edges):
             tokens = slice(top * width, end * width)
             patches = slice(first + tokens.start, first + tokens.stop)
             found.append(Band(image, slice(top * patch, end * patch), tokens, patches))
