@@ -132,7 +132,8 @@ def test_with_gradients_or_a_trace_all_at_once():
 
 @pytest.mark.parametrize("options", [{}, {"tile": (4, 4), "overlap": 1}, {"low_memory": True}])
 def test_a_decode(options):
-    low, how = options.pop("low_memory", False), {"seed": 1, "output": "pt", **options}
+    how = {"seed": 1, "output": "pt", **options}
+    low = how.pop("low_memory", False)
     latent, caption = tiny_latent(2, 6, 4), tiny_caption(2)
     whole = PiDDecoder(tiny_net(), low_memory=low).decode(latent, caption=caption, **how)
     decoder = PiDDecoder(tiny_net(), low_memory=low, pixel_chunk=3)
