@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import tempfile
@@ -45,12 +46,36 @@ def written_whole(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """Temporary paths to write instead of `paths`, which they become if the block succeeds.
 
     If it does not, by an error or an interruption, there is neither a new file nor a temporary one.
+    The data are on the disk before a name is theirs: a power cut leaves the old file or the new.
     """
     partial = [path.with_name(f".{secrets.token_hex(8)}.part") for path in paths]
     try:
         yield partial
+        for source in partial:
+            _sync_file(source)
         for source, path in zip(partial, paths, strict=True):
             os.replace(source, path)
+        for folder in {path.parent for path in paths}:
+            sync_folder(folder)
     finally:
         for source in partial:
             source.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the folder's names on the disk."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # a file system that cannot; nothing more can be done there
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from ... import __version__, images
 from ...alignment import aligned
+from ...jobs import JobStore, Stages, resumable
+from ...jobs.identity import digest_of, machine
 from ...text import CaptionFile, load_caption
 from .. import devices, fp8
 from ..devices import check_device, no_autocast
-from ..graphs import Graphs, graph_limit
+from ..graphs import Graphs, graph_limit, settings
 from ..noise import NoiseSource, noise_source
 from ..provenance import Caption, describe, forced_backends
 from ..recent import Recent
@@ -248,6 +251,7 @@ class PiDDecoder:
         """Free the memory of captured CUDA graphs. Waits for a decode that is using one."""
         self.graphs.release()
 
+    @resumable
     def decode(
         self,
         latent: Tensor,
@@ -269,6 +273,7 @@ class PiDDecoder:
         tile_mode: str = "sync",
         tile_batch: int = 1,
         tile_callback: TileCallback | None = None,
+        resume: str | os.PathLike[str] | JobStore | None = None,
     ) -> DecodeOutput:
         """Decode latents to images.
 
@@ -301,6 +306,10 @@ class PiDDecoder:
             tile_batch: tiles in one network call: a little faster, more memory. Equal pixels up to
                 rounding.
             tile_callback: told after each tile (`TileInfo`); returning False stops.
+            resume: a folder that keeps finished tiles and steps, so that a process killed at any
+                moment costs one of them: the same call goes on there, to the same pixels. Removed
+                at the end; a `pixeldiff.jobs.JobStore` lasts until its own block does. Where it
+                holds a job begun without a seed, None is that job's seed.
 
         Returns:
             Images and metadata. Nothing else that shows is kept or changed, so a decoder may be
@@ -309,6 +318,7 @@ class PiDDecoder:
         Raises:
             ValueError, TypeError: an argument the network cannot take; checked before any work.
             Interrupted: the callback returned False. What a callback raises passes through.
+            ResumeError: `resume` holds another job, or another process is at it.
             ArithmeticError: the network returned NaN.
         """
         images.check_output(output)
@@ -331,12 +341,43 @@ class PiDDecoder:
         if state_dtype is None:
             narrow = not self.distilled or self.device.type == "mps"
             state_dtype = "fp32" if narrow else "fp64"
+        if resume is not None and generator is None:
+            seed = resume.recalled("seed", seed)
         draw, seed = noise_source(seed, generator, latent.shape[0], self.device, what="latent")
         y = self._caption("caption", caption, latent.shape[0])
         null = None
         if cfg_scale != 1:
             null = self._caption("negative_caption", negative_caption, latent.shape[0])
         tables = self._tables_for(own_size, y.shape[1], times)
+        if resume is not None:
+            resume.begin(
+                {
+                    "job": "PiD decode",
+                    "pixeldiff": __version__,
+                    **machine(self.device),
+                    "arithmetic": settings(),
+                    "precision": self.precision,
+                    "weights": resume.weights(self.net),
+                    "latent": digest_of(latent),
+                    "latent shape": latent.shape,
+                    "sigma": _shortest(sigma),
+                    "caption": digest_of(y),
+                    "negative caption": digest_of(null),
+                    "seed": seed,
+                    "rng": draw.kind,
+                    "noise": digest_of(*draw.states()),
+                    "size": size,
+                    "times": times,
+                    "sampler": sample_type if self.distilled else "dpmpp_2m",
+                    "prediction": self.sampling.prediction_type,
+                    "state": state_dtype,
+                    "cfg_scale": cfg_scale,
+                    "tile": None if layout is None else [layout.tile, layout.overlap],
+                    "tile_mode": None if layout is None else tile_mode,
+                    "tile_batch": None if layout is None else tile_batch,
+                }
+            )
+        stages = Stages(resume, draw, self.device)
         with torch.no_grad(), no_autocast(self.device):
             if layout is not None:
                 tiled = TiledSampling(
@@ -354,7 +395,9 @@ class PiDDecoder:
                     state_dtype=STATE_DTYPES[state_dtype],
                     cfg_scale=cfg_scale,
                 )
-                result = sample_tiled(self.net, tiled, tile_mode, draw, callback, tile_callback)
+                result = sample_tiled(
+                    self.net, tiled, tile_mode, draw, callback, tile_callback, stages
+                )
                 result = result.clamp_(-1, 1)
             elif self.distilled:
                 result = self._student(
@@ -373,20 +416,23 @@ class PiDDecoder:
                     ),
                     draw,
                     callback,
+                    stages,
                 )
             else:
                 condition = self.net.prepare(
                     latent, y, sigma, size=size, tables=tables, keep_features=not self.low_memory
                 )
                 negative = None if null is None else self.net.recaption(condition, null)
+                channels = self.net.config.in_channels
                 result = sample_teacher(
                     lambda x, tau: self.net.step(x, tau, condition),
                     lambda x, tau: self.net.step(x, tau, negative),
-                    draw((latent.shape[0], self.net.config.in_channels, *size)),
+                    stages.held("x", partial(draw, (latent.shape[0], channels, *size))),
                     times,
                     cfg_scale=cfg_scale,
                     prediction_type=self.sampling.prediction_type,
                     callback=callback,
+                    stages=stages,
                 ).clamp(-1, 1)
             if torch.isnan(result).any():
                 raise ArithmeticError(
@@ -419,16 +465,20 @@ class PiDDecoder:
             metadata["backend"] = forced
         return DecodeOutput(images.convert(result, output), metadata)
 
-    def _student(self, student: Student, draw: NoiseSource, callback: Callback | None) -> Tensor:
+    def _student(
+        self, student: Student, draw: NoiseSource, callback: Callback | None, stages: Stages
+    ) -> Tensor:
         shape = (student.latent.shape[0], self.net.config.in_channels, *student.size)
         with self.graphs.run(self.net, student) as advance:
             x = run_student(
                 advance,
-                draw(shape),  # not named: it would be kept for all steps
+                # Not named: it would be kept for all steps.
+                stages.held("x", partial(draw, shape)),
                 student.times,
                 draw,
                 sample_type=student.sample_type,
                 callback=callback,
+                stages=stages,
             )
             return x.clamp(-1, 1)  # a copy: x may be a graph's
 
