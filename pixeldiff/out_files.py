@@ -42,13 +42,16 @@ def check_out_path(path: str | os.PathLike[str], *suffixes: str) -> Path:
 
 
 @contextlib.contextmanager
-def written_whole(paths: Sequence[Path]) -> Iterator[list[Path]]:
+def written_whole(paths: Sequence[Path], *, by_way_of: Path | None = None) -> Iterator[list[Path]]:
     """Temporary paths to write instead of `paths`, which they become if the block succeeds.
+
+    Args:
+        by_way_of: folder of the temporary files, on the same file system; default: beside `paths`.
 
     If it does not, by an error or an interruption, there is neither a new file nor a temporary one.
     The data are on the disk before a name is theirs: a power cut leaves the old file or the new.
     """
-    partial = [path.with_name(f".{secrets.token_hex(8)}.part") for path in paths]
+    partial = [(by_way_of or path.parent) / f".{secrets.token_hex(8)}.part" for path in paths]
     try:
         yield partial
         for source in partial:

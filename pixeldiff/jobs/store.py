@@ -96,9 +96,10 @@ class JobStore:
         except (OSError, ValueError, LookupError, TypeError):
             return {}
 
-    def recalled(self, key: str, given: Any) -> Any:
-        """`given`, or where that is None what the folder's job has under `key`."""
-        return self.stated().get(key) if given is None else given
+    def seed(self, given: int | None) -> int | None:
+        """`given`, or where that is None the seed that the folder's job began with, if any."""
+        stated = self.stated().get("seed")
+        return stated if given is None and isinstance(stated, int) else given
 
     def weights(self, net: nn.Module) -> str:
         """Digest of a network's weights, which must not change as long as the store is open."""
@@ -181,8 +182,7 @@ class JobStore:
 
     def _refuse_other_contents(self) -> None:
         for path in self.path.iterdir():
-            ours = path.name == JOB or path.suffix in (PIECE, PARTIAL) or (path / JOB).is_file()
-            if not ours and not (path.is_dir() and not any(path.iterdir())):
+            if not _ours(path):
                 raise ResumeError(
                     f"resume: {self.path} must be empty or hold an unfinished job, it holds "
                     f"{path.name}; name another folder"
@@ -204,6 +204,12 @@ def resumable(call: Callable) -> Callable:
             return call(self, *args, resume=store, **options)
 
     return run
+
+
+def _ours(path: Path) -> bool:
+    if path.is_dir():
+        return all(map(_ours, path.iterdir()))
+    return path.name == JOB or path.suffix in (PIECE, PARTIAL)
 
 
 def _sha256(job: Mapping[str, Any]) -> str:

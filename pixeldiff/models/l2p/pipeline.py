@@ -308,7 +308,7 @@ class L2PPipeline:
                 "not known to the run that goes on; use callback to be told of the steps"
             )
         if resume is not None and generator is None:
-            seed = resume.recalled("seed", seed)
+            seed = resume.seed(seed)
         draw, seed = noise_source(seed, generator, batch, self.device)
         positive = self._embeddings("prompt", prompt, prompt_embeds)
         negative = None

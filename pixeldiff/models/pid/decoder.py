@@ -342,7 +342,7 @@ class PiDDecoder:
             narrow = not self.distilled or self.device.type == "mps"
             state_dtype = "fp32" if narrow else "fp64"
         if resume is not None and generator is None:
-            seed = resume.recalled("seed", seed)
+            seed = resume.seed(seed)
         draw, seed = noise_source(seed, generator, latent.shape[0], self.device, what="latent")
         y = self._caption("caption", caption, latent.shape[0])
         null = None

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...ops.pixel_head_step import PREDICTION_TYPES, SAMPLE_TYPES, update
 from ...jobs import Stages
+from ...ops.pixel_head_step import PREDICTION_TYPES, SAMPLE_TYPES, update
 from ..steps import Callback, fp32, one_of, report
 
 STUDENT_T_LIST = (0.999, 0.866, 0.634, 0.342, 0.0)
