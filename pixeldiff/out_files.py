@@ -19,12 +19,21 @@ def check_out_path(path: str | os.PathLike[str], *suffixes: str) -> Path:
         suffixes: the path must end in one of them, with the dot, in either case.
 
     Raises:
-        ValueError: another suffix. OSError: no such directory, not writable, or the path is one.
+        ValueError: another suffix. OSError: no such directory, not writable, the path is one, or
+        its name is too long.
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         known = " or ".join(filter(None, (", ".join(suffixes[:-1]), suffixes[-1])))
         raise ValueError(f"the output must be a {known} file, got {path.name!r}")
+    if (longest := _longest_name(path.parent)) is not None and len(
+        os.fsencode(path.name)
+    ) > longest:
+        raise OSError(
+            errno.ENAMETOOLONG,
+            f"the output's name must be at most {longest} bytes long, got "
+            f"{len(os.fsencode(path.name))}: {path.name[:40]}...",
+        )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the output directory does not exist: {path.parent}")
     if path.is_dir():
@@ -63,6 +72,13 @@ def written_whole(paths: Sequence[Path], *, by_way_of: Path | None = None) -> It
     finally:
         for source in partial:
             source.unlink(missing_ok=True)
+
+
+def _longest_name(folder: Path) -> int | None:
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # Windows; no such folder, which is said below
+        return None
 
 
 def sync_folder(folder: Path) -> None:
