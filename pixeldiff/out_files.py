@@ -26,13 +26,11 @@ def check_out_path(path: str | os.PathLike[str], *suffixes: str) -> Path:
     if path.suffix.lower() not in suffixes:
         known = " or ".join(filter(None, (", ".join(suffixes[:-1]), suffixes[-1])))
         raise ValueError(f"the output must be a {known} file, got {path.name!r}")
-    if (longest := _longest_name(path.parent)) is not None and len(
-        os.fsencode(path.name)
-    ) > longest:
+    longest, length = _longest_name(path.parent), len(os.fsencode(path.name))
+    if longest is not None and length > longest:
         raise OSError(
             errno.ENAMETOOLONG,
-            f"the output's name must be at most {longest} bytes long, got "
-            f"{len(os.fsencode(path.name))}: {path.name[:40]}...",
+            f"name too long: at most {longest} bytes, got {length} ({path.name[:40]}...)",
         )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the output directory does not exist: {path.parent}")
