@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from torch import Tensor
 
 from ... import __version__, images
 from ...alignment import aligned
+from ...jobs import JobStore, Stages, resumable
+from ...jobs.identity import digest_of, machine
+from ...picture_files import check_picture_path, check_space, save_rows
 from ...text import CaptionFile, load_caption
 from .. import devices, fp8
 from ..devices import check_device, no_autocast
-from ..graphs import Graphs, graph_limit
+from ..graphs import Graphs, graph_limit, settings
 from ..noise import NoiseSource, noise_source
 from ..offload import apply as apply_offload
 from ..offload import check_offload
@@ -56,6 +61,7 @@ from .tiling import (
     MODES,
     TiledSampling,
     sample_tiled,
+    tiled_rows,
 )
 from .variants import LICENCE_NOTE, SamplingSettings, Variant
 
@@ -75,11 +81,11 @@ class DecodeOutput:
     """Images and how they were made.
 
     `images` is what `output` asked for: a list of Pillow images, a (B, 3, H, W) fp32 tensor in
-    [-1, 1], or a (B, H, W, 3) fp32 array in [0, 1]. `metadata` is JSON-able and names everything
-    that decides the pixels.
+    [-1, 1], or a (B, H, W, 3) fp32 array in [0, 1]; or [path] of the file written. `metadata` is
+    JSON-able and names everything that decides the pixels.
     """
 
-    images: list[Image.Image] | Tensor | np.ndarray
+    images: list[Image.Image] | list[Path] | Tensor | np.ndarray
     metadata: dict[str, Any]
 
 
@@ -273,6 +279,7 @@ class PiDDecoder:
         """Free the memory of captured CUDA graphs. Waits for a decode that is using one."""
         self.graphs.release()
 
+    @resumable
     def decode(
         self,
         latent: Tensor,
@@ -284,7 +291,7 @@ class PiDDecoder:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         size: tuple[int, int] | None = None,
         callback: Callback | None = None,
-        output: str = "pil",
+        output: str | Path = "pil",
         sample_type: str = "sde",
         state_dtype: str | None = None,
         cfg_scale: float | None = None,
@@ -294,6 +301,7 @@ class PiDDecoder:
         tile_mode: str = "sync",
         tile_batch: int = 1,
         tile_callback: TileCallback | None = None,
+        resume: str | os.PathLike[str] | JobStore | None = None,
     ) -> DecodeOutput:
         """Decode latents to images.
 
@@ -310,7 +318,10 @@ class PiDDecoder:
                 a sample does not depend on its batch. Its seed is reported if it is fresh.
             size: (H, W) of the output; default latent size times the network's scale.
             callback: told after each network call (`StepInfo`); returning False stops.
-            output: "pil", "pt" or "np"; see `DecodeOutput`.
+            output: "pil", "pt" or "np"; see `DecodeOutput`. Or the `Path` of a .png, .tif or .jpg
+                to write one picture to, with its metadata. With tile_mode="independent" PNG and
+                TIFF are written while it is decoded: of the image no more rows are held than a tile
+                has, and its size is bounded by the disk.
             sample_type: "sde" (released) or "ode" (no fresh noise between steps; other pixels).
             state_dtype: "fp64" (released) or "fp32" for the student's arithmetic. Default fp64
                 where the device has it. A teacher's is fp32.
@@ -326,6 +337,10 @@ class PiDDecoder:
             tile_batch: tiles in one network call: a little faster, more memory. Equal pixels up to
                 rounding.
             tile_callback: told after each tile (`TileInfo`); returning False stops.
+            resume: a folder that keeps finished tiles and steps, so that a process killed at any
+                moment costs one of them: the same call goes on there, to the same pixels. Removed
+                at the end; a `pixeldiff.jobs.JobStore` lasts until its own block does. Where it
+                holds a job begun without a seed, None is that job's seed.
 
         Returns:
             Images and metadata. Nothing else that shows is kept or changed, so a decoder may be
@@ -334,9 +349,12 @@ class PiDDecoder:
         Raises:
             ValueError, TypeError: an argument the network cannot take; checked before any work.
             Interrupted: the callback returned False. What a callback raises passes through.
+            ResumeError: `resume` holds another job, or another process is at it.
             ArithmeticError: the network returned NaN.
+            OSError: the file cannot be written, or might not fit on its disk; nothing is left.
         """
-        images.check_output(output)
+        if not isinstance(output, Path):
+            images.check_output(output)
         latent, sigma = self._latent(latent), self._sigma(sigma, latent.shape[0])
         layout = self._layout(tuple(latent.shape[-2:]), size, tile, overlap, tile_mode, tile_batch)
         if layout is not None and tile_mode == "independent" and callback is not None:
@@ -348,6 +366,8 @@ class PiDDecoder:
             callback = with_tile_callback(callback, tile_callback)
         variant = self.variant if layout is None else None
         size = check_size(self.net.config, tuple(latent.shape[-2:]), size, variant)
+        if isinstance(output, Path):
+            self._check_file(output, size, latent.shape[0])
         own_size = size if layout is None else layout.tile_pixels  # of what the network sees
         steps = self.sampling.steps if steps is None else steps
         times = self._times(steps, own_size)
@@ -356,12 +376,47 @@ class PiDDecoder:
         if state_dtype is None:
             narrow = not self.distilled or self.device.type == "mps"
             state_dtype = "fp32" if narrow else "fp64"
+        if resume is not None and generator is None:
+            seed = resume.seed(seed)
         draw, seed = noise_source(seed, generator, latent.shape[0], self.device, what="latent")
         y = self._caption("caption", caption, latent.shape[0])
         null = None
         if cfg_scale != 1:
             null = self._caption("negative_caption", negative_caption, latent.shape[0])
         tables = self._tables_for(own_size, y.shape[1], times)
+        if resume is not None:
+            resume.begin(
+                {
+                    "job": "PiD decode",
+                    "pixeldiff": __version__,
+                    **machine(self.device),
+                    "arithmetic": settings(),
+                    "precision": self.precision,
+                    "weights": resume.weights(self.net),
+                    "latent": digest_of(latent),
+                    "latent shape": latent.shape,
+                    "sigma": _shortest(sigma),
+                    "caption": digest_of(y),
+                    "negative caption": digest_of(null),
+                    "seed": seed,
+                    "rng": draw.kind,
+                    "noise": digest_of(*draw.states()),
+                    "size": size,
+                    "times": times,
+                    "sampler": sample_type if self.distilled else "dpmpp_2m",
+                    "prediction": self.sampling.prediction_type,
+                    "state": state_dtype,
+                    "cfg_scale": cfg_scale,
+                    "tile": None if layout is None else [layout.tile, layout.overlap],
+                    "tile_mode": None if layout is None else tile_mode,
+                    "tile_batch": None if layout is None else tile_batch,
+                }
+            )
+            if layout is not None:
+                kept = len(layout.tiles) * math.prod(layout.tile_pixels)
+                kept += 2 * math.prod(size) if tile_mode == "sync" else 0  # states
+                resume.check_space(kept * latent.shape[0] * self.net.config.in_channels * 4)
+        stages, rows = Stages(resume, draw, self.device), None
         with torch.no_grad(), no_autocast(self.device):
             if layout is not None:
                 tiled = TiledSampling(
@@ -380,8 +435,14 @@ class PiDDecoder:
                     cfg_scale=cfg_scale,
                     pixel_chunk=self.pixel_chunk,
                 )
-                result = sample_tiled(self.net, tiled, tile_mode, draw, callback, tile_callback)
-                result = result.clamp_(-1, 1)
+                if isinstance(output, Path) and tile_mode == "independent":
+                    rows = tiled_rows(self.net, tiled, draw, tile_callback, stages)
+                    result = latent.new_empty(0)
+                else:
+                    result = sample_tiled(
+                        self.net, tiled, tile_mode, draw, callback, tile_callback, stages
+                    )
+                    result = result.clamp_(-1, 1)
             elif self.distilled:
                 result = self._student(
                     Student(
@@ -400,6 +461,7 @@ class PiDDecoder:
                     ),
                     draw,
                     callback,
+                    stages,
                 )
             else:
                 condition = self.net.prepare(
@@ -412,20 +474,18 @@ class PiDDecoder:
                     pixel_chunk=self.pixel_chunk,
                 )
                 negative = None if null is None else self.net.recaption(condition, null)
+                channels = self.net.config.in_channels
                 result = sample_teacher(
                     lambda x, tau: self.net.step(x, tau, condition),
                     lambda x, tau: self.net.step(x, tau, negative),
-                    draw((latent.shape[0], self.net.config.in_channels, *size)),
+                    stages.held("x", partial(draw, (latent.shape[0], channels, *size))),
                     times,
                     cfg_scale=cfg_scale,
                     prediction_type=self.sampling.prediction_type,
                     callback=callback,
+                    stages=stages,
                 ).clamp(-1, 1)
-            if torch.isnan(result).any():
-                raise ArithmeticError(
-                    f"the network returned NaN at {size[0]} x {size[1]} in {self.precision}; try "
-                    f'precision="fp32" or backend("reference"), and a caption of its own encoder'
-                )
+            self._check_numbers(result, size)
         metadata = {
             "model": self.name,
             "backbone": self.backbone,
@@ -452,18 +512,48 @@ class PiDDecoder:
         forced = forced_backends()
         if forced:
             metadata["backend"] = forced
+        if isinstance(output, Path):
+            parts = (part for part in result) if rows is None else self._checked(rows, size)
+            through = None if resume is None else resume.path
+            with torch.no_grad(), no_autocast(self.device):
+                path = save_rows(output, size, parts, metadata, by_way_of=through)
+            return DecodeOutput([path], metadata)
         return DecodeOutput(images.convert(result, output), metadata)
 
-    def _student(self, student: Student, draw: NoiseSource, callback: Callback | None) -> Tensor:
+    def _checked(self, rows: Iterator[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
+        for band in rows:
+            self._check_numbers(band, size)
+            yield band[0].clamp_(-1, 1)
+
+    def _check_numbers(self, pixels: Tensor, size: tuple[int, int]) -> None:
+        if torch.isnan(pixels).any():
+            raise ArithmeticError(
+                f"the network returned NaN at {size[0]} x {size[1]} in {self.precision}; try "
+                f'precision="fp32" or backend("reference"), and a caption of its own encoder'
+            )
+
+    def _check_file(self, path: Path, size: tuple[int, int], batch: int) -> None:
+        if batch != 1:
+            raise ValueError(
+                f"output: a file holds one picture, got {batch} latents; decode them one by one"
+            )
+        check_picture_path(path, size)
+        check_space(path, size)
+
+    def _student(
+        self, student: Student, draw: NoiseSource, callback: Callback | None, stages: Stages
+    ) -> Tensor:
         shape = (student.latent.shape[0], self.net.config.in_channels, *student.size)
         with self.graphs.run(self.net, student) as advance:
             x = run_student(
                 advance,
-                draw(shape),  # not named: it would be kept for all steps
+                # Not named: it would be kept for all steps.
+                stages.held("x", partial(draw, shape)),
                 student.times,
                 draw,
                 sample_type=student.sample_type,
                 callback=callback,
+                stages=stages,
             )
             return x.clamp(-1, 1)  # a copy: x may be a graph's
 

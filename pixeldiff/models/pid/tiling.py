@@ -18,13 +18,15 @@ Source: tiled sampling of overlapping windows, MultiDiffusion (arXiv 2302.08113)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from ...jobs import Stages
+from ...jobs.store import PLACES
 from ...ops.pixel_head_step import update
 from ..noise import NoiseSource
 from ..steps import Callback, TileCallback, TileInfo, report_tile
@@ -76,9 +78,13 @@ class Tiles:
     """
 
     def __init__(
-        self, net: PiDNet, what: TiledSampling, callback: TileCallback | None = None
+        self,
+        net: PiDNet,
+        what: TiledSampling,
+        stages: Stages,
+        callback: TileCallback | None = None,
     ) -> None:
-        self.net, self.what, self.layout = net, what, what.layout
+        self.net, self.what, self.layout, self.stages = net, what, what.layout, stages
         self._callback = callback
         self._steps_at = {network_time(t): i + 1 for i, t in enumerate(what.times[:-1])}
         image = what.layout.image_pixels
@@ -121,14 +127,19 @@ class Tiles:
     def velocity(self, x: Tensor, tau: float, *, negative: bool = False) -> Tensor:
         """The blended output of a network call at x (B, 3, H, W)."""
         out = torch.zeros_like(x)
-        done = 0
+        step, done = self._steps_at[tau], 0
         for tiles, condition, other in self._conditions:
-            crops = torch.cat([self.layout.crop(x, tile) for tile in tiles])
-            self.add(out, tiles, self.net.step(crops, tau, other if negative else condition))
+            name = f"{'negative' if negative else 'tile'}-{done + 1:0{PLACES}d}"
+            call = partial(self._call, x, tau, tiles, other if negative else condition)
+            self.add(out, tiles, self.stages.part(step, name, call))
             done += len(tiles)
             if not negative:
-                self.report(self._steps_at[tau], len(self._steps_at), done)
+                self.report(step, len(self._steps_at), done)
         return out
+
+    def _call(self, x: Tensor, tau: float, tiles: Sequence[Tile], what: PiDCondition) -> Tensor:
+        crops = torch.cat([self.layout.crop(x, tile) for tile in tiles])
+        return self.net.step(crops, tau, what)
 
     def add(self, out: Tensor, tiles: Sequence[Tile], results: Tensor) -> None:
         """Adds the tiles' results, (n B, 3, h, w), with their windows."""
@@ -148,17 +159,32 @@ def sample_tiled(
     source: NoiseSource,
     callback: Callback | None,
     tile_callback: TileCallback | None,
+    stages: Stages,
 ) -> Tensor:
     """(B, 3, H, W) fp32, unclamped.
 
     Raises:
         Interrupted: a callback returned False.
     """
-    tiles = Tiles(net, what, tile_callback)
+    tiles = Tiles(net, what, stages, tile_callback)
     if mode == "sync":
         return sample_sync(tiles, source, callback)
     noise = SquareNoise(source, what.latent.shape[0], net.config.in_channels)
     return sample_independent(tiles, noise)
+
+
+def tiled_rows(
+    net: PiDNet,
+    what: TiledSampling,
+    source: NoiseSource,
+    tile_callback: TileCallback | None,
+    stages: Stages,
+) -> Iterator[Tensor]:
+    """The image of independent tiles in bands, see `independent_rows`; nothing runs before the
+    first is asked for, but the latent's branch."""
+    tiles = Tiles(net, what, stages, tile_callback)
+    noise = SquareNoise(source, what.latent.shape[0], net.config.in_channels)
+    return independent_rows(tiles, noise)
 
 
 def sample_sync(tiles: Tiles, draw: Draw, callback: Callback | None) -> Tensor:
@@ -170,11 +196,12 @@ def sample_sync(tiles: Tiles, draw: Draw, callback: Callback | None) -> Tensor:
         return sample_teacher(
             tiles.velocity,
             partial(tiles.velocity, negative=True),
-            draw(shape),
+            tiles.stages.held("x", partial(draw, shape)),
             w.times,
             cfg_scale=w.cfg_scale,
             prediction_type=w.prediction_type,
             callback=callback,
+            stages=tiles.stages,
         )
 
     def advance(
@@ -201,21 +228,54 @@ def sample_sync(tiles: Tiles, draw: Draw, callback: Callback | None) -> Tensor:
         return x, out if want_x0 else None
 
     return run_student(
-        advance, draw(shape), w.times, draw, sample_type=w.sample_type, callback=callback
+        advance,
+        tiles.stages.held("x", partial(draw, shape)),
+        w.times,
+        draw,
+        sample_type=w.sample_type,
+        callback=callback,
+        stages=tiles.stages,
     )
 
 
 def sample_independent(tiles: Tiles, noise: SquareNoise) -> Tensor:
     """(B, 3, H, W) fp32, unclamped."""
+    batch, channels = tiles.what.latent.shape[0], tiles.net.config.in_channels
+    out = torch.empty(batch, channels, *tiles.layout.image_pixels, device=tiles.what.latent.device)
+    first = 0
+    for rows in independent_rows(tiles, noise):
+        out[:, :, first : first + rows.shape[2]] = rows
+        first += rows.shape[2]
+    return out
+
+
+def independent_rows(tiles: Tiles, noise: SquareNoise) -> Iterator[Tensor]:
+    """(B, 3, rows, W) fp32, unclamped, from top to bottom: the rows that no tile to come touches.
+
+    What is held of the image is as high as a tile. Each band is to be used before the next is asked
+    for: its memory is used again.
+    """
     w, layout = tiles.what, tiles.layout
+    height, (_, width) = layout.tile_pixels[0], layout.image_pixels
     batch, channels = w.latent.shape[0], tiles.net.config.in_channels
-    out = torch.zeros(batch, channels, *layout.image_pixels, device=w.latent.device)
-    done = 0
+    strip = torch.zeros(batch, channels, height, width, device=w.latent.device)
+    top = done = 0
     for group in layout.groups(w.together):
-        tiles.add(out, group, _sample_alone(tiles, group, noise))
+        name, make = f"tile-{done + 1:0{PLACES}d}", partial(_sample_alone, tiles, group, noise)
+        results = tiles.stages.part(1, name, make).chunk(len(group))
+        for tile, result in zip(group, results, strict=True):
+            if (final := tile.row * layout.pixels - top) > 0:
+                yield strip[:, :, :final]
+                unfinished = strip[:, :, final:].clone()
+                strip[:, :, : height - final] = unfinished
+                strip[:, :, height - final :] = 0
+                top += final
+            left = tile.column * layout.pixels
+            under = strip[..., left : left + layout.tile_pixels[1]]
+            under.addcmul_(result, layout.window(tile, strip.device))
         done += len(group)
         tiles.report(1, 1, done)
-    return out
+    yield strip
 
 
 def _sample_alone(tiles: Tiles, group: Sequence[Tile], noise: SquareNoise) -> Tensor:
