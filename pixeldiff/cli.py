@@ -57,6 +57,7 @@ def main() -> None:
 )
 @click.option("--overlap", type=int, help="of tiles, in latent cells; default: an eighth")
 @click.option("--tile-mode", type=click.Choice(["sync", "independent"]), default="sync")
+@click.option("--debug", is_flag=True, help="name the layer that NaN comes from; slower")
 @click.option("--quiet", is_flag=True, help="no progress bar")
 @clean_errors
 def decode(
@@ -80,6 +81,7 @@ def decode(
     tile: tuple[int, int] | str | None,
     overlap: int | None,
     tile_mode: str,
+    debug: bool,
     quiet: bool,
 ) -> None:
     """Decode SOURCE to a PNG, JPEG or TIFF.
@@ -127,6 +129,7 @@ def decode(
             overlap=overlap,
             tile_mode=tile_mode,
             tile_callback=callback,
+            debug=debug,
         )
     metadata = [result.metadata]
     if len(paths) > 1:
@@ -162,6 +165,7 @@ def decode(
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", help="cuda, cpu, ...; default: cuda where there is one")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="default: bf16 on CUDA")
+@click.option("--debug", is_flag=True, help="name the layer that NaN comes from; slower")
 @click.option("--quiet", is_flag=True, help="no progress bar")
 @clean_errors
 def generate(
@@ -185,6 +189,7 @@ def generate(
     seed: int,
     device: str | None,
     precision: str | None,
+    debug: bool,
     quiet: bool,
 ) -> None:
     """Make a picture of PROMPT with an L2P model.
@@ -237,6 +242,7 @@ def generate(
             overlap=overlap,
             tile_callback=callback,
             output_type="pt",
+            debug=debug,
         )
     if len(result.images) > 1:
         raise ValueError(f"{prompt_embeds} must hold one prompt, got {len(result.images)}")

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ... import __version__, images
 from ...errors import CheckpointFormatError
+from ...finite import check_finite
 from ...text import CaptionFile
 from ...text.qwen3 import EMBED_DIM, QWEN3
 from ..devices import PRECISIONS, check_device, no_autocast
 from ..graphs import Graphs, graph_limit
+from ..guards import Watch
 from ..noise import noise_source
 from ..provenance import describe, forced_backends
 from ..steps import Callback, Interrupted, TileCallback, with_tile_callback
@@ -216,6 +218,7 @@ class L2PPipeline:
         callback_on_step_end: StepEnd | None = None,
         tile_callback: TileCallback | None = None,
         output_type: str = "pil",
+        debug: bool = False,
     ) -> GenerateOutput:
         """Make images. Arguments are named as those of diffusers' ZImagePipeline.
 
@@ -255,6 +258,8 @@ class L2PPipeline:
                 goes on from those, returning False stops.
             tile_callback: told after each tile of each step (`TileInfo`); returning False stops.
             output_type: "pil", "pt" or "np"; see `GenerateOutput`.
+            debug: check what every operation makes, to name the layer where NaN or infinity comes
+                from; the same pixels, slower, without CUDA graphs.
 
         Returns:
             Images and metadata. Nothing else that shows is kept or changed, so a pipeline may be
@@ -264,7 +269,8 @@ class L2PPipeline:
             ValueError, TypeError: an argument the network cannot take; checked before any work.
             SizeError: height or width; names the nearest legal sizes.
             Interrupted: a callback returned False. What a callback raises passes through.
-            ArithmeticError: the network returned NaN or infinity.
+            NonFiniteError, an ArithmeticError: the network returned NaN or infinity; says in which
+                step, and with `debug` which layer made it.
         """
         images.check_output(output_type)
         image = self._image(image)
@@ -305,7 +311,10 @@ class L2PPipeline:
                 )
             if len(negative) == 1:
                 negative = negative * len(positive)
-        with torch.no_grad(), no_autocast(self.device):
+        watch = Watch(self.net, self.precision, debug=debug)
+        callback, tile_callback = watch.around(callback), watch.around(tile_callback)
+        callback_on_step_end = watch.around(callback_on_step_end)
+        with torch.no_grad(), no_autocast(self.device), watch:
             prediction = guided(
                 self.net,
                 _repeated(positive, copies),
@@ -320,7 +329,7 @@ class L2PPipeline:
             if layout is None:
                 steps_run = self.graphs.run(self.net, Trajectory(prediction, shape))
             else:
-                tiled = TiledPrediction(prediction, layout, plan.steps, tile_callback)
+                tiled = TiledPrediction(prediction, layout, plan.steps, tile_callback, watch)
                 steps_run = contextlib.nullcontext(Steps(tiled))
             with steps_run as running:
                 result = sample(
@@ -330,16 +339,10 @@ class L2PPipeline:
                     callback=callback,
                     replace=callback_on_step_end and self._on(callback_on_step_end),
                     state=running.state,
+                    watch=watch,
                 )
-                # A picture may be as large as 1.3 GB: no flags for every value, and clamped where
-                # it lies, unless a graph or the caller's callback holds it.
-                low, high = result.aminmax()  # NaN wins
-                if not torch.isfinite(low) & torch.isfinite(high):
-                    raise ArithmeticError(
-                        f"the network returned NaN or infinity at {size[0]} x {size[1]} in "
-                        f'{self.precision}; try precision="fp32" or backend("reference"), and '
-                        f"prompt embeddings of its own text encoder"
-                    )
+                # A picture may be as large as 1.3 GB: clamped where it lies, unless a graph or the
+                # caller's callback holds it.
                 ours = running.state is None and callback_on_step_end is None
                 result = result.clamp_(-1, 1) if ours else result.clamp(-1, 1)
         metadata = {
@@ -448,8 +451,9 @@ class L2PPipeline:
             raise TypeError(f"image must be a Pillow image or a floating-point tensor, got {kind}")
         if image.dim() != 4 or image.shape[1] != channels or 0 in image.shape:
             raise ValueError(f"image must be (B, {channels}, H, W), got {tuple(image.shape)}")
+        check_finite("image", image)
         if not bool((image.abs() <= 1).all()):
-            raise ValueError("image must be in [-1, 1], got values outside or NaN")
+            raise ValueError("image must be in [-1, 1], got values outside")
         return image.detach().to(self.device, torch.float32)
 
 

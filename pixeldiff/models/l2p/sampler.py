@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..guards import Watch
 from ..steps import Callback, fp32, report
 from .bands import DECODER_MEMORY
 from .network import L2PCondition, L2PNet
@@ -138,6 +139,7 @@ def sample(
     callback: Callback | None = None,
     replace: Replace | None = None,
     state: Tensor | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Euler steps: x <- x - (sigma' - sigma) u, all in fp32.
 
@@ -149,6 +151,7 @@ def sample(
         replace: (step, timestep, x, x0) -> the state to go on with, after each step; step counts
             from 0, timestep is 1000 sigma of the step just made.
         state: (B, 3, H, W) fp32, where to keep x instead of anew in every step; see `Steps`.
+        watch: told of every step and of the state after it.
 
     Returns:
         (B, 3, H, W) fp32, unclamped; `state` where that is given and nothing replaced it.
@@ -161,10 +164,14 @@ def sample(
     if state is not None:
         x = state.copy_(x)
     for i, (sigma, after) in enumerate(itertools.pairwise(schedule.sigmas)):
+        if watch is not None:
+            watch.begin(i + 1, schedule.steps, sigma)
         u = predict(x, schedule.times[i])
         x0 = torch.add(x, u, alpha=sigma) if wanted else None
         x = torch.add(x, u, alpha=fp32(sigma - after), out=state)
         del u
+        if watch is not None:
+            watch.made(x)
         if replace is not None:  # to be kept: the next step writes over the state
             x = replace(i, timesteps[i], x if state is None else x.clone(), x0)
         report(callback, i + 1, schedule.steps, sigma, x0)

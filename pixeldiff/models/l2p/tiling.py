@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..guards import Watch
 from ..lengths import pair_of_multiples
 from ..steps import TileCallback, TileInfo, report_tile
 from ..tiles import Layout, cut
@@ -66,11 +67,18 @@ class TiledPrediction:
         layout: of the image.
         steps: how many calls are to come.
         callback: told after each tile; returning False stops.
+        watch: told of each tile.
     """
 
     def __init__(
-        self, tile: Prediction, layout: Layout, steps: int, callback: TileCallback | None = None
+        self,
+        tile: Prediction,
+        layout: Layout,
+        steps: int,
+        callback: TileCallback | None = None,
+        watch: Watch | None = None,
     ) -> None:
+        self._watch = watch
         self._tile, self._layout, self._callback = tile, layout, callback
         self._step, self._steps = 0, steps
 
@@ -79,7 +87,11 @@ class TiledPrediction:
         out, tiles, layout = torch.zeros_like(x), self._layout.tiles, self._layout
         self._step += 1
         for i, tile in enumerate(tiles):
+            if self._watch is not None:
+                self._watch.at_tile(i + 1, len(tiles))
             u = self._tile(layout.crop(x, tile).contiguous(), t)
             layout.crop(out, tile).addcmul_(u, layout.window(tile, x.device))
             report_tile(self._callback, TileInfo(self._step, self._steps, i + 1, len(tiles)))
+        if self._watch is not None:
+            self._watch.blended()
         return out

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ... import __version__, images
 from ...alignment import aligned
+from ...finite import check_finite
 from ...text import CaptionFile, load_caption
 from .. import devices, fp8
 from ..devices import check_device, no_autocast
 from ..graphs import Graphs, graph_limit
+from ..guards import Watch
 from ..noise import NoiseSource, noise_source
 from ..provenance import Caption, describe, forced_backends
 from ..recent import Recent
@@ -269,6 +271,7 @@ class PiDDecoder:
         tile_mode: str = "sync",
         tile_batch: int = 1,
         tile_callback: TileCallback | None = None,
+        debug: bool = False,
     ) -> DecodeOutput:
         """Decode latents to images.
 
@@ -301,6 +304,8 @@ class PiDDecoder:
             tile_batch: tiles in one network call: a little faster, more memory. Equal pixels up to
                 rounding.
             tile_callback: told after each tile (`TileInfo`); returning False stops.
+            debug: check what every operation makes, to name the layer where NaN or infinity comes
+                from; the same pixels, slower, without CUDA graphs.
 
         Returns:
             Images and metadata. Nothing else that shows is kept or changed, so a decoder may be
@@ -309,7 +314,8 @@ class PiDDecoder:
         Raises:
             ValueError, TypeError: an argument the network cannot take; checked before any work.
             Interrupted: the callback returned False. What a callback raises passes through.
-            ArithmeticError: the network returned NaN.
+            NonFiniteError, an ArithmeticError: the network returned NaN or infinity; says in which
+                step, and with `debug` which layer made it.
         """
         images.check_output(output)
         latent, sigma = self._latent(latent), self._sigma(sigma, latent.shape[0])
@@ -337,7 +343,9 @@ class PiDDecoder:
         if cfg_scale != 1:
             null = self._caption("negative_caption", negative_caption, latent.shape[0])
         tables = self._tables_for(own_size, y.shape[1], times)
-        with torch.no_grad(), no_autocast(self.device):
+        watch = Watch(self.net, self.precision, debug=debug)
+        callback, tile_callback = watch.around(callback), watch.around(tile_callback)
+        with torch.no_grad(), no_autocast(self.device), watch:
             if layout is not None:
                 tiled = TiledSampling(
                     latent,
@@ -354,7 +362,9 @@ class PiDDecoder:
                     state_dtype=STATE_DTYPES[state_dtype],
                     cfg_scale=cfg_scale,
                 )
-                result = sample_tiled(self.net, tiled, tile_mode, draw, callback, tile_callback)
+                result = sample_tiled(
+                    self.net, tiled, tile_mode, draw, callback, tile_callback, watch
+                )
                 result = result.clamp_(-1, 1)
             elif self.distilled:
                 result = self._student(
@@ -373,6 +383,7 @@ class PiDDecoder:
                     ),
                     draw,
                     callback,
+                    watch,
                 )
             else:
                 condition = self.net.prepare(
@@ -387,12 +398,8 @@ class PiDDecoder:
                     cfg_scale=cfg_scale,
                     prediction_type=self.sampling.prediction_type,
                     callback=callback,
+                    watch=watch,
                 ).clamp(-1, 1)
-            if torch.isnan(result).any():
-                raise ArithmeticError(
-                    f"the network returned NaN at {size[0]} x {size[1]} in {self.precision}; try "
-                    f'precision="fp32" or backend("reference"), and a caption of its own encoder'
-                )
         metadata = {
             "model": self.name,
             "backbone": self.backbone,
@@ -419,7 +426,9 @@ class PiDDecoder:
             metadata["backend"] = forced
         return DecodeOutput(images.convert(result, output), metadata)
 
-    def _student(self, student: Student, draw: NoiseSource, callback: Callback | None) -> Tensor:
+    def _student(
+        self, student: Student, draw: NoiseSource, callback: Callback | None, watch: Watch
+    ) -> Tensor:
         shape = (student.latent.shape[0], self.net.config.in_channels, *student.size)
         with self.graphs.run(self.net, student) as advance:
             x = run_student(
@@ -429,6 +438,7 @@ class PiDDecoder:
                 draw,
                 sample_type=student.sample_type,
                 callback=callback,
+                watch=watch,
             )
             return x.clamp(-1, 1)  # a copy: x may be a graph's
 
@@ -481,12 +491,7 @@ class PiDDecoder:
                 f"latent must be (B, {c.lq_latent_channels}, zh, zw) for this network, got "
                 f"{tuple(latent.shape)}{hint}"
             )
-        if not torch.isfinite(latent).all():
-            bad = (~torch.isfinite(latent)).sum().item()
-            raise ValueError(
-                f"latent must be finite, got {bad} NaN or infinite values of {latent.numel()}; the "
-                f"generator overflowed (fp16?) or its VAE scaling is wrong"
-            )
+        check_finite("latent", latent)
         return aligned(latent.detach().to(self.device).contiguous())
 
     def _sigma(self, sigma: float | Sequence[float] | Tensor, batch: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...ops.pixel_head_step import PREDICTION_TYPES, SAMPLE_TYPES, update
+from ..guards import Watch
 from ..steps import Callback, fp32, one_of, report
 
 STUDENT_T_LIST = (0.999, 0.866, 0.634, 0.342, 0.0)
@@ -113,6 +114,7 @@ def run_student(
     *,
     sample_type: str = "sde",
     callback: Callback | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """`sample_student` for a network that makes whole steps, `PiDNet.student_step`.
 
@@ -120,6 +122,7 @@ def run_student(
         advance: (x, t, t_next, draw, want_x0) -> (x at t_next, x0), the network's output at t put
             through `pixeldiff.ops.pixel_head_step.update`, or bitwise the same. Its draw is None
             where the step takes no noise; x0 may be None unless wanted.
+        watch: told of every step and of the state after it.
         The others: as for `sample_student`.
     """
     if sample_type == "sde" and len(times) > 2 and draw is None:
@@ -128,7 +131,11 @@ def run_student(
     del noise
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         fresh = draw if sample_type == "sde" and t_next != 0 else None
+        if watch is not None:
+            watch.begin(i + 1, len(times) - 1, t)
         x, x0 = advance(x, t, t_next, fresh, callback is not None)
+        if watch is not None:
+            watch.made(x)
         report(callback, i + 1, len(times) - 1, t, x0)
         del x0  # it would last through the next network call
     return x
@@ -162,6 +169,7 @@ def sample_teacher(
     cfg_scale: float = 5.0,
     prediction_type: str = "velocity",
     callback: Callback | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Sample with the second-order multistep solver and classifier-free guidance.
 
@@ -176,6 +184,7 @@ def sample_teacher(
         cfg_scale: guidance, 1 is none.
         prediction_type: "velocity" or "x0".
         callback: called after each step; returning False stops.
+        watch: told of every step and of the state after it.
 
     Returns:
         (B, 3, H, W), the dtype of noise, unclamped.
@@ -194,6 +203,8 @@ def sample_teacher(
     del noise
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         tau = network_time(t)
+        if watch is not None:
+            watch.begin(i + 1, len(times) - 1, t)
         out = velocity(x, tau)
         if cfg_scale != 1:
             null = null_velocity(x, tau)
@@ -210,6 +221,8 @@ def sample_teacher(
                 r = (lam - previous_lambda) / h
                 x = x - 0.5 * (1 - t_next) * phi / r * (x0 - previous)
         previous, previous_lambda = x0, lam
+        if watch is not None:
+            watch.made(x)
         report(callback, i + 1, len(times) - 1, t, x0)
         del out, x0
     return x

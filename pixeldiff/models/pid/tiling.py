@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ...ops.pixel_head_step import update
+from ..guards import Watch
 from ..noise import NoiseSource
 from ..steps import Callback, TileCallback, TileInfo, report_tile
 from ..tile_noise import SquareNoise
@@ -74,9 +75,14 @@ class Tiles:
     """
 
     def __init__(
-        self, net: PiDNet, what: TiledSampling, callback: TileCallback | None = None
+        self,
+        net: PiDNet,
+        what: TiledSampling,
+        callback: TileCallback | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.net, self.what, self.layout = net, what, what.layout
+        self.watch = watch
         self._callback = callback
         self._steps_at = {network_time(t): i + 1 for i, t in enumerate(what.times[:-1])}
         image = what.layout.image_pixels
@@ -120,11 +126,14 @@ class Tiles:
         out = torch.zeros_like(x)
         done = 0
         for tiles, condition, other in self._conditions:
+            self.at(done)
             crops = torch.cat([self.layout.crop(x, tile) for tile in tiles])
             self.add(out, tiles, self.net.step(crops, tau, other if negative else condition))
             done += len(tiles)
             if not negative:
                 self.report(self._steps_at[tau], len(self._steps_at), done)
+        if self.watch is not None:
+            self.watch.blended()
         return out
 
     def add(self, out: Tensor, tiles: Sequence[Tile], results: Tensor) -> None:
@@ -132,6 +141,11 @@ class Tiles:
         for tile, result in zip(tiles, results.chunk(len(tiles)), strict=True):
             window = self.layout.window(tile, out.device)
             self.layout.crop(out, tile).addcmul_(result, window)
+
+    def at(self, done: int) -> None:
+        """Before the work on the tile after so many."""
+        if self.watch is not None:
+            self.watch.at_tile(done + 1, len(self.layout.tiles))
 
     def report(self, step: int, steps: int, done: int) -> None:
         """Raises Interrupted where the callback returns False."""
@@ -145,13 +159,14 @@ def sample_tiled(
     source: NoiseSource,
     callback: Callback | None,
     tile_callback: TileCallback | None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """(B, 3, H, W) fp32, unclamped.
 
     Raises:
         Interrupted: a callback returned False.
     """
-    tiles = Tiles(net, what, tile_callback)
+    tiles = Tiles(net, what, tile_callback, watch)
     if mode == "sync":
         return sample_sync(tiles, source, callback)
     noise = SquareNoise(source, what.latent.shape[0], net.config.in_channels)
@@ -172,6 +187,7 @@ def sample_sync(tiles: Tiles, draw: Draw, callback: Callback | None) -> Tensor:
             cfg_scale=w.cfg_scale,
             prediction_type=w.prediction_type,
             callback=callback,
+            watch=tiles.watch,
         )
 
     def advance(
@@ -198,7 +214,13 @@ def sample_sync(tiles: Tiles, draw: Draw, callback: Callback | None) -> Tensor:
         return x, out if want_x0 else None
 
     return run_student(
-        advance, draw(shape), w.times, draw, sample_type=w.sample_type, callback=callback
+        advance,
+        draw(shape),
+        w.times,
+        draw,
+        sample_type=w.sample_type,
+        callback=callback,
+        watch=tiles.watch,
     )
 
 
@@ -209,6 +231,7 @@ def sample_independent(tiles: Tiles, noise: SquareNoise) -> Tensor:
     out = torch.zeros(batch, channels, *layout.image_pixels, device=w.latent.device)
     done = 0
     for group in layout.groups(w.together):
+        tiles.at(done)
         tiles.add(out, group, _sample_alone(tiles, group, noise))
         done += len(group)
         tiles.report(1, 1, done)
@@ -235,6 +258,7 @@ def _sample_alone(tiles: Tiles, group: Sequence[Tile], noise: SquareNoise) -> Te
             w.times,
             cfg_scale=w.cfg_scale,
             prediction_type=w.prediction_type,
+            watch=tiles.watch,
         )
     advance = partial(
         net.student_step,
@@ -243,4 +267,6 @@ def _sample_alone(tiles: Tiles, group: Sequence[Tile], noise: SquareNoise) -> Te
         prediction_type=w.prediction_type,
         state_dtype=w.state_dtype,
     )
-    return run_student(advance, draw(()), w.times, draw, sample_type=w.sample_type)
+    return run_student(
+        advance, draw(()), w.times, draw, sample_type=w.sample_type, watch=tiles.watch
+    )
