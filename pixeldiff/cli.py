@@ -71,6 +71,7 @@ def main() -> None:
     help="default: sync; above 16384 x 16384 pixels independent, written as it is decoded",
 )
 @resume_option
+@click.option("--debug", is_flag=True, help="name the layer that NaN comes from; slower")
 @click.option("--quiet", is_flag=True, help="no progress bar")
 @clean_errors
 def decode(
@@ -97,6 +98,7 @@ def decode(
     overlap: int | None,
     tile_mode: str | None,
     resume: bool,
+    debug: bool,
     quiet: bool,
 ) -> None:
     """Decode SOURCE to a PNG, JPEG or TIFF.
@@ -154,6 +156,7 @@ def decode(
                 tile_callback=callback,
                 output=output if streamed else "pil",
                 resume=store,
+                debug=debug,
             )
         if streamed:
             out.print(str(output), markup=False)
@@ -196,6 +199,7 @@ def decode(
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="default: bf16 on CUDA")
 @click.option("--offload", is_flag=True, help="weights visit the device block by block")
 @resume_option
+@click.option("--debug", is_flag=True, help="name the layer that NaN comes from; slower")
 @click.option("--quiet", is_flag=True, help="no progress bar")
 @clean_errors
 def generate(
@@ -222,6 +226,7 @@ def generate(
     precision: str | None,
     offload: bool,
     resume: bool,
+    debug: bool,
     quiet: bool,
 ) -> None:
     """Make a picture of PROMPT with an L2P model.
@@ -289,6 +294,7 @@ def generate(
                 tile_callback=callback,
                 output_type="pt",
                 resume=kept,
+                debug=debug,
             )
         if len(result.images) > 1:
             raise ValueError(f"{prompt_embeds} must hold one prompt, got {len(result.images)}")

@@ -1,6 +1,7 @@
 """What pixeldiff raises and warns when a file, a latent or a size cannot be used.
 
-Every error is a `ValueError`, so a host that knows none of these names still catches them.
+Every error is a `ValueError`, so a host that knows none of these names still catches them; but
+`NonFiniteError` is an `ArithmeticError`, as nothing that was passed need be wrong.
 """
 
 from __future__ import annotations
@@ -76,6 +77,19 @@ class SizeError(ValueError):
 
 class ResumeError(ValueError):
     """A folder of kept work that cannot be gone on with: another job's, or in use."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A network made NaN or infinity. No image was made.
+
+    `step` is that of the network call, 1-based, 0 before the first one; `module` the name of the
+    module that made it, where `debug=True` found one.
+    """
+
+    def __init__(self, message: str, *, step: int = 0, module: str | None = None) -> None:
+        super().__init__(message)
+        self.step = step
+        self.module = module
 
 
 class AccelerationError(ValueError):

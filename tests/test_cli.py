@@ -352,7 +352,7 @@ def test_bad_sources(files, out, demo):
     save_file({"latent": tiny_latent()[:, :4].contiguous()}, out / "sdxl.safetensors")
     (out / "text.png").write_text("no picture")
     for source, words in [
-        (out / "nan.safetensors", "1 NaN or infinite values"),
+        (out / "nan.safetensors", "finite, got 1 NaN of 64 values"),
         (out / "sdxl.safetensors", "latent must be (B, 16, zh, zw)"),
         (out / "text.png", "neither a .safetensors latent nor a picture"),
         (out / "nowhere.png", "no such file"),

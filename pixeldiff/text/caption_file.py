@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pixeldiff.finite import TOKENS, check_finite
 from pixeldiff.out_files import check_out_path, written_whole
 from pixeldiff.text.prefix import text_sha256
 
@@ -361,10 +362,7 @@ def _check_held(what: str, file: CaptionFile) -> None:
 
 
 def _check_values(what: str, embedding: Tensor) -> None:
-    finite = torch.isfinite(embedding).flatten(1).all(1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        raise ValueError(f"{what} must be finite, got NaN or infinity in embedding {row}")
+    check_finite(what, embedding, axes=TOKENS)
     zero = (embedding == 0).flatten(1).all(1)
     if zero.any():
         # The null caption is the encoding of an empty text; zeros cost most of the quality.

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from ... import __version__, images
 from ...errors import CheckpointFormatError
+from ...finite import check_finite
 from ...jobs import JobStore, Stages, resumable
 from ...jobs.identity import digest_of, machine
 from ...text import CaptionFile
 from ...text.qwen3 import EMBED_DIM, QWEN3
 from ..devices import PRECISIONS, check_device, no_autocast
 from ..graphs import Graphs, graph_limit, settings
+from ..guards import Watch
 from ..noise import noise_source
 from ..offload import apply as apply_offload
 from ..offload import check_offload
@@ -240,6 +242,7 @@ class L2PPipeline:
         tile_callback: TileCallback | None = None,
         output_type: str = "pil",
         resume: str | os.PathLike[str] | JobStore | None = None,
+        debug: bool = False,
     ) -> GenerateOutput:
         """Make images. Arguments are named as those of diffusers' ZImagePipeline.
 
@@ -284,6 +287,8 @@ class L2PPipeline:
                 at the end; a `pixeldiff.jobs.JobStore` lasts until its own block does. Where it
                 holds a job begun without a seed, None is that job's seed. Not with
                 callback_on_step_end, which may change the pixels in ways that cannot be compared.
+            debug: check what every operation makes, to name the layer where NaN or infinity comes
+                from; the same pixels, slower, without CUDA graphs.
 
         Returns:
             Images and metadata. Nothing else that shows is kept or changed, so a pipeline may be
@@ -294,7 +299,8 @@ class L2PPipeline:
             SizeError: height or width; names the nearest legal sizes.
             Interrupted: a callback returned False. What a callback raises passes through.
             ResumeError: `resume` holds another job, or another process is at it.
-            ArithmeticError: the network returned NaN or infinity.
+            NonFiniteError, an ArithmeticError: the network returned NaN or infinity; says in which
+                step, and with `debug` which layer made it.
         """
         images.check_output(output_type)
         image = self._image(image)
@@ -368,7 +374,10 @@ class L2PPipeline:
                 }
             )
         stages = Stages(resume, draw, self.device)
-        with torch.no_grad(), no_autocast(self.device):
+        watch = Watch(self.net, self.precision, debug=debug)
+        callback, tile_callback = watch.around(callback), watch.around(tile_callback)
+        callback_on_step_end = watch.around(callback_on_step_end)
+        with torch.no_grad(), no_autocast(self.device), watch:
             prediction = guided(
                 self.net,
                 _repeated(positive, copies),
@@ -383,7 +392,9 @@ class L2PPipeline:
             if layout is None:
                 steps_run = self.graphs.run(self.net, Trajectory(prediction, shape))
             else:
-                tiled = TiledPrediction(prediction, layout, plan.steps, stages, tile_callback)
+                tiled = TiledPrediction(
+                    prediction, layout, plan.steps, stages, tile_callback, watch
+                )
                 steps_run = contextlib.nullcontext(Steps(tiled))
             with steps_run as running:
                 result = sample(
@@ -394,16 +405,10 @@ class L2PPipeline:
                     replace=callback_on_step_end and self._on(callback_on_step_end),
                     state=running.state,
                     stages=stages,
+                    watch=watch,
                 )
-                # A picture may be as large as 1.3 GB: no flags for every value, and clamped where
-                # it lies, unless a graph or the caller's callback holds it.
-                low, high = result.aminmax()  # NaN wins
-                if not torch.isfinite(low) & torch.isfinite(high):
-                    raise ArithmeticError(
-                        f"the network returned NaN or infinity at {size[0]} x {size[1]} in "
-                        f'{self.precision}; try precision="fp32" or backend("reference"), and '
-                        f"prompt embeddings of its own text encoder"
-                    )
+                # A picture may be as large as 1.3 GB: clamped where it lies, unless a graph or the
+                # caller's callback holds it.
                 ours = running.state is None and callback_on_step_end is None
                 result = result.clamp_(-1, 1) if ours else result.clamp(-1, 1)
         metadata = {
@@ -512,8 +517,9 @@ class L2PPipeline:
             raise TypeError(f"image must be a Pillow image or a floating-point tensor, got {kind}")
         if image.dim() != 4 or image.shape[1] != channels or 0 in image.shape:
             raise ValueError(f"image must be (B, {channels}, H, W), got {tuple(image.shape)}")
+        check_finite("image", image)
         if not bool((image.abs() <= 1).all()):
-            raise ValueError("image must be in [-1, 1], got values outside or NaN")
+            raise ValueError("image must be in [-1, 1], got values outside")
         return image.detach().to(self.device, torch.float32)
 
 

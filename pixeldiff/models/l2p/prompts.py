@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...finite import TOKENS, check_finite
 from ...text import CaptionFile, Qwen3PromptEncoder
 from ...text.tiny import TinyPromptEncoder
 
@@ -88,12 +89,7 @@ class PromptSource:
                 )
             if not y.is_floating_point():
                 raise ValueError(f"{name} must be floating-point embeddings, got {y.dtype}")
-            if not torch.isfinite(y).all():
-                bad = (~torch.isfinite(y)).sum().item()
-                raise ValueError(
-                    f"{name} must be finite, got {bad} NaN or infinite values of {y.numel()} for "
-                    f"prompt {i}; Qwen3 overflows in float16"
-                )
+            check_finite(f"{name} of prompt {i}", y, axes=TOKENS, hint="Qwen3 overflows in float16")
         return [y.detach() for y in given]
 
     def release(self) -> None:

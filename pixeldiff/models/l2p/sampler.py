@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...jobs import Stages
+from ..guards import Watch
 from ..steps import Callback, fp32, report
 from .bands import DECODER_MEMORY
 from .network import L2PCondition, L2PNet
@@ -140,6 +141,7 @@ def sample(
     replace: Replace | None = None,
     state: Tensor | None = None,
     stages: Stages | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Euler steps: x <- x - (sigma' - sigma) u, all in fp32.
 
@@ -153,6 +155,7 @@ def sample(
             from 0, timestep is 1000 sigma of the step just made.
         state: (B, 3, H, W) fp32, where to keep x instead of anew in every step; see `Steps`.
         stages: where x is kept after each step, for a later run.
+        watch: told of every step and of the state after it.
 
     Returns:
         (B, 3, H, W) fp32, unclamped; `state` where that is given and nothing replaced it.
@@ -166,10 +169,14 @@ def sample(
         x = state.copy_(x)
     levels = enumerate(itertools.pairwise(schedule.sigmas))
     for i, (sigma, after) in itertools.islice(levels, stages.first if stages else 0, None):
+        if watch is not None:
+            watch.begin(i + 1, schedule.steps, sigma)
         u = predict(x, schedule.times[i])
         x0 = torch.add(x, u, alpha=sigma) if wanted else None
         x = torch.add(x, u, alpha=fp32(sigma - after), out=state)
         del u
+        if watch is not None:
+            watch.made(x)
         if replace is not None:  # to be kept: the next step writes over the state
             x = replace(i, timesteps[i], x if state is None else x.clone(), x0)
         if stages:

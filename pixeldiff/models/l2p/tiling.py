@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...jobs import Stages
 from ...jobs.store import PLACES
+from ..guards import Watch
 from ..lengths import pair_of_multiples
 from ..steps import TileCallback, TileInfo, report_tile
 from ..tiles import Layout, Tile, cut
@@ -71,6 +72,7 @@ class TiledPrediction:
         steps: how many calls are to come.
         stages: where finished tiles are kept; its first steps are not made again.
         callback: told after each tile; returning False stops.
+        watch: told of each tile.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class TiledPrediction:
         steps: int,
         stages: Stages,
         callback: TileCallback | None = None,
+        watch: Watch | None = None,
     ) -> None:
+        self._watch = watch
         self._tile, self._layout, self._callback = tile, layout, callback
         self._stages, self._step, self._steps = stages, stages.first, steps
 
@@ -89,10 +93,14 @@ class TiledPrediction:
         out, tiles, layout = torch.zeros_like(x), self._layout.tiles, self._layout
         self._step += 1
         for i, tile in enumerate(tiles):
+            if self._watch is not None:
+                self._watch.at_tile(i + 1, len(tiles))
             call = partial(self._call, x, t, tile)
             u = self._stages.part(self._step, f"tile-{i + 1:0{PLACES}d}", call)
             layout.crop(out, tile).addcmul_(u, layout.window(tile, x.device))
             report_tile(self._callback, TileInfo(self._step, self._steps, i + 1, len(tiles)))
+        if self._watch is not None:
+            self._watch.blended()
         return out
 
     def _call(self, x: Tensor, t: float, tile: Tile) -> Tensor:

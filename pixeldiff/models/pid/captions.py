@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...finite import TOKENS, check_finite
 from ...text import CaptionFile, load_caption
 from ...text.tiny import TinyTextEmbedder
 
@@ -174,12 +175,7 @@ class CaptionSource:
             )
         if not y.is_floating_point():
             raise ValueError(f"{name} must be floating-point embeddings, got {y.dtype}")
-        if not torch.isfinite(y).all():
-            bad = (~torch.isfinite(y)).sum().item()
-            raise ValueError(
-                f"{name} must be finite, got {bad} NaN or infinite values of {y.numel()}; Gemma-2 "
-                f"overflows in float16"
-            )
+        check_finite(name, y, axes=TOKENS, hint="Gemma-2 overflows in float16")
         if not y.any():
             # Easily taken for the null caption, and tens of dB away from it.
             warnings.warn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ... import __version__, images
 from ...alignment import aligned
+from ...finite import check_finite
 from ...jobs import JobStore, Stages, resumable
 from ...jobs.identity import digest_of, machine
 from ...picture_files import check_picture_path, check_space, save_rows
@@ -25,6 +26,7 @@ from ...text import CaptionFile, load_caption
 from .. import devices, fp8
 from ..devices import check_device, no_autocast
 from ..graphs import Graphs, graph_limit, settings
+from ..guards import Watch
 from ..noise import NoiseSource, noise_source
 from ..offload import apply as apply_offload
 from ..offload import check_offload
@@ -302,6 +304,7 @@ class PiDDecoder:
         tile_batch: int = 1,
         tile_callback: TileCallback | None = None,
         resume: str | os.PathLike[str] | JobStore | None = None,
+        debug: bool = False,
     ) -> DecodeOutput:
         """Decode latents to images.
 
@@ -341,6 +344,8 @@ class PiDDecoder:
                 moment costs one of them: the same call goes on there, to the same pixels. Removed
                 at the end; a `pixeldiff.jobs.JobStore` lasts until its own block does. Where it
                 holds a job begun without a seed, None is that job's seed.
+            debug: check what every operation makes, to name the layer where NaN or infinity comes
+                from; the same pixels, slower, without CUDA graphs.
 
         Returns:
             Images and metadata. Nothing else that shows is kept or changed, so a decoder may be
@@ -350,7 +355,8 @@ class PiDDecoder:
             ValueError, TypeError: an argument the network cannot take; checked before any work.
             Interrupted: the callback returned False. What a callback raises passes through.
             ResumeError: `resume` holds another job, or another process is at it.
-            ArithmeticError: the network returned NaN.
+            NonFiniteError, an ArithmeticError: the network returned NaN or infinity; says in which
+                step, and with `debug` which layer made it.
             OSError: the file cannot be written, or might not fit on its disk; nothing is left.
         """
         if not isinstance(output, Path):
@@ -417,7 +423,9 @@ class PiDDecoder:
                 kept += 2 * math.prod(size) if tile_mode == "sync" else 0  # states
                 resume.check_space(kept * latent.shape[0] * self.net.config.in_channels * 4)
         stages, rows = Stages(resume, draw, self.device), None
-        with torch.no_grad(), no_autocast(self.device):
+        watch = Watch(self.net, self.precision, debug=debug)
+        callback, tile_callback = watch.around(callback), watch.around(tile_callback)
+        with torch.no_grad(), no_autocast(self.device), watch:
             if layout is not None:
                 tiled = TiledSampling(
                     latent,
@@ -436,11 +444,11 @@ class PiDDecoder:
                     pixel_chunk=self.pixel_chunk,
                 )
                 if isinstance(output, Path) and tile_mode == "independent":
-                    rows = tiled_rows(self.net, tiled, draw, tile_callback, stages)
+                    rows = tiled_rows(self.net, tiled, draw, tile_callback, stages, watch)
                     result = latent.new_empty(0)
                 else:
                     result = sample_tiled(
-                        self.net, tiled, tile_mode, draw, callback, tile_callback, stages
+                        self.net, tiled, tile_mode, draw, callback, tile_callback, stages, watch
                     )
                     result = result.clamp_(-1, 1)
             elif self.distilled:
@@ -462,6 +470,7 @@ class PiDDecoder:
                     draw,
                     callback,
                     stages,
+                    watch,
                 )
             else:
                 condition = self.net.prepare(
@@ -484,8 +493,8 @@ class PiDDecoder:
                     prediction_type=self.sampling.prediction_type,
                     callback=callback,
                     stages=stages,
+                    watch=watch,
                 ).clamp(-1, 1)
-            self._check_numbers(result, size)
         metadata = {
             "model": self.name,
             "backbone": self.backbone,
@@ -513,24 +522,12 @@ class PiDDecoder:
         if forced:
             metadata["backend"] = forced
         if isinstance(output, Path):
-            parts = (part for part in result) if rows is None else self._checked(rows, size)
+            parts = list(result) if rows is None else _one_by_one(rows, watch)
             through = None if resume is None else resume.path
-            with torch.no_grad(), no_autocast(self.device):
+            with torch.no_grad(), no_autocast(self.device), watch:
                 path = save_rows(output, size, parts, metadata, by_way_of=through)
             return DecodeOutput([path], metadata)
         return DecodeOutput(images.convert(result, output), metadata)
-
-    def _checked(self, rows: Iterator[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
-        for band in rows:
-            self._check_numbers(band, size)
-            yield band[0].clamp_(-1, 1)
-
-    def _check_numbers(self, pixels: Tensor, size: tuple[int, int]) -> None:
-        if torch.isnan(pixels).any():
-            raise ArithmeticError(
-                f"the network returned NaN at {size[0]} x {size[1]} in {self.precision}; try "
-                f'precision="fp32" or backend("reference"), and a caption of its own encoder'
-            )
 
     def _check_file(self, path: Path, size: tuple[int, int], batch: int) -> None:
         if batch != 1:
@@ -541,7 +538,12 @@ class PiDDecoder:
         check_space(path, size)
 
     def _student(
-        self, student: Student, draw: NoiseSource, callback: Callback | None, stages: Stages
+        self,
+        student: Student,
+        draw: NoiseSource,
+        callback: Callback | None,
+        stages: Stages,
+        watch: Watch,
     ) -> Tensor:
         shape = (student.latent.shape[0], self.net.config.in_channels, *student.size)
         with self.graphs.run(self.net, student) as advance:
@@ -554,6 +556,7 @@ class PiDDecoder:
                 sample_type=student.sample_type,
                 callback=callback,
                 stages=stages,
+                watch=watch,
             )
             return x.clamp(-1, 1)  # a copy: x may be a graph's
 
@@ -606,12 +609,7 @@ class PiDDecoder:
                 f"latent must be (B, {c.lq_latent_channels}, zh, zw) for this network, got "
                 f"{tuple(latent.shape)}{hint}"
             )
-        if not torch.isfinite(latent).all():
-            bad = (~torch.isfinite(latent)).sum().item()
-            raise ValueError(
-                f"latent must be finite, got {bad} NaN or infinite values of {latent.numel()}; the "
-                f"generator overflowed (fp16?) or its VAE scaling is wrong"
-            )
+        check_finite("latent", latent)
         return aligned(latent.detach().to(self.device).contiguous())
 
     def _sigma(self, sigma: float | Sequence[float] | Tensor, batch: int) -> Tensor:
@@ -669,6 +667,13 @@ class PiDDecoder:
         if y.shape[0] not in (1, batch):
             raise ValueError(f"{name} must hold 1 or {batch} captions, got {y.shape[0]}")
         return aligned(y.to(self.device)).expand(batch, -1, -1)
+
+
+def _one_by_one(rows: Iterable[Tensor], watch: Watch) -> Iterator[Tensor]:
+    """(3, rows, W) in [-1, 1]; raises before the file is finished where they are not finite."""
+    for band in rows:
+        yield band[0].clamp_(-1, 1)
+    watch.settle()
 
 
 def check_precision(precision: str, device: torch.device) -> None:

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from ...errors import LatentError
+from ...finite import LATENT, check_finite
 from .backbones import Backbone
+
+_AXES = {3: ("sample", "token", "channel"), 5: ("sample", "channel", "frame", "row", "column")}
 
 
 def check_values(op: str, latent: Tensor) -> None:
@@ -16,8 +19,7 @@ def check_values(op: str, latent: Tensor) -> None:
         raise LatentError(f"{op}: latent must be float32, float16 or bfloat16, got {latent.dtype}")
     if latent.numel() == 0:
         raise LatentError(f"{op}: latent is empty, got shape {tuple(latent.shape)}")
-    if not latent.isfinite().all():
-        raise LatentError(f"{op}: latent holds NaN or infinity")
+    check_finite(f"{op}: latent", latent, axes=_AXES.get(latent.dim(), LATENT), error=LatentError)
 
 
 def check_map(op: str, what: str, latent: Tensor, channels: int, b: Backbone) -> None:

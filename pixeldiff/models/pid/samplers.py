@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...jobs import Stages
 from ...ops.pixel_head_step import PREDICTION_TYPES, SAMPLE_TYPES, update
+from ..guards import Watch
 from ..steps import Callback, fp32, one_of, report
 
 STUDENT_T_LIST = (0.999, 0.866, 0.634, 0.342, 0.0)
@@ -115,6 +116,7 @@ def run_student(
     sample_type: str = "sde",
     callback: Callback | None = None,
     stages: Stages | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """`sample_student` for a network that makes whole steps, `PiDNet.student_step`.
 
@@ -124,6 +126,7 @@ def run_student(
             where the step takes no noise; x0 may be None unless wanted.
         noise: the state after `stages.first` steps, where that is not 0.
         stages: where x is kept after each step.
+        watch: told of every step and of the state after it.
         The others: as for `sample_student`.
     """
     if sample_type == "sde" and len(times) > 2 and draw is None:
@@ -133,7 +136,11 @@ def run_student(
     steps, first = len(times) - 1, stages.first if stages else 0
     for i, (t, t_next) in itertools.islice(enumerate(itertools.pairwise(times)), first, None):
         fresh = draw if sample_type == "sde" and t_next != 0 else None
+        if watch is not None:
+            watch.begin(i + 1, len(times) - 1, t)
         x, x0 = advance(x, t, t_next, fresh, callback is not None)
+        if watch is not None:
+            watch.made(x)
         if stages:
             stages.made(i + 1, steps, {"x": x})
         report(callback, i + 1, steps, t, x0)
@@ -170,6 +177,7 @@ def sample_teacher(
     prediction_type: str = "velocity",
     callback: Callback | None = None,
     stages: Stages | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Sample with the second-order multistep solver and classifier-free guidance.
 
@@ -185,6 +193,7 @@ def sample_teacher(
         prediction_type: "velocity" or "x0".
         callback: called after each step; returning False stops.
         stages: where x and the estimate before it are kept after each step.
+        watch: told of every step and of the state after it.
 
     Returns:
         (B, 3, H, W), the dtype of noise, unclamped.
@@ -207,6 +216,8 @@ def sample_teacher(
         previous_lambda = _log_snr(times[first - 1])
     for i, (t, t_next) in itertools.islice(enumerate(itertools.pairwise(times)), first, None):
         tau = network_time(t)
+        if watch is not None:
+            watch.begin(i + 1, len(times) - 1, t)
         out = velocity(x, tau)
         if cfg_scale != 1:
             null = null_velocity(x, tau)
@@ -223,6 +234,8 @@ def sample_teacher(
                 r = (lam - previous_lambda) / h
                 x = x - 0.5 * (1 - t_next) * phi / r * (x0 - previous)
         previous, previous_lambda = x0, lam
+        if watch is not None:
+            watch.made(x)
         if stages:
             stages.made(i + 1, steps, {"x": x, "previous": previous})
         report(callback, i + 1, steps, t, x0)

@@ -28,6 +28,7 @@ from torch import Tensor
 from ...jobs import Stages
 from ...jobs.store import PLACES
 from ...ops.pixel_head_step import update
+from ..guards import Watch
 from ..noise import NoiseSource
 from ..steps import Callback, TileCallback, TileInfo, report_tile
 from ..tile_noise import SquareNoise
@@ -83,8 +84,10 @@ class Tiles:
         what: TiledSampling,
         stages: Stages,
         callback: TileCallback | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.net, self.what, self.layout, self.stages = net, what, what.layout, stages
+        self.watch = watch
         self._callback = callback
         self._steps_at = {network_time(t): i + 1 for i, t in enumerate(what.times[:-1])}
         image = what.layout.image_pixels
@@ -129,12 +132,15 @@ class Tiles:
         out = torch.zeros_like(x)
         step, done = self._steps_at[tau], 0
         for tiles, condition, other in self._conditions:
+            self.at(done)
             name = f"{'negative' if negative else 'tile'}-{done + 1:0{PLACES}d}"
             call = partial(self._call, x, tau, tiles, other if negative else condition)
             self.add(out, tiles, self.stages.part(step, name, call))
             done += len(tiles)
             if not negative:
                 self.report(step, len(self._steps_at), done)
+        if self.watch is not None:
+            self.watch.blended()
         return out
 
     def _call(self, x: Tensor, tau: float, tiles: Sequence[Tile], what: PiDCondition) -> Tensor:
@@ -146,6 +152,11 @@ class Tiles:
         for tile, result in zip(tiles, results.chunk(len(tiles)), strict=True):
             window = self.layout.window(tile, out.device)
             self.layout.crop(out, tile).addcmul_(result, window)
+
+    def at(self, done: int) -> None:
+        """Before the work on the tile after so many."""
+        if self.watch is not None:
+            self.watch.at_tile(done + 1, len(self.layout.tiles))
 
     def report(self, step: int, steps: int, done: int) -> None:
         """Raises Interrupted where the callback returns False."""
@@ -160,13 +171,14 @@ def sample_tiled(
     callback: Callback | None,
     tile_callback: TileCallback | None,
     stages: Stages,
+    watch: Watch | None = None,
 ) -> Tensor:
     """(B, 3, H, W) fp32, unclamped.
 
     Raises:
         Interrupted: a callback returned False.
     """
-    tiles = Tiles(net, what, stages, tile_callback)
+    tiles = Tiles(net, what, stages, tile_callback, watch)
     if mode == "sync":
         return sample_sync(tiles, source, callback)
     noise = SquareNoise(source, what.latent.shape[0], net.config.in_channels)
@@ -179,10 +191,11 @@ def tiled_rows(
     source: NoiseSource,
     tile_callback: TileCallback | None,
     stages: Stages,
+    watch: Watch | None = None,
 ) -> Iterator[Tensor]:
     """The image of independent tiles in bands, see `independent_rows`; nothing runs before the
     first is asked for, but the latent's branch."""
-    tiles = Tiles(net, what, stages, tile_callback)
+    tiles = Tiles(net, what, stages, tile_callback, watch)
     noise = SquareNoise(source, what.latent.shape[0], net.config.in_channels)
     return independent_rows(tiles, noise)
 
@@ -202,6 +215,7 @@ def sample_sync(tiles: Tiles, draw: Draw, callback: Callback | None) -> Tensor:
             prediction_type=w.prediction_type,
             callback=callback,
             stages=tiles.stages,
+            watch=tiles.watch,
         )
 
     def advance(
@@ -235,6 +249,7 @@ def sample_sync(tiles: Tiles, draw: Draw, callback: Callback | None) -> Tensor:
         sample_type=w.sample_type,
         callback=callback,
         stages=tiles.stages,
+        watch=tiles.watch,
     )
 
 
@@ -261,6 +276,7 @@ def independent_rows(tiles: Tiles, noise: SquareNoise) -> Iterator[Tensor]:
     strip = torch.zeros(batch, channels, height, width, device=w.latent.device)
     top = done = 0
     for group in layout.groups(w.together):
+        tiles.at(done)
         name, make = f"tile-{done + 1:0{PLACES}d}", partial(_sample_alone, tiles, group, noise)
         results = tiles.stages.part(1, name, make).chunk(len(group))
         for tile, result in zip(group, results, strict=True):
@@ -298,6 +314,7 @@ def _sample_alone(tiles: Tiles, group: Sequence[Tile], noise: SquareNoise) -> Te
             w.times,
             cfg_scale=w.cfg_scale,
             prediction_type=w.prediction_type,
+            watch=tiles.watch,
         )
     advance = partial(
         net.student_step,
@@ -306,4 +323,6 @@ def _sample_alone(tiles: Tiles, group: Sequence[Tile], noise: SquareNoise) -> Te
         prediction_type=w.prediction_type,
         state_dtype=w.state_dtype,
     )
-    return run_student(advance, draw(()), w.times, draw, sample_type=w.sample_type)
+    return run_student(
+        advance, draw(()), w.times, draw, sample_type=w.sample_type, watch=tiles.watch
+    )

@@ -344,7 +344,7 @@ def test_callbacks(pipe):
 def test_a_network_that_is_not_finite(bad):
     net = network(config())
     net.local_decoder.out_conv.bias.data[1] = bad
-    with pytest.raises(ArithmeticError, match=r"NaN or infinity at 32 x 48 in fp32; try precision"):
+    with pytest.raises(ArithmeticError, match=r"(NaN|infinity) at 32 x 48 in fp32, first"):
         generate(L2PPipeline(net), num_inference_steps=1)  # infinity turns to NaN in two
 
 
@@ -388,7 +388,7 @@ def test_autocast_of_the_caller_changes_nothing(pipe):
         ({"prompt_embeds": draw(20)}, TypeError, r"got \(20,\)"),
         ({"prompt_embeds": draw(0, 20)}, ValueError, r"must be embeddings .* got \(0, 20\) for pr"),
         ({"prompt_embeds": Y.int()}, ValueError, "floating-point embeddings, got torch.int32"),
-        ({"prompt_embeds": Y / 0}, ValueError, "must be finite, got .* for prompt 0; Qwen3 overfl"),
+        ({"prompt_embeds": Y / 0}, ValueError, "of prompt 0 must be finite, got .*; Qwen3 overfl"),
         ({"guidance_scale": 2.0}, ValueError, "guidance_scale = 2.0 needs the negative prompt too"),
         ({"guidance_scale": -1}, ValueError, "guidance_scale must be a number >= 0, got -1"),
         ({"guidance_scale": "2"}, ValueError, "guidance_scale must be a number >= 0, got '2'"),
@@ -420,7 +420,7 @@ def test_autocast_of_the_caller_changes_nothing(pipe):
         ),
         ({"image": torch.zeros(3, 32, 48)}, ValueError, r"image must be \(B, 3, H, W\)"),
         ({"image": torch.full((1, 3, 32, 48), 255.0)}, ValueError, r"image must be in \[-1, 1\]"),
-        ({"image": torch.full((1, 3, 32, 48), float("nan"))}, ValueError, "outside or NaN"),
+        ({"image": torch.full((1, 3, 32, 48), float("nan"))}, ValueError, "image must be finite"),
         ({"image": torch.zeros(2, 3, 32, 48)}, ValueError, "image must hold 1 or 1 images, got 2"),
         ({"image": torch.zeros(1, 3, 32, 32)}, ValueError, r"image must be of the size asked for"),
         ({"image": torch.zeros(1, 3, 32, 48), "strength": 0}, ValueError, r"strength must be in"),

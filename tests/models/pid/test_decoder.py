@@ -281,8 +281,14 @@ def bad_latent(**change):
 @pytest.mark.parametrize(
     ("latent", "words"),
     [
-        (bad_latent(_3=float("nan")), "1 NaN or infinite"),
-        (bad_latent(_0=float("inf"), _7=float("-inf")), "2 NaN or infinite"),
+        (
+            bad_latent(_3=float("nan")),
+            r"1 NaN of 64 values \(1.6%\), the first, nan, at",
+        ),
+        (
+            bad_latent(_0=float("inf"), _7=float("-inf")),
+            "2 infinite of 64 values",
+        ),
         (torch.zeros(1, 4, 2, 2), r"\(B, 16, zh, zw\).*\(1, 4, 2, 2\)"),
         (torch.zeros(1, 16, 64), "to_pid_latent"),
         (torch.zeros(0, 16, 2, 2), r"\(0, 16, 2, 2\)"),
