@@ -19,6 +19,7 @@ from pixeldiff.out_files import check_out_path
 from . import show
 from .estimates import SITES
 from .forward import CHOICES
+from .kill_command import kill
 from .l2p_commands import convert, local_decoder
 from .machine import DTYPES
 from .options import comma, json_option, threads_option
@@ -411,6 +412,7 @@ def _finish(recorder: Recorder, measured, table: Callable) -> None:
 main.add_command(local_decoder)
 main.add_command(convert)
 main.add_command(tiles)
+main.add_command(kill)
 
 if __name__ == "__main__":
     main(prog_name="python -m bench")
