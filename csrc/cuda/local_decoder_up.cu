@@ -1,5 +1,6 @@
-// y = silu(conv3x3([u, skip]) + bias), u = conv3x3(x doubled) + up_bias, for few channels in bf16 on
-// sm_80 and later. The algorithm is local_decoder/up.h; what it must cost, docs/kernels/estimates.md.
+// y = silu(conv3x3([u, skip]) + bias), u = conv3x3(x doubled) + up_bias, for few channels in bf16
+// on sm_80 and later. The algorithm is local_decoder/up.h; what it must cost,
+// docs/kernels/estimates.md.
 #include "local_decoder_up.h"
 
 #include "ampere/device.cuh"
@@ -17,13 +18,12 @@ __global__ void __launch_bounds__(UpTile<kXBlocks, kSkipBlocks>::kThreads,
     local_decoder_up_kernel(const __grid_constant__ UpParams p) {
   extern __shared__ __align__(128) char shared[];
   ampere::Device device(static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
-  Up<ampere::Device, kXBlocks, kSkipBlocks>{device, p}.run();
+  // What all threads of a block have in common is computed once where the compiler sees that it is.
+  Up<ampere::Device, kXBlocks, kSkipBlocks>{device, p}.run(p.schedule.segment(blockIdx.x));
 }
 
-// The biases have a block of their own, so that nothing waits for them.
-template <int kParityCount>
 __global__ void __launch_bounds__(Compose<ampere::Device>::kThreads)
-    compose_kernel(const __grid_constant__ ComposeParams p) {
+    local_decoder_up_compose_kernel(const __grid_constant__ ComposeParams p) {
   __shared__ __align__(128) char shared[Compose<ampere::Device>::kSharedBytes];
   ampere::Device device(static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
   Compose<ampere::Device>{device, p}.run();
@@ -63,8 +63,8 @@ void local_decoder_up(const LocalDecoderUpArgs& a, int device, void* stream) {
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), kOp);
   const ComposeParams compose = compose_params(a);
-  compose_kernel<kParities>
-      <<<compose.blocks(), Compose<ampere::Device>::kThreads, 0, on>>>(compose);
+  local_decoder_up_compose_kernel<<<compose.blocks(), Compose<ampere::Device>::kThreads, 0, on>>>(
+      compose);
   check(cudaGetLastError(), kOp);
   const Weights layout = weights_of(a.Ci, a.Cs);
   if (layout.x_blocks == 1)

@@ -22,14 +22,14 @@ struct Taps {
 struct LocalDecoderUpArgs {
   int64_t B, S, rows, columns;  // of x; skip and out have twice as many rows and columns
   int64_t Ci, Cu, Cs, Co;
-  Picture x;             // B images of Ci
-  Picture skip;          // S images of Cs; image b reads b % S
-  Taps up_weight;        // (Cu, Ci, 3, 3)
-  const void* up_bias;   // (Cu,) contiguous
-  Taps weight;           // (Co, Cu + Cs, 3, 3)
-  const void* bias;      // (Co,) contiguous
-  void* workspace;       // of as many bytes as local_decoder_up_workspace says
-  void* out;             // (B, 2*rows, 2*columns, Co) contiguous
+  Picture x;            // B images of Ci
+  Picture skip;         // S images of Cs; image b reads b % S
+  Taps up_weight;       // (Cu, Ci, 3, 3)
+  const void* up_bias;  // (Cu,) contiguous
+  Taps weight;          // (Co, Cu + Cs, 3, 3)
+  const void* bias;     // (Co,) contiguous
+  void* workspace;      // of as many bytes as local_decoder_up_workspace says
+  void* out;            // (B, 2*rows, 2*columns, Co) contiguous
 };
 
 // What the kernel relies on. Throws std::invalid_argument.
@@ -38,8 +38,8 @@ inline void check_args(const LocalDecoderUpArgs& a) {
   const auto wrong = [](int64_t n, int64_t most) { return n < 1 || n > most; };
   if (wrong(a.B, 1 << 30) || wrong(a.S, a.B) || a.B % a.S) refuse("S must divide B");
   // Strips and rows are counted in 32 bits.
-  if (wrong(a.rows, 1 << 28) || wrong(a.columns, 1 << 28) || a.B * (a.columns / 32 + 1) > 1 << 20)
-    refuse("sizes must be positive, and at most 2^20 strips of 32 columns of x");
+  if (wrong(a.rows, 1 << 28) || wrong(a.columns, 1 << 28) || a.B * (a.columns / 16 + 1) > 1 << 20)
+    refuse("sizes must be positive, and at most 2^20 strips of 16 columns of x");
   for (const int64_t channels : {a.Ci, a.Cs})
     if (wrong(channels, 32) || channels % 8)
       refuse("x and skip must have a multiple of 8 channels up to 32");

@@ -15,8 +15,8 @@ struct Rows {
   static constexpr uint32_t kBytes = 16 * kPieces;
   // Rows of whole 128 bytes start in the same bank: their pieces change places by the row's number.
   // Those of 32 bytes more start two groups further each, 4 rows in 4 different ones, and the next
-  // 4 in the same: there neighbours change places. Rows of 64 bytes are two to 128: each two of them
-  // change places another way.
+  // 4 in the same: there neighbours change places. Rows of 64 bytes are two to 128: each two of
+  // them change places another way.
   static_assert(kPieces % 8 == 0 || kPieces % 8 == 2 || kPieces == 4,
                 "16, 32, 64, 80 or 128 channels");
 

@@ -1,14 +1,14 @@
 // local_decoder_up for few channels: what each warp does, and when.
 //
-// M is the machine it runs on: the GPU (ampere/device.cuh), or the emulator of the tests. Everything
-// a thread does to shared memory or to other threads goes through it.
+// M is the machine it runs on: the GPU (ampere/device.cuh), or the emulator of the tests.
+// Everything a thread does to shared memory or to other threads goes through it.
 //
 // A block walks down its strip, a row of squares a step. Warp 4 g + p has the pixels of parity p of
 // the g-th 16 squares: what they have in common is that they meet the same weights, which therefore
-// stay in registers. In step s row s of x and rows 2s and 2s + 1 of skip have arrived. A fragment of
-// them is read once and multiplied for every row of squares that it reaches: s - 1, which is then
-// complete, s, and s + 1. Copies are two steps ahead, and one barrier a step says that they are
-// there and that what they overwrite is no longer read.
+// stay in registers. In step s row s of x and rows 2s and 2s + 1 of skip have arrived. A fragment
+// of them is read once and multiplied for every row of squares that it reaches: s - 1, which is
+// then complete, s, and s + 1. Copies are two steps ahead, and one barrier a step says that they
+// are there and that what they overwrite is no longer read.
 #pragma once
 
 #include "../ampere/rows.h"
@@ -34,7 +34,6 @@ template <class M, int kXBlocks, int kSkipBlocks>
 struct Up {
   using Tile = UpTile<kXBlocks, kSkipBlocks>;
   using Segment = UpSchedule::Segment;
-  static constexpr int kXPieces = 2 * kXBlocks, kSkipPieces = 2 * kSkipBlocks;
 
   M& m;
   const UpParams& p;
@@ -43,6 +42,16 @@ struct Up {
   uint32_t of_skip[3][3][kSkipBlocks][4];  // of the second convolution's taps
   float shift[4];                          // inside, of this lane's channels
   float sums[3][8];                        // of rows of squares, by their number modulo 3
+
+  // Where this thread's copies come from, in the row that is copied next, and go to in a stage;
+  // whether there is something. Of the last ones some are of x.
+  const char* from[Tile::kCopies];
+  uint32_t to[Tile::kCopies];
+  bool there[Tile::kCopies];
+  // In a stage, what this lane says of fragments.
+  uint32_t x_at[3], skip_at[3];
+  // Its channels of its first pixel in the row of squares that is stored next.
+  char* out;
 
   // Of a warp.
   PIXELDIFF_DEVICE int parity() const { return m.thread() / 32 % 4; }
@@ -54,10 +63,11 @@ struct Up {
   PIXELDIFF_DEVICE int edge_row() const { return a() == 0 ? 0 : p.schedule.rows - 1; }
   PIXELDIFF_DEVICE int edge_column() const { return b() == 0 ? 0 : p.schedule.columns - 1; }
 
-  PIXELDIFF_DEVICE void run() {
-    const Segment at = p.schedule.segment(m.block());
-    start_copies(at, at.first - 1);
-    start_copies(at, at.first);
+  PIXELDIFF_DEVICE void run(const Segment at) {
+    find_copies(at);
+    find_fragments();
+    find_results(at);
+    for (int i = 0; i < Tile::kAhead; ++i) start_copies(at, at.first - 1 + i);
     PIXELDIFF_UNROLL
     for (int tap = 0; tap < 9; ++tap) {
       PIXELDIFF_UNROLL
@@ -100,40 +110,44 @@ struct Up {
     multiply_x(s, at_row, at_column, edge, done, here, next);
     if (at_row) load_row(false);
     multiply_skip(s, done, here);
-    if (s > at.first) store(at, s - 1, done);
+    if (s > at.first) store(at, done);
   }
 
   // --- copies
 
-  // Row s of x and rows 2s and 2s + 1 of skip, as one group. What is outside is zero.
+  PIXELDIFF_DEVICE void find_copies(const Segment& at) {
+    PIXELDIFF_UNROLL
+    for (int k = 0; k < Tile::kCopies; ++k) {
+      const typename Tile::Copy copy = Tile::copy(m.thread() + k * Tile::kThreads);
+      const cuda::Picture& t = copy.of_x ? p.x : p.skip;
+      const int column = (copy.of_x ? at.column : 2 * at.column) - 1 + copy.pixel;
+      const int columns = (copy.of_x ? 1 : 2) * p.schedule.columns;
+      const int64_t row =
+          copy.of_x ? at.first - 1 : 2 * static_cast<int64_t>(at.first - 1) + copy.row;
+      const int image = copy.of_x ? at.image : at.image % p.skips;
+      from[k] = static_cast<const char*>(t.data) +
+                2 * (image * t.stride_b + row * t.stride_h + column * t.stride_w + 8 * copy.piece);
+      to[k] = copy.to;
+      there[k] =
+          column >= 0 && column < columns && copy.piece < (copy.of_x ? p.x_pieces : p.skip_pieces);
+    }
+  }
+
+  // Row s of x and rows 2s and 2s + 1 of skip, as one group. What is outside is zero. To be called
+  // for one row after the other.
   PIXELDIFF_DEVICE void start_copies(const Segment& at, int s) {
-    constexpr int kX = Tile::kXPixels * kXPieces, kSkip = Tile::kSkipPixels * kSkipPieces;
     // The last step needs the row below the segment's last.
     if (s <= at.last) {
       const bool inside = s >= 0 && s < p.schedule.rows;
       PIXELDIFF_UNROLL
-      for (int i = m.thread(); i < kX + 2 * kSkip; i += Tile::kThreads) {
-        if (i < 2 * kSkip) {
-          const int row = i / kSkip, pixel = i % kSkip / kSkipPieces, piece = i % kSkipPieces;
-          const int column = 2 * at.column - 1 + pixel;
-          const char* from =
-              address(p.skip, at.image % p.skips, 2 * static_cast<int64_t>(s) + row, column, piece);
-          m.copy16(Tile::stage(s) + Tile::skip_row(row) + Tile::skip(pixel, piece), from,
-                   inside && column >= 0 && column < 2 * p.schedule.columns && piece < p.skip_pieces);
-        } else {
-          const int pixel = (i - 2 * kSkip) / kXPieces, piece = (i - 2 * kSkip) % kXPieces;
-          const int column = at.column - 1 + pixel;
-          m.copy16(Tile::stage(s) + Tile::x(pixel, piece), address(p.x, at.image, s, column, piece),
-                   inside && column >= 0 && column < p.schedule.columns && piece < p.x_pieces);
-        }
+      for (int k = 0; k < Tile::kCopies; ++k) {
+        const int i = m.thread() + k * Tile::kThreads;
+        if (!Tile::is_copy(k, i)) continue;
+        m.copy16(Tile::stage(s) + to[k], from[k], inside && there[k]);
+        from[k] += Tile::is_of_x(k, i) ? 2 * p.x.stride_h : 4 * p.skip.stride_h;
       }
     }
     m.commit_copies();
-  }
-  PIXELDIFF_DEVICE static const char* address(const cuda::Picture& t, int image, int64_t row,
-                                              int column, int piece) {
-    return static_cast<const char*>(t.data) +
-           2 * (image * t.stride_b + row * t.stride_h + column * t.stride_w + 8 * piece);
   }
 
   // --- weights
@@ -158,6 +172,16 @@ struct Up {
 
   // --- products
 
+  PIXELDIFF_DEVICE void find_fragments() {
+    const ampere::Corner corner = ampere::down_first(lane());
+    const int square = Tile::kSquares * group() + corner.row;
+    PIXELDIFF_UNROLL
+    for (int i = 0; i < 3; ++i) {
+      x_at[i] = Tile::x(square + i, corner.piece);
+      skip_at[i] = Tile::skip(2 * square + b() + i, corner.piece);
+    }
+  }
+
   PIXELDIFF_DEVICE void start_sums(bool at_row, bool at_column, int edge, float (&to)[8]) {
     PIXELDIFF_UNROLL
     for (int i = 0; i < 8; ++i) to[i] = shift[accumulator_channel(i)];
@@ -179,15 +203,12 @@ struct Up {
 
   PIXELDIFF_DEVICE void multiply_x(int s, bool at_row, bool at_column, int edge, float (&done)[8],
                                    float (&here)[8], float (&next)[8]) {
-    const ampere::Corner corner = ampere::down_first(lane());
     PIXELDIFF_UNROLL
     for (int ex = -1; ex <= 1; ++ex) {
-      const int pixel = Tile::kSquares * group() + corner.row + 1 + ex;
-      const uint32_t from = Tile::x(pixel, corner.piece);
       PIXELDIFF_UNROLL
       for (int block = 0; block < kXBlocks; ++block) {
         uint32_t values[4];
-        m.load_matrices(Tile::stage(s) + Tile::XRows::further(from, 2 * block), values);
+        m.load_matrices(Tile::stage(s) + Tile::XRows::further(x_at[ex + 1], 2 * block), values);
         if (ex == 0 && at_column) {
           // The edge's square has a product of its own, in which the others are zero.
           uint32_t alone[4];
@@ -217,23 +238,20 @@ struct Up {
   }
 
   PIXELDIFF_DEVICE void multiply_skip(int s, float (&done)[8], float (&here)[8]) {
-    const ampere::Corner corner = ampere::down_first(lane());
-    // Of rows 2s - 1 to 2s + 1 those beside and of this parity: the first has a neighbour above too.
-    const int shared = 2 * s - 1 + a(), own = shared + 1;
-    const uint32_t of_shared = Tile::stage(shared >> 1) + Tile::skip_row(shared & 1);
-    const uint32_t of_own = Tile::stage(own >> 1) + Tile::skip_row(own & 1);
+    // Of rows 2s - 1 to 2s + 1 those beside and of this parity: the first has a neighbour above
+    // too.
+    const uint32_t shared = Tile::stage(s - 1 + a()) + Tile::skip_row(1 - a());
+    const uint32_t own = Tile::stage(s) + Tile::skip_row(a());
     PIXELDIFF_UNROLL
     for (int tap = 0; tap < 3; ++tap) {
-      const int pixel = 2 * (Tile::kSquares * group() + corner.row) + b() + tap;
-      const uint32_t from = Tile::skip(pixel, corner.piece);
       PIXELDIFF_UNROLL
       for (int block = 0; block < kSkipBlocks; ++block) {
-        const uint32_t piece = Tile::SkipRows::further(from, 2 * block);
+        const uint32_t from = Tile::SkipRows::further(skip_at[tap], 2 * block);
         uint32_t values[4];
-        m.load_matrices(of_shared + piece, values);
+        m.load_matrices(shared + from, values);
         add(done, values, of_skip[2][tap][block]);
         add(here, values, of_skip[0][tap][block]);
-        m.load_matrices(of_own + piece, values);
+        m.load_matrices(own + from, values);
         add(here, values, of_skip[1][tap][block]);
       }
     }
@@ -246,23 +264,29 @@ struct Up {
     return x * m.reciprocal(1.0f + m.exp2(-kLog2e * x));
   }
 
-  // Four channels of a pixel in each half of row `row` of squares.
-  PIXELDIFF_DEVICE void store(const Segment& at, int row, const float (&from)[8]) {
-    const int first = at.column + Tile::kSquares * group();
+  PIXELDIFF_DEVICE void find_results(const Segment& at) {
+    const int column = at.column + Tile::kSquares * group() + hopper::accumulator_row(0, lane(), 0);
+    const int64_t y = 2 * (static_cast<int64_t>(at.image) * p.schedule.rows + at.first) + a();
+    const int64_t pixel = y * (2 * p.schedule.columns) + 2 * column + b();
+    out = p.out + (pixel * kOut + lane() % 4 * 4) * 2;
+  }
+
+  // Four channels of a pixel in each half of a row of squares. To be called for one row after the
+  // other.
+  PIXELDIFF_DEVICE void store(const Segment& at, const float (&from)[8]) {
     PIXELDIFF_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int column = first + hopper::accumulator_row(0, lane(), half);
+      const int column =
+          at.column + Tile::kSquares * group() + hopper::accumulator_row(0, lane(), half);
       uint32_t both[2];
       PIXELDIFF_UNROLL
       for (int n = 0; n < 2; ++n) {
         const int i = 4 * n + 2 * half;
         both[n] = m.template pack<true>(silu(from[i]), silu(from[i + 1]));
       }
-      const int64_t y = static_cast<int64_t>(at.image) * p.schedule.rows * 2 + 2 * row + a();
-      const int64_t pixel = y * (2 * p.schedule.columns) + 2 * column + b();
-      if (column < p.schedule.columns)
-        m.store(p.out + (pixel * kOut + lane() % 4 * 4) * 2, both[0], both[1]);
+      if (column < p.schedule.columns) m.store(out + half * (8 * 2 * kOut * 2), both[0], both[1]);
     }
+    out += static_cast<int64_t>(p.schedule.columns) * (2 * 2 * kOut * 2);
   }
 };
 

@@ -118,17 +118,29 @@ struct Compose {
   }
 
   PIXELDIFF_DEVICE void add_biases() {
+    const int c = m.thread() % 16;
+    for (int middle = m.thread() / 16; middle < p.Cu; middle += kThreads / 16) {
+      const float up_bias = load(p.up_bias, middle);
+      PIXELDIFF_UNROLL
+      for (int i = 0; i < 9; ++i)
+        m.put(at(i, middle, c), load(p.weight, c, middle, i / 3, i % 3) * up_bias);
+    }
+    m.sync_block();
+    for (int i = m.thread(); i < 9 * kOut; i += kThreads) {
+      float sum = 0.0f;
+      for (int middle = 0; middle < p.Cu; ++middle) sum += m.get(at(i / kOut, middle, i % kOut));
+      m.put(kHalf + at(i / kOut, 0, i % kOut), sum);
+    }
+    m.sync_block();
     for (int i = m.thread(); i < 4 * kParities * kOut; i += kThreads) {
       const int kind = i / kOut, channel = i % kOut;
       const int a = kind / 8, b = kind / 4 % 2;
       const bool edge_y = kind / 2 % 2, edge_x = kind % 2;
       float sum = load(p.bias, channel);
-      for (int tap = 0; tap < 9; ++tap) {
-        if (!kept(edge_y, a, tap / 3) || !kept(edge_x, b, tap % 3)) continue;
-        for (int middle = 0; middle < p.Cu; ++middle)
-          sum = fmaf(load(p.weight, channel, middle, tap / 3, tap % 3), load(p.up_bias, middle),
-                     sum);
-      }
+      PIXELDIFF_UNROLL
+      for (int tap = 0; tap < 9; ++tap)
+        if (kept(edge_y, a, tap / 3) && kept(edge_x, b, tap % 3))
+          sum += m.get(kHalf + at(tap, 0, channel));
       m.store(reinterpret_cast<float*>(p.to + p.layout.shift(0, false, false)) + i, sum);
     }
   }

@@ -12,11 +12,11 @@
 
 namespace pixeldiff::local_decoder {
 
-constexpr int kOut = 16;           // channels of the result
-constexpr int kBlock = 16;         // channels that one product sums over
-constexpr int kParities = 4;       // 2 a + b
+constexpr int kOut = 16;      // channels of the result
+constexpr int kBlock = 16;    // channels that one product sums over
+constexpr int kParities = 4;  // 2 a + b
 constexpr int kFragmentBytes = kBlock * kOut * 2;
-constexpr int kMaxMiddle = 32;     // channels of u
+constexpr int kMaxMiddle = 32;  // channels of u
 
 // A tap of x: at which edges, and where.
 struct Slot {
@@ -74,7 +74,8 @@ struct Weights {
   PIXELDIFF_HOST_DEVICE constexpr int bytes() const { return shift(kParities, false, false); }
 };
 PIXELDIFF_HOST_DEVICE constexpr Weights weights_of(int64_t Ci, int64_t Cs) {
-  return {static_cast<int>((Ci + kBlock - 1) / kBlock), static_cast<int>((Cs + kBlock - 1) / kBlock)};
+  return {static_cast<int>((Ci + kBlock - 1) / kBlock),
+          static_cast<int>((Cs + kBlock - 1) / kBlock)};
 }
 
 }  // namespace pixeldiff::local_decoder

@@ -18,7 +18,8 @@ struct Call {
 auto range(const void* p, int64_t bytes) {
   return std::make_pair(static_cast<const char*>(p), static_cast<const char*>(p) + bytes);
 }
-auto range(const cuda::Picture& t, int64_t images, int64_t rows, int64_t columns, int64_t channels) {
+auto range(const cuda::Picture& t, int64_t images, int64_t rows, int64_t columns,
+           int64_t channels) {
   return range(t.data, 2 * ((images - 1) * t.stride_b + (rows - 1) * t.stride_h +
                             (columns - 1) * t.stride_w + channels));
 }
@@ -58,7 +59,8 @@ void multiply(const Call& c) {
                             c.seed + block, static_cast<emulator::Fault>(c.fault), c.low, c.high,
                             ranges);
     machine.run([&](emulator::Thread& thread) {
-      Up<emulator::Thread, kXBlocks, kSkipBlocks>{thread, params}.run();
+      Up<emulator::Thread, kXBlocks, kSkipBlocks>{thread, params}.run(
+          params.schedule.segment(block));
     });
   }
 }
@@ -120,27 +122,37 @@ void up_weights(int Ci, int Cs, int parity, int i, int block, int* out) {
   out[2] = w.shift(parity, i / 2 % 2, i % 2);
 }
 
-// Bytes of a stage, stages, squares of a strip, threads, blocks of a multiprocessor.
+// Bytes of a stage, of shared memory, squares of a strip, threads, blocks of a multiprocessor.
 void up_tile(int x_blocks, int skip_blocks, int* out) {
   with_tile(x_blocks, skip_blocks, [&](auto tile) {
     using Tile = decltype(tile);
-    const int all[] = {Tile::kStageBytes, Tile::kStages, Tile::kColumns, Tile::kThreads,
+    const int all[] = {Tile::kStageBytes, Tile::kSharedBytes, Tile::kColumns, Tile::kThreads,
                        Tile::kBlocks};
     std::memcpy(out, all, sizeof all);
   });
 }
-// Where a piece of x and of a row of skip lies in a stage.
-void up_place(int x_blocks, int skip_blocks, int row, int pixel, int piece, int* out) {
+// All copies of a stage: of which image, row, pixel, piece, and where to; then, as a thread finds
+// them, whether there is one and whether it is of x. Returns how many there could be.
+int up_copies(int x_blocks, int skip_blocks, int* out) {
+  int count = 0;
   with_tile(x_blocks, skip_blocks, [&](auto tile) {
     using Tile = decltype(tile);
-    out[0] = Tile::x(pixel, piece);
-    out[1] = Tile::skip_row(row) + Tile::skip(pixel, piece);
+    count = Tile::kCopies * Tile::kThreads;
+    for (int i = 0; out != nullptr && i < count; ++i) {
+      const auto copy = Tile::copy(i);
+      const int k = i / Tile::kThreads;
+      const int all[] = {copy.of_x,          copy.row,     copy.pixel,
+                         copy.piece,         int(copy.to), Tile::is_copy(k, i),
+                         Tile::is_of_x(k, i)};
+      std::memcpy(out + 7 * i, all, sizeof all);
+    }
   });
+  return count;
 }
 
 // Images, columns and rows (first, last) of all segments; returns how many.
 int up_segments(int images, int rows, int columns, int slots, int* out) {
-  const UpSchedule s = up_schedule(images, rows, columns, 32, slots);
+  const UpSchedule s = up_schedule(images, rows, columns, UpTile<1, 1>::kColumns, slots);
   for (int i = 0; out != nullptr && i < s.blocks(); ++i) {
     const auto at = s.segment(i);
     const int all[] = {at.image, at.column, at.first, at.last};
