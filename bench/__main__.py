@@ -44,6 +44,7 @@ def main() -> None:
 @click.option("--limit", type=float, help="seconds for everything; the rest is skipped, and said")
 @click.option("--quick", is_flag=True, help="1024 at side / 16, three rounds: only that it runs")
 @click.option("--compile/--no-compile", "compiled", default=True, help="the compiled baseline")
+@click.option("--rivals", is_flag=True, help="also vendors' kernels, on a GPU: bench/rivals.py")
 @threads_option
 @json_option
 @clean_errors
@@ -59,6 +60,7 @@ def kernels(
     limit: float | None,
     quick: bool,
     compiled: bool,
+    rivals: bool,
     threads: int | None,
     path: Path | None,
 ) -> None:
@@ -84,6 +86,7 @@ def kernels(
         seconds=seconds,
         limit=limit,
         compiled=compiled,
+        rivals=rivals,
         matrix=256 if quick else None,
     )
     _finish(Recorder(path), run(plan), show.kernels)

@@ -453,7 +453,7 @@ def test_other_biases_are_noticed(parity, kind):
 
 
 def test_why_not():
-    x, skip, up_weight, up_bias, weight, bias = args = arguments(bf16, (2, 1, 3, 4, 16, 6, 24, 16))
+    x, skip, up_weight, _, weight, _ = args = arguments(bf16, (2, 1, 3, 4, 16, 6, 24, 16))
     assert refusal(args) is None
     assert refusal(arguments(torch.float16, SHAPES["one"])) == "takes bfloat16, got torch.float16"
     for channels in (3, 12, 40):

@@ -8,7 +8,7 @@ import pytest
 from emulated import library
 
 CHANNELS = (64, 80, 128)
-channels_of_rows = pytest.mark.parametrize("channels", (16, 32, *CHANNELS))
+channels_of_rows = pytest.mark.parametrize("channels", [16, 32, *CHANNELS])
 channels_of_heads = pytest.mark.parametrize("channels", CHANNELS)
 
 
