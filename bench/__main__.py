@@ -45,6 +45,7 @@ def main() -> None:
 @click.option("--limit", type=float, help="seconds for everything; the rest is skipped, and said")
 @click.option("--quick", is_flag=True, help="1024 at side / 16, three rounds: only that it runs")
 @click.option("--compile/--no-compile", "compiled", default=True, help="the compiled baseline")
+@click.option("--rivals", is_flag=True, help="also vendors' kernels, on a GPU: bench/rivals.py")
 @threads_option
 @json_option
 @clean_errors
@@ -60,6 +61,7 @@ def kernels(
     limit: float | None,
     quick: bool,
     compiled: bool,
+    rivals: bool,
     threads: int | None,
     path: Path | None,
 ) -> None:
@@ -85,6 +87,7 @@ def kernels(
         seconds=seconds,
         limit=limit,
         compiled=compiled,
+        rivals=rivals,
         matrix=256 if quick else None,
     )
     _finish(Recorder(path), run(plan), show.kernels)

@@ -18,6 +18,7 @@ from pixeldiff.ops.registry import OPS
 from . import ceilings
 from .accuracy import Judge
 from .machine import DTYPES, last_level_cache, machine
+from .rivals import RIVALS, refusal
 from .schema import Memory, Row, Timing
 from .shapes import Case, cases
 from .timing import Candidate, Rotation, clock_for, first_call, interleave
@@ -40,6 +41,7 @@ class Plan:
         seconds: for the samples of one case, roughly.
         limit: seconds for the whole; cases beyond it become rows that say so.
         compiled: whether to run the compiled baseline.
+        rivals: whether to run those of `RIVALS`.
         matrix: side of the matrices of the compute ceiling.
     """
 
@@ -53,6 +55,7 @@ class Plan:
     seconds: float = 4.0
     limit: float | None = None
     compiled: bool = True
+    rivals: bool = False
     matrix: int | None = None
 
 
@@ -148,6 +151,9 @@ def _candidates(op: str, plan: Plan) -> list[Candidate]:
             continue
         context = _forced(op, backend.name)
         found.append(Candidate(backend.name, registered, context))
+    if plan.rivals:
+        rivals = RIVALS.get(op, {}).items()
+        found += [Candidate(name, rival.call, rival.context) for name, rival in rivals]
     return found
 
 
@@ -156,6 +162,9 @@ def _forced(op: str, backend: str) -> Callable:
 
 
 def _refusal(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
+    rival = RIVALS.get(op, {}).get(backend)
+    if rival is not None:
+        return refusal(op, rival, args)
     return dict(registry.explain(op, *args)).get(backend)
 
 

@@ -41,6 +41,7 @@ SOURCES = (
     Source("joint_attention_mma.cu", definition="PIXELDIFF_BF16=false"),
     Source("joint_attention_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),
     Source("joint_attention_sm90.cu", ("90a",), "PIXELDIFF_BF16=false"),
+    Source("local_decoder_up.cu"),
     Source("pixel_adaln_compress_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),
     Source("pixel_adaln_compress_sm90.cu", ("90a",), "PIXELDIFF_BF16=false"),
     Source("pixel_adaln_mlp_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),
@@ -106,8 +107,11 @@ def parse(report: str) -> list[tuple[str, str, str, str]]:
 
 
 def readable(symbol: str) -> str:
-    """The name of a kernel and what stands between its angle brackets, from its mangled symbol."""
-    name, arguments = re.search(r".*\d([a-z]\w*?_kernel)I(.*?)EEv", symbol).groups()
+    """The name of a kernel and what stands between its angle brackets, if it has them, from its
+    mangled symbol."""
+    name, arguments = re.search(r".*\d([a-z]\w*?_kernel)(?:I(.*?)EEv|E)", symbol).groups()
+    if arguments is None:
+        return name
     words = {"Lb0": "false", "Lb1": "true", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
     words |= {"DTypeE0": "fp32", "DTypeE1": "bf16", "DTypeE2": "fp16"}
     pattern = r"Lb[01]|Li(\d+)|13__nv_bfloat16|6__half|DTypeE\d|^f"

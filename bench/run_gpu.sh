@@ -7,6 +7,8 @@
 #                                     networks, precisions and sizes
 #   bash bench/run_gpu.sh --l2p       instead: a network call of L2P at 1024, 4096, 8192 and 10240, and of the
 #                                     latent model it comes from
+#   bash bench/run_gpu.sh --cuda      instead: the CUDA C++ kernels alone: their tests, compute-sanitizer on the
+#                                     small ones, and a race of each against its Triton version and vendors'
 #   bash bench/run_gpu.sh --tune      instead: measures the tiles of the Triton kernels and puts the
 #                                     rewritten tables, triton_kernels/*.json, into $OUT/tables too
 #   bash bench/run_gpu.sh --dry-run   the stages of the first three on a CPU at tiny sizes, to rehearse them
@@ -17,14 +19,15 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-DRY=0 TUNE=0 MORE=0 L2P=0
+DRY=0 TUNE=0 MORE=0 L2P=0 CUDA=0
 case "${1:-}" in
   "") ;;
   --dry-run) DRY=1 ;;
   --tune) TUNE=1 ;;
   --more) MORE=1 ;;
   --l2p) L2P=1 ;;
-  *) echo "usage: bash bench/run_gpu.sh [--more | --l2p | --tune | --dry-run]" >&2; exit 2 ;;
+  --cuda) CUDA=1 ;;
+  *) echo "usage: bash bench/run_gpu.sh [--more | --l2p | --cuda | --tune | --dry-run]" >&2; exit 2 ;;
 esac
 # Not installed, only on the path: the package then finds its Triton kernels through a link.
 if [ "$DRY" -eq 0 ] && [ ! -e pixeldiff/triton_kernels ]; then
@@ -102,8 +105,20 @@ build() {
     "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m pixeldiff.cli info
 }
 
+# sanitize TOOL TESTS...: tests under one of compute-sanitizer's tools, which looks at the kernels of
+# csrc/cuda: theirs are the names with the library's namespace.
+sanitize() {
+  local tool="$1" found
+  shift
+  found="$(PATH="$PATH:/usr/local/cuda/bin" command -v compute-sanitizer)" \
+    || { echo "compute-sanitizer is absent"; return 3; }
+  # PyTorch keeps memory that it has freed, in which an access out of bounds would go unnoticed.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$found" --tool "$tool" --error-exitcode 9 \
+    --kernel-name kns=pixeldiff "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu "$@"
+}
+
 # What the functions above are run by: timeout starts programs, not functions.
-export -f environment build
+export -f environment build sanitize
 export PYTHON DRY
 
 kernels() { stage "kernels-$1" "$2" "$PYTHON" -m bench kernels --json "$OUT/kernels-$1.json" "${@:3}"; }
@@ -117,6 +132,8 @@ if [ "$DRY" -eq 1 ]; then
   stage tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/bench
   kernels short 240 --device cpu --quick --no-compile
   kernels full 240 --device cpu --quick --no-compile --dtype bf16 --limit 40
+  kernels cuda-rehearsal 120 --device cpu --quick --no-compile --rivals --dtype bf16 --limit 30 \
+    --op joint_attention,qkv_norm_rope,local_decoder_up
   decode short 240 --device cpu --config demo --size 64 --new-size 0 --images 2 --steps 1 --compare reference
   decode full 240 --device cpu --config demo --size 128 --images 2 --steps 1 --compare reference,upstream
   forward tiny 240 --device cpu --config tiny --size 64 --guided --rounds 3 --seconds 5 \
@@ -125,6 +142,29 @@ elif [ "$TUNE" -eq 1 ]; then
   stage build 120 bash -c build
   stage tune 380 "$PYTHON" -m bench tune --seconds 0.4 --sizes 2048,4096 --limit 360 --json "$OUT/tune.json"
   mkdir -p "$OUT/tables" && cp triton_kernels/*.json "$OUT/tables/"
+elif [ "$CUDA" -eq 1 ]; then
+  stage build 120 bash -c build
+  # A race for each kernel, with a file of its own.
+  kernels cuda-attention 45 --device cuda --dtype bf16 --op joint_attention --sizes 2048,4096 \
+    --seconds 1.5 --limit 35 --no-compile --rivals
+  kernels cuda-attention-fp8 30 --device cuda --dtype bf16 --op joint_attention_fp8 --sizes 2048 \
+    --seconds 1.5 --limit 20 --no-compile --rivals
+  kernels cuda-qkv 30 --device cuda --dtype bf16 --op qkv_norm_rope --sizes 2048,4096 --seconds 1 \
+    --limit 20 --no-compile --rivals
+  kernels cuda-mlp 35 --device cuda --dtype bf16 --op pixel_adaln_mlp --sizes 2048,4096 --seconds 1 \
+    --limit 25 --no-compile
+  kernels cuda-up 40 --device cuda --dtype bf16 --op local_decoder_up --sizes 4096,8192 --seconds 1 \
+    --limit 30
+  stage tests-cuda 85 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/kernels \
+    -k "(cuda or sm90) and not triton" \
+    $("$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadfile")
+  for tool in memcheck racecheck synccheck; do
+    stage "sanitize-$tool" 40 bash -c 'sanitize "$@"' - "$tool" \
+      tests/kernels/test_local_decoder_up_cuda.py tests/kernels/test_pixel_adaln_mlp_sm90.py \
+      tests/kernels/test_qkv_norm_rope_sm90.py tests/kernels/test_joint_attention_fp8.py \
+      tests/kernels/test_joint_attention.py \
+      -k "cuda and (takes_all or views or matches_oracle) or qkv and on_a_gpu"
+  done
 elif [ "$MORE" -eq 1 ]; then
   stage build 120 bash -c build
   # Compiling the whole network takes a minute or more: alone, so that it can only lose itself.

@@ -1,5 +1,8 @@
 #include "../cpu/local_decoder_down.h"
 #include "../cpu/local_decoder_up.h"
+#ifdef PIXELDIFF_CUDA
+#include "../cuda/local_decoder_up.h"
+#endif
 
 #include "arguments.h"
 #include "bindings.h"
@@ -74,11 +77,59 @@ void local_decoder_up_cpu(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes,
   cpu::local_decoder_up(args, chosen, threads);
 }
 
+#ifdef PIXELDIFF_CUDA
+using Four = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+using Five = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;  // data, strides n, c, r, s
+
+cuda::Taps to_taps(const char* name, Five taps) {
+  const auto [address, n, c, r, s] = taps;
+  return {to_pointer<const void>(name, address), n, c, r, s};
+}
+
+// sizes: B, S, rows and columns of x; channels: Ci, Cu, Cs, Co; x, skip: address, elements between
+// images, rows and columns; biases: of u and of the result.
+void local_decoder_up_cuda(Four sizes, Four channels,
+                           std::tuple<Address, int64_t, int64_t, int64_t> x,
+                           std::tuple<Address, int64_t, int64_t, int64_t> skip, Five up_weight,
+                           Five weight, std::tuple<Address, Address> biases, Address workspace,
+                           Address out, int device, Address stream) {
+  const auto [B, S, rows, columns] = sizes;
+  const auto [Ci, Cu, Cs, Co] = channels;
+  const auto picture = [](const char* name, auto image) {
+    const auto [address, b, h, w] = image;
+    return cuda::Picture{to_pointer<const void>(name, address), b, h, w};
+  };
+  const auto [up_bias, bias] = biases;
+  const cuda::LocalDecoderUpArgs args{B,
+                                      S,
+                                      rows,
+                                      columns,
+                                      Ci,
+                                      Cu,
+                                      Cs,
+                                      Co,
+                                      picture("x", x),
+                                      picture("skip", skip),
+                                      to_taps("up_weight", up_weight),
+                                      to_pointer<const void>("up_bias", up_bias),
+                                      to_taps("weight", weight),
+                                      to_pointer<const void>("bias", bias),
+                                      to_pointer<void>("workspace", workspace),
+                                      to_pointer<void>("out", out)};
+  pybind11::gil_scoped_release unlocked;
+  cuda::local_decoder_up(args, device, reinterpret_cast<void*>(stream));
+}
+#endif
+
 }  // namespace
 
 void bind_local_decoder(pybind11::module_& m) {
   m.def("local_decoder_down_cpu", &local_decoder_down_cpu);
   m.def("local_decoder_up_cpu", &local_decoder_up_cpu);
+#ifdef PIXELDIFF_CUDA
+  m.def("local_decoder_up_cuda", &local_decoder_up_cuda);
+  m.def("local_decoder_up_workspace", &cuda::local_decoder_up_workspace);
+#endif
 }
 
 }  // namespace pixeldiff

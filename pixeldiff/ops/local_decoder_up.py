@@ -10,6 +10,8 @@ from .registry import Backend, define
 
 BACKENDS = (
     Backend("triton", "pixeldiff.triton_kernels.local_decoder_up"),
+    # On request until it has been measured.
+    Backend("cuda", "pixeldiff.ops.cuda.local_decoder_up", automatic=False),
     Backend("cpu", "pixeldiff.ops.cpu.local_decoder_up"),
 )
 
@@ -78,14 +80,15 @@ def local_decoder_up(
         ValueError: shape or device. TypeError: dtype. NotImplementedError: a forced backend cannot
         run; says why.
 
-    Backends: triton, cpu (fp32, bf16, fp16; up to about 128 channels), reference.
+    Backends: triton, cuda on request (capability 8.0 and later, bf16, 8 to 32 channels of x and
+    skip in eights, 16 of the result), cpu (fp32, bf16, fp16; up to about 128 channels), reference.
     Gradients: through the reference.
     Cost: 18*H*W*(B*Ci*Cu + B*Cu*Co + S*Cs*Co) FLOPs and H*W*(B*Ci/4 + S*Cs + B*Co)*sizeof(x) bytes.
     At full resolution (16 channels) bandwidth-bound. The first product takes 8 in place of 18 as
     four 2x2 convolutions of x, one for each parity of row and column, whose taps are sums of those
     that meet the same value of x: for kernels. Through PyTorch's convolutions on a CPU that gained
     nothing (0.7x at 16 channels, 1.1x at 128), so the reference doubles x. Of few channels the
-    Triton kernel composes the two convolutions, between which is no activation, and never has u.
+    GPU's kernels compose the two convolutions, between which is no activation, and never have u.
     Source: L2P (arXiv 2605.12013), decoder half of the local decoder.
     """
     op = "local_decoder_up"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from bench import schema
 from bench.forward import NETWORKS
+from pixeldiff.ops.registry import OPS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "run_gpu.sh"
 
@@ -30,7 +32,10 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stderr
     for stage in ("environment", "tests", "kernels-short", "kernels-full", "decode-short"):
         assert (tmp_path / f"{stage}.log").exists()
-    for name in ("kernels-short", "kernels-full", "decode-short", "decode-full", "forward-tiny"):
+    for name in (
+        *("kernels-short", "kernels-full", "kernels-cuda-rehearsal"),
+        *("decode-short", "decode-full", "forward-tiny"),
+    ):
         rows = schema.load(tmp_path / f"{name}.json")
         assert any(r.status == "measured" for r in rows), name
     assert "summary" in done.stdout
@@ -64,6 +69,29 @@ def test_every_part_asks_for_commands_that_exist():
         assert 0 < int(seconds) <= 240, name
         context = command.make_context("forward", options)
         assert context.params["config"] in NETWORKS
+    calls = [shlex.split(line) for line in lines if line.startswith("  kernels ")]
+    assert len(calls) == 10
+    for _, name, seconds, *options in calls:
+        params = main.commands["kernels"].make_context("kernels", options).params
+        assert set(params["ops"]) <= OPS.keys(), name
+        # What was measured is kept where a stage ends by itself.
+        assert params["limit"] is None or params["limit"] < int(seconds), name
+    words = [word for line in lines for word in line.split() if word.startswith("tests/")]
+    assert words
+    assert all((SCRIPT.parents[1] / word).exists() for word in words)
+
+
+def test_every_cuda_kernel_has_a_race():
+    """Of the part for them; and what it takes together ends within nine minutes."""
+    lines = SCRIPT.read_text().replace("\\\n", " ").split('elif [ "$CUDA"')[1].split("elif")[0]
+    having = {o.name for o in OPS.values() if any(b.name == "cuda" for b in o.backends)}
+    raced = set(re.findall(r"--op (\w+)", lines))
+    # PyTorch's own, and two without products, which the first part races with everything else.
+    assert having - raced == {"fp8_linear", "rms_norm_modulate", "gated_residual_norm"}
+    assert raced <= having
+    stages = re.findall(r"^ +(?:stage|kernels) \S+ (\d+)", lines, re.M)
+    tools = len(re.search(r"for tool in (.*);", lines)[1].split())
+    assert sum(map(int, stages)) + (tools - 1) * int(stages[-1]) < 530
 
 
 def test_wrong_usage(tmp_path):

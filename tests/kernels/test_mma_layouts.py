@@ -8,6 +8,7 @@ import pytest
 from emulated import library
 
 CHANNELS = (64, 80, 128)
+channels_of_rows = pytest.mark.parametrize("channels", [16, 32, *CHANNELS])
 channels_of_heads = pytest.mark.parametrize("channels", CHANNELS)
 
 
@@ -31,7 +32,7 @@ def banks(address):
 # --- rows in shared memory
 
 
-@channels_of_heads
+@channels_of_rows
 def test_every_piece_has_its_place(lib, channels):
     """Side by side, row below row: whole rows of 16 bytes an 8 channels, nothing between."""
     pieces = channels // 8
@@ -47,7 +48,7 @@ def test_every_piece_has_its_place(lib, channels):
         assert below == lib.piece_at(channels, row, piece, 0) + 8 * 16 * pieces
 
 
-@channels_of_heads
+@channels_of_rows
 def test_eight_lanes_are_in_different_banks(lib, channels):
     """Of ldmatrix, the same piece of 8 rows; of cp.async, 8 pieces of a row, and what is left of 4
     rows, two each."""
@@ -124,7 +125,7 @@ def addresses(lib, corner, channels, row, channel):
     return found
 
 
-@channels_of_heads
+@channels_of_rows
 def test_queries_are_a(lib, channels):
     tile = stored(lib, channels, 48)
     for row, channel in product(range(0, 48, 16), range(0, channels, 16)):

@@ -47,6 +47,16 @@ class Device : public hopper::Device {
                  : "r"(address(row))
                  : "memory");
   }
+
+  // --- single values in shared memory
+  __device__ __forceinline__ void put(uint32_t to, float x) const {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address(to)), "f"(x) : "memory");
+  }
+  __device__ __forceinline__ float get(uint32_t from) const {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address(from)) : "memory");
+    return x;
+  }
 };
 
 }  // namespace pixeldiff::ampere

@@ -15,11 +15,13 @@ struct Rows {
   static constexpr uint32_t kBytes = 16 * kPieces;
   // Rows of whole 128 bytes start in the same bank: their pieces change places by the row's number.
   // Those of 32 bytes more start two groups further each, 4 rows in 4 different ones, and the next
-  // 4 in the same: there neighbours change places.
-  static_assert(kPieces % 8 == 0 || kPieces % 8 == 2, "64, 80 or 128 channels");
+  // 4 in the same: there neighbours change places. Rows of 64 bytes are two to 128: each two of
+  // them change places another way.
+  static_assert(kPieces % 8 == 0 || kPieces % 8 == 2 || kPieces == 4,
+                "16, 32, 64, 80 or 128 channels");
 
   PIXELDIFF_HOST_DEVICE static constexpr int turned(int row, int piece) {
-    return piece ^ (kPieces % 8 == 0 ? row % 8 : row / 4 % 2);
+    return piece ^ (kPieces % 8 == 0 ? row % 8 : kPieces == 4 ? row / 2 % 4 : row / 4 % 2);
   }
   PIXELDIFF_HOST_DEVICE static constexpr uint32_t at(int row, int piece) {
     return row * kBytes + turned(row, piece) * 16;
@@ -27,7 +29,7 @@ struct Rows {
   // at(row, piece + more), for even `more` from at(row, piece) with piece 0 or 1: one instruction
   // or none, and the lane's own part is computed once.
   PIXELDIFF_HOST_DEVICE static constexpr uint32_t further(uint32_t at, int more) {
-    return kPieces % 8 == 0 ? at ^ (more * 16) : at + more * 16;
+    return kPieces % 4 == 0 ? at ^ (more * 16) : at + more * 16;
   }
 };
 

@@ -218,6 +218,8 @@ class Thread {
   }
   void load_matrices(uint32_t row, uint32_t (&r)[4]) { load_fragments(row, false, r); }
   void load_transposed(uint32_t row, uint32_t (&r)[4]) { load_fragments(row, true, r); }
+  void put(uint32_t to, float x);
+  float get(uint32_t from) const;
   template <bool kBf16>
   void multiply(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
     const uint32_t operands[6] = {a[0], a[1], a[2], a[3], b0, b1};
@@ -1002,6 +1004,24 @@ inline void Thread::load_fragments(uint32_t row, bool transposed, uint32_t (&r)[
       r[i] |= static_cast<uint32_t>(block_.element(block_.generic_, at)) << 16 * j;
     }
   }
+}
+
+inline void Thread::put(uint32_t to, float x) {
+  if (to % 4) fail("4 bytes stored at no multiple of 4");
+  uint16_t halves[2];
+  std::memcpy(halves, &x, 4);
+  for (int i = 0; i < 2; ++i)
+    block_.element(block_.generic_, address(to) + window() + 2 * i) = halves[i];
+  block_.yield();
+}
+inline float Thread::get(uint32_t from) const {
+  if (from % 4) fail("4 bytes read at no multiple of 4");
+  uint16_t halves[2];
+  for (int i = 0; i < 2; ++i)
+    halves[i] = block_.element(block_.generic_, address(from) + window() + 2 * i);
+  float x;
+  std::memcpy(&x, halves, 4);
+  return x;
 }
 
 inline void Thread::multiply_in_warp(bool bf16, const uint32_t (&operands)[6], float* d) {

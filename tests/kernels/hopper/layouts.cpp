@@ -73,10 +73,12 @@ void shared_memory(int channels, int* out) {
                    : fill(attention::Sm90Tile<128>{});
 }
 
-// Of rows of 64, 80 or 128 channels: where a piece lies, and `more` pieces further.
+// Of rows of 16, 32, 64, 80 or 128 channels: where a piece lies, and `more` pieces further.
 uint32_t piece_at(int channels, int row, int piece, int more) {
   const auto find = [&](auto rows) { return rows.further(rows.at(row, piece), more); };
-  return channels == 64   ? find(ampere::Rows<8>{})
+  return channels == 16   ? find(ampere::Rows<2>{})
+         : channels == 32 ? find(ampere::Rows<4>{})
+         : channels == 64 ? find(ampere::Rows<8>{})
          : channels == 80 ? find(ampere::Rows<10>{})
                           : find(ampere::Rows<16>{});
 }

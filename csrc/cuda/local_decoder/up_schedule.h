@@ -1,0 +1,47 @@
+// Which block does what: strips of squares, each cut into segments of as many rows.
+#pragma once
+
+#include "../hopper/host_device.h"
+
+namespace pixeldiff::local_decoder {
+
+struct UpSchedule {
+  int images, rows, columns;  // of x: of squares
+  int strip_columns, segment_rows;
+
+  struct Segment {
+    int image, column;  // the first of the strip
+    int first, last;    // rows; last is the one past
+  };
+
+  PIXELDIFF_HOST_DEVICE constexpr int across() const {
+    return (columns + strip_columns - 1) / strip_columns;
+  }
+  PIXELDIFF_HOST_DEVICE constexpr int strips() const { return images * across(); }
+  PIXELDIFF_HOST_DEVICE constexpr int segments() const {
+    return (rows + segment_rows - 1) / segment_rows;
+  }
+  PIXELDIFF_HOST_DEVICE constexpr int blocks() const { return strips() * segments(); }
+  // Neighbours run at the same time: whole rows of the image follow each other in memory.
+  PIXELDIFF_HOST_DEVICE constexpr Segment segment(int block) const {
+    const int strip = block % strips(), first = block / strips() * segment_rows;
+    const int last = first + segment_rows < rows ? first + segment_rows : rows;
+    return {strip / across(), strip % across() * strip_columns, first, last};
+  }
+};
+
+// The rows of a segment with which all are done first where `slots` blocks run at once. Each
+// segment costs two rows more than it has.
+inline UpSchedule up_schedule(int images, int rows, int columns, int strip_columns, int slots) {
+  UpSchedule best{images, rows, columns, strip_columns, rows};
+  int64_t least = INT64_MAX;
+  for (int cuts = 1; cuts <= rows && cuts <= 4 * slots; ++cuts) {
+    const UpSchedule s{images, rows, columns, strip_columns, (rows + cuts - 1) / cuts};
+    const int64_t rounds = (static_cast<int64_t>(s.strips()) * s.segments() + slots - 1) / slots;
+    const int64_t time = rounds * (s.segment_rows + 2);
+    if (time < least) least = time, best = s;
+  }
+  return best;
+}
+
+}  // namespace pixeldiff::local_decoder

@@ -1,0 +1,81 @@
+// The weights of local_decoder_up as its kernel multiplies by them, and where they lie.
+//
+// Between the two convolutions is no activation, so that as far as u goes they are one. A pixel of
+// the result is one of a square of 2 x 2, and which of them, (a, b), is its parity. It is a 3x3
+// convolution of the x around its square, (ey, ex) of which are -1 to 1 here. u is zero outside the
+// image. Row 2a of the second convolution's taps is what then falls away at the edge above or
+// below, and the same of columns; a pixel of parity a is at no other edge. Only taps of the
+// square's own row of x change by that: what else the missing row of u is made of is outside too.
+#pragma once
+
+#include "../hopper/host_device.h"
+
+namespace pixeldiff::local_decoder {
+
+constexpr int kOut = 16;      // channels of the result
+constexpr int kBlock = 16;    // channels that one product sums over
+constexpr int kParities = 4;  // 2 a + b
+constexpr int kFragmentBytes = kBlock * kOut * 2;
+constexpr int kMaxMiddle = 32;  // channels of u
+
+// A tap of x: at which edges, and where.
+struct Slot {
+  bool edge_y, edge_x;
+  int ey, ex;
+};
+// Those of the inside, then those that are different in the first (a = 0) or last row, column, and
+// both.
+constexpr int kSlots = 16;
+PIXELDIFF_HOST_DEVICE constexpr int inner_slot(int ey, int ex) { return 3 * ey + ex + 4; }
+PIXELDIFF_HOST_DEVICE constexpr int row_slot(int ex) { return 10 + ex; }
+PIXELDIFF_HOST_DEVICE constexpr int column_slot(bool edge_y, int ey) {
+  return edge_y && ey == 0 ? 15 : 13 + ey;
+}
+PIXELDIFF_HOST_DEVICE constexpr Slot slot(int i) {
+  if (i < 9) return {false, false, i / 3 - 1, i % 3 - 1};
+  if (i < 12) return {true, false, 0, i - 10};
+  if (i < 15) return {false, true, i - 13, 0};
+  return {true, true, 0, 0};
+}
+
+// Whether tap r of the second convolution meets a row of u that exists.
+PIXELDIFF_HOST_DEVICE constexpr bool kept(bool edge, int a, int r) { return !edge || r != 2 * a; }
+// Whether, through that tap, tap t of the first one meets row e of x: row a + r - 1 of u reads the
+// doubled row a + r + t - 2, and two of those are one of x.
+PIXELDIFF_HOST_DEVICE constexpr bool meets(int a, int r, int t, int e) {
+  return (a + r + t) / 2 - 1 == e;
+}
+
+// Where element (k, channel) of a matrix lies among the 16-bit elements of a fragment: for each
+// lane four words, B of two products of m16n8k16. Columns 2q and 2q + 1 of the first product are
+// channels 4q and 4q + 1, of the second 4q + 2 and 4q + 3: a lane's accumulators of a pixel are
+// four channels side by side.
+PIXELDIFF_HOST_DEVICE constexpr int fragment_at(int k, int channel) {
+  const int column = channel / 4 * 2 + channel % 2, lane = column * 4 + k % 8 / 2;
+  return (lane * 4 + channel / 2 % 2 * 2 + k / 8) * 2 + k % 2;
+}
+// The channel of accumulator i, of 8, is 4 (lane % 4) + this; its pixel's half is i / 2 % 2.
+PIXELDIFF_HOST_DEVICE constexpr int accumulator_channel(int i) { return i / 4 * 2 + i % 2; }
+
+// Bytes from the workspace's start.
+struct Weights {
+  int x_blocks, skip_blocks;  // of 16 channels
+
+  PIXELDIFF_HOST_DEVICE constexpr int x(int parity, int slot, int block) const {
+    return ((parity * kSlots + slot) * x_blocks + block) * kFragmentBytes;
+  }
+  PIXELDIFF_HOST_DEVICE constexpr int skip(int tap, int block) const {
+    return x(kParities, 0, 0) + (tap * skip_blocks + block) * kFragmentBytes;
+  }
+  // The sum of both biases, 16 of fp32.
+  PIXELDIFF_HOST_DEVICE constexpr int shift(int parity, bool edge_y, bool edge_x) const {
+    return skip(9, 0) + (parity * 4 + edge_y * 2 + edge_x) * kOut * 4;
+  }
+  PIXELDIFF_HOST_DEVICE constexpr int bytes() const { return shift(kParities, false, false); }
+};
+PIXELDIFF_HOST_DEVICE constexpr Weights weights_of(int64_t Ci, int64_t Cs) {
+  return {static_cast<int>((Ci + kBlock - 1) / kBlock),
+          static_cast<int>((Cs + kBlock - 1) / kBlock)};
+}
+
+}  // namespace pixeldiff::local_decoder

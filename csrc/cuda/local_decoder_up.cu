@@ -1,0 +1,76 @@
+// y = silu(conv3x3([u, skip]) + bias), u = conv3x3(x doubled) + up_bias, for few channels in bf16
+// on sm_80 and later. The algorithm is local_decoder/up.h; what it must cost,
+// docs/kernels/estimates.md.
+#include "local_decoder_up.h"
+
+#include "ampere/device.cuh"
+#include "check.h"
+#include "local_decoder/launch_up.h"
+
+namespace pixeldiff::local_decoder {
+namespace {
+
+constexpr const char* kOp = "local_decoder_up";
+
+template <int kXBlocks, int kSkipBlocks>
+__global__ void __launch_bounds__(UpTile<kXBlocks, kSkipBlocks>::kThreads,
+                                  UpTile<kXBlocks, kSkipBlocks>::kBlocks)
+    local_decoder_up_kernel(const __grid_constant__ UpParams p) {
+  extern __shared__ __align__(128) char shared[];
+  ampere::Device device(static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
+  // What all threads of a block have in common is computed once where the compiler sees that it is.
+  Up<ampere::Device, kXBlocks, kSkipBlocks>{device, p}.run(p.schedule.segment(blockIdx.x));
+}
+
+__global__ void __launch_bounds__(Compose<ampere::Device>::kThreads)
+    local_decoder_up_compose_kernel(const __grid_constant__ ComposeParams p) {
+  __shared__ __align__(128) char shared[Compose<ampere::Device>::kSharedBytes];
+  ampere::Device device(static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
+  Compose<ampere::Device>{device, p}.run();
+}
+
+template <int kXBlocks, int kSkipBlocks>
+void launch(const cuda::LocalDecoderUpArgs& a, int multiprocessors, cudaStream_t stream) {
+  using Tile = UpTile<kXBlocks, kSkipBlocks>;
+  const auto kernel = local_decoder_up_kernel<kXBlocks, kSkipBlocks>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
+        kOp);
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Tile::kThreads,
+                                                      Tile::kSharedBytes),
+        kOp);
+  if (blocks < 1) throw std::runtime_error("local_decoder_up: no block fits this device");
+  const UpParams params = up_params(a, Tile::kColumns, blocks * multiprocessors);
+  kernel<<<params.schedule.blocks(), Tile::kThreads, Tile::kSharedBytes, stream>>>(params);
+  check(cudaGetLastError(), kOp);
+}
+
+}  // namespace
+}  // namespace pixeldiff::local_decoder
+
+namespace pixeldiff::cuda {
+
+int64_t local_decoder_up_workspace(int64_t Ci, int64_t Cs) {
+  return local_decoder::weights_of(Ci, Cs).bytes();
+}
+
+void local_decoder_up(const LocalDecoderUpArgs& a, int device, void* stream) {
+  using namespace local_decoder;
+  check_args(a);
+  const DeviceScope scope(device);
+  const auto on = static_cast<cudaStream_t>(stream);
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), kOp);
+  const ComposeParams compose = compose_params(a);
+  local_decoder_up_compose_kernel<<<compose.blocks(), Compose<ampere::Device>::kThreads, 0, on>>>(
+      compose);
+  check(cudaGetLastError(), kOp);
+  const Weights layout = weights_of(a.Ci, a.Cs);
+  if (layout.x_blocks == 1)
+    (layout.skip_blocks == 1 ? launch<1, 1> : launch<1, 2>)(a, multiprocessors, on);
+  else
+    (layout.skip_blocks == 1 ? launch<2, 1> : launch<2, 2>)(a, multiprocessors, on);
+}
+
+}  // namespace pixeldiff::cuda

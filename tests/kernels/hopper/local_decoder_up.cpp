@@ -1,0 +1,163 @@
+// The kernels of local_decoder_up on the emulator, for ctypes.
+#include <cstring>
+
+#include "cuda/local_decoder/launch_up.h"
+#include "emulator.h"
+
+namespace {
+
+using namespace pixeldiff;
+using namespace pixeldiff::local_decoder;
+
+struct Call {
+  cuda::LocalDecoderUpArgs args;
+  int slots, fault, low, high;
+  uint64_t seed;
+};
+
+auto range(const void* p, int64_t bytes) {
+  return std::make_pair(static_cast<const char*>(p), static_cast<const char*>(p) + bytes);
+}
+auto range(const cuda::Picture& t, int64_t images, int64_t rows, int64_t columns,
+           int64_t channels) {
+  return range(t.data, 2 * ((images - 1) * t.stride_b + (rows - 1) * t.stride_h +
+                            (columns - 1) * t.stride_w + channels));
+}
+auto range(const cuda::Taps& t, int64_t n, int64_t c) {
+  return range(t.data, 2 * ((n - 1) * t.stride_n + (c - 1) * t.stride_c + 2 * t.stride_r +
+                            2 * t.stride_s + 1));
+}
+
+void compose(const Call& c) {
+  const auto& a = c.args;
+  const ComposeParams params = compose_params(a);
+  emulator::Ranges ranges;
+  ranges.writable = {range(a.workspace, params.layout.bytes())};
+  ranges.readable = {range(a.up_weight, a.Cu, a.Ci), range(a.weight, a.Co, a.Cu + a.Cs),
+                     range(a.up_bias, 2 * a.Cu), range(a.bias, 2 * a.Co)};
+  using Kernel = Compose<emulator::Thread>;
+  for (int block = 0; block < params.blocks(); ++block) {
+    emulator::Block machine(Kernel::kThreads, Kernel::kSharedBytes, block, params.blocks(),
+                            c.seed + block, static_cast<emulator::Fault>(c.fault), c.low, c.high,
+                            ranges);
+    machine.run([&](emulator::Thread& thread) { Kernel{thread, params}.run(); });
+  }
+}
+
+template <int kXBlocks, int kSkipBlocks>
+void multiply(const Call& c) {
+  using Tile = UpTile<kXBlocks, kSkipBlocks>;
+  const auto& a = c.args;
+  const UpParams params = up_params(a, Tile::kColumns, c.slots);
+  emulator::Ranges ranges;
+  ranges.writable = {range(a.out, 8 * a.B * a.rows * a.columns * a.Co)};
+  ranges.readable = {range(a.workspace, params.layout.bytes())};
+  ranges.copyable = {range(a.x, a.B, a.rows, a.columns, a.Ci),
+                     range(a.skip, a.S, 2 * a.rows, 2 * a.columns, a.Cs)};
+  for (int block = 0; block < params.schedule.blocks(); ++block) {
+    emulator::Block machine(Tile::kThreads, Tile::kSharedBytes, block, params.schedule.blocks(),
+                            c.seed + block, static_cast<emulator::Fault>(c.fault), c.low, c.high,
+                            ranges);
+    machine.run([&](emulator::Thread& thread) {
+      Up<emulator::Thread, kXBlocks, kSkipBlocks>{thread, params}.run(
+          params.schedule.segment(block));
+    });
+  }
+}
+
+int guarded(const Call* c, char* message, int room, void (*run)(const Call&)) {
+  try {
+    cuda::check_args(c->args);
+    run(*c);
+    return 0;
+  } catch (const std::exception& e) {
+    std::strncpy(message, e.what(), room - 1);
+    return 1;
+  }
+}
+
+template <class F>
+void with_tile(int x_blocks, int skip_blocks, F f) {
+  if (x_blocks == 1)
+    skip_blocks == 1 ? f(UpTile<1, 1>{}) : f(UpTile<1, 2>{});
+  else
+    skip_blocks == 1 ? f(UpTile<2, 1>{}) : f(UpTile<2, 2>{});
+}
+
+}  // namespace
+
+extern "C" {
+
+int emulate_compose(const Call* c, char* message, int room) {
+  return guarded(c, message, room, compose);
+}
+int emulate_multiply(const Call* c, char* message, int room) {
+  return guarded(c, message, room, [](const Call& call) {
+    const Weights layout = weights_of(call.args.Ci, call.args.Cs);
+    with_tile(layout.x_blocks, layout.skip_blocks, [&](auto tile) {
+      multiply<decltype(tile)::kXBlocks, decltype(tile)::kSkipBlocks>(call);
+    });
+  });
+}
+
+int up_workspace(int Ci, int Cs) { return weights_of(Ci, Cs).bytes(); }
+
+// edge_y, edge_x, ey, ex
+void up_slot(int i, int* out) {
+  const Slot s = slot(i);
+  out[0] = s.edge_y, out[1] = s.edge_x, out[2] = s.ey, out[3] = s.ex;
+}
+// The slots that the kernel takes: inside, in an edge row, in an edge column.
+void up_slots(int edge_y, int ey, int ex, int* out) {
+  out[0] = inner_slot(ey, ex), out[1] = row_slot(ex), out[2] = column_slot(edge_y, ey);
+}
+int up_kept(int edge, int a, int r) { return kept(edge, a, r); }
+int up_meets(int a, int r, int t, int e) { return meets(a, r, t, e); }
+int up_fragment_at(int k, int channel) { return fragment_at(k, channel); }
+int up_accumulator_channel(int i) { return accumulator_channel(i); }
+// Where fragments of x, of skip and the biases start.
+void up_weights(int Ci, int Cs, int parity, int i, int block, int* out) {
+  const Weights w = weights_of(Ci, Cs);
+  out[0] = w.x(parity, i, block), out[1] = w.skip(i % 9, block);
+  out[2] = w.shift(parity, i / 2 % 2, i % 2);
+}
+
+// Bytes of a stage, of shared memory, squares of a strip, threads, blocks of a multiprocessor.
+void up_tile(int x_blocks, int skip_blocks, int* out) {
+  with_tile(x_blocks, skip_blocks, [&](auto tile) {
+    using Tile = decltype(tile);
+    const int all[] = {Tile::kStageBytes, Tile::kSharedBytes, Tile::kColumns, Tile::kThreads,
+                       Tile::kBlocks};
+    std::memcpy(out, all, sizeof all);
+  });
+}
+// All copies of a stage: of which image, row, pixel, piece, and where to; then, as a thread finds
+// them, whether there is one and whether it is of x. Returns how many there could be.
+int up_copies(int x_blocks, int skip_blocks, int* out) {
+  int count = 0;
+  with_tile(x_blocks, skip_blocks, [&](auto tile) {
+    using Tile = decltype(tile);
+    count = Tile::kCopies * Tile::kThreads;
+    for (int i = 0; out != nullptr && i < count; ++i) {
+      const auto copy = Tile::copy(i);
+      const int k = i / Tile::kThreads;
+      const int all[] = {copy.of_x,          copy.row,     copy.pixel,
+                         copy.piece,         int(copy.to), Tile::is_copy(k, i),
+                         Tile::is_of_x(k, i)};
+      std::memcpy(out + 7 * i, all, sizeof all);
+    }
+  });
+  return count;
+}
+
+// Images, columns and rows (first, last) of all segments; returns how many.
+int up_segments(int images, int rows, int columns, int slots, int* out) {
+  const UpSchedule s = up_schedule(images, rows, columns, UpTile<1, 1>::kColumns, slots);
+  for (int i = 0; out != nullptr && i < s.blocks(); ++i) {
+    const auto at = s.segment(i);
+    const int all[] = {at.image, at.column, at.first, at.last};
+    std::memcpy(out + 4 * i, all, sizeof all);
+  }
+  return s.blocks();
+}
+}
