@@ -12,6 +12,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -20,7 +21,6 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "cuda/hopper/tensor_map.h"
@@ -397,6 +397,11 @@ class Block {
     uint32_t to;
     const char* from;  // nullptr: zeros
   };
+  struct Accumulator {
+    float* d = nullptr;
+    std::vector<float> values;  // what it will hold
+    int products = 0;           // under way
+  };
   struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
@@ -407,6 +412,7 @@ class Block {
     std::vector<OwnCopy> open;                     // not yet a group
     std::vector<std::vector<OwnCopy>> own_groups;  // in order
     uint32_t syncs = 0, waits = 0;
+    std::vector<Accumulator> accumulators;
   };
   struct Barrier {
     int count = 0, pending = 0;
@@ -639,7 +645,7 @@ class Block {
     Warp& warp = warps_[index];
     for (Group& group : warp.groups) {
       if (group.products.empty()) continue;
-      carry_out(group.products.front(), index % 4);
+      carry_out(group.products.front(), index);
       group.products.erase(group.products.begin());
       --products_under_way_;
       break;
@@ -675,7 +681,8 @@ class Block {
     return swizzled(start + mn % 8 * width + mn / 8 * stride + k, width);
   }
 
-  void carry_out_e4m3(Product& p, int warp) {
+  void carry_out_e4m3(const Product& p, int warp) {
+    const auto into = accumulators(p, warp);
     float a[16][32], b[32], products[32];
     for (int row = 0; row < 16; ++row)
       for (int k = 0; k < 32; ++k) {
@@ -684,7 +691,7 @@ class Block {
           const int lane = row % 8 * 4 + k % 16 / 4, r = row / 8 + k / 16 * 2;
           bits = static_cast<uint8_t>(p.fragment[lane][r] >> (k % 4 * 8));
         } else {
-          bits = byte(async_, locate_byte(p.a, 16 * warp + row, k));
+          bits = byte(async_, locate_byte(p.a, 16 * (warp % 4) + row, k));
         }
         a[row][k] = from_e4m3(bits);
       }
@@ -693,27 +700,21 @@ class Block {
       for (int row = 0; row < 16; ++row) {
         const int lane = row % 8 * 4 + column % 8 / 2;
         const int i = column / 8 * 4 + row / 8 * 2 + column % 2;
-        if (p.d[lane][i] == p.d[lane][i])
-          fail("an accumulator was written to while its product was under way");
-        const auto found = hidden_.find(&p.d[lane][i]);
-        if (found == hidden_.end()) fail("a product without an accumulator");
         for (int k = 0; k < 32; ++k) products[k] = a[row][k] * b[k];
-        float sum = p.add ? found->second.value : 0.0f;
+        float sum = p.add ? into[lane]->values[i] : 0.0f;
         if (keeps_14_bits)
           sum = add_up_14_bits(sum, products);
         else
           for (const float x : products) sum += x;
-        found->second.value = sum;
-        if (--found->second.products == 0) {
-          p.d[lane][i] = sum;
-          hidden_.erase(found);
-        }
+        into[lane]->values[i] = sum;
       }
     }
+    show(into);
   }
 
-  void carry_out(Product& p, int warp) {
+  void carry_out(const Product& p, int warp) {
     if (p.e4m3) return carry_out_e4m3(p, warp);
+    const auto into = accumulators(p, warp);
     float a[16][16];
     for (int row = 0; row < 16; ++row)
       for (int k = 0; k < 16; ++k) {
@@ -722,7 +723,7 @@ class Block {
           const int lane = row % 8 * 4 + k % 8 / 2, r = row / 8 + k / 8 * 2;
           bits = static_cast<uint16_t>(p.fragment[lane][r] >> (k % 2 * 16));
         } else {
-          bits = element(async_, locate(p.a, true, 16 * warp + row, k) + p.window);
+          bits = element(async_, locate(p.a, true, 16 * (warp % 4) + row, k) + p.window);
         }
         a[row][k] = to_float(bits, p.bf16);
       }
@@ -734,30 +735,50 @@ class Block {
       for (int row = 0; row < 16; ++row) {
         const int lane = row % 8 * 4 + column % 8 / 2;
         const int i = column / 8 * 4 + row / 8 * 2 + column % 2;
-        float& d = p.d[lane][i];
-        if (d == d) fail("an accumulator was written to while its product was under way");
         float sum = 0;
         for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k];
-        accumulate(p, lane, i, sum);
+        float& value = into[lane]->values[i];
+        value = p.add ? value + sum : sum;
       }
     }
+    show(into);
   }
-  // Later products into the same accumulator still hide the value.
-  void accumulate(Product& p, int lane, int i, float sum) {
-    const auto key = &p.d[lane][i];
-    auto found = hidden_.find(key);
-    if (found == hidden_.end()) fail("a product without an accumulator");
-    found->second.value = p.add ? found->second.value + sum : sum;
-    if (--found->second.products == 0) {
-      p.d[lane][i] = found->second.value;
-      hidden_.erase(found);
+  // An accumulator holds NaN until all products into it are done.
+  void hide(int id, float* d, int count) {
+    auto& all = fibers_[id].accumulators;
+    Accumulator* mine = nullptr;
+    for (Accumulator& other : all) {
+      const bool same = other.d == d && static_cast<int>(other.values.size()) == count;
+      if (other.products && !same && other.d < d + count && d < other.d + other.values.size())
+        fail("products into accumulators that overlap");
+      if (same || (mine == nullptr && !other.products)) mine = &other;
     }
+    if (mine == nullptr) mine = &all.emplace_back();
+    if (!mine->products) {
+      mine->d = d;
+      mine->values.assign(d, d + count);
+    }
+    ++mine->products;
+    std::fill(d, d + count, NAN);
   }
-
-  struct Hidden {
-    float value;
-    int products;
-  };
+  // Of the lanes of a warp.
+  std::array<Accumulator*, 32> accumulators(const Product& p, int warp) {
+    std::array<Accumulator*, 32> found{};
+    for (int lane = 0; lane < 32; ++lane) {
+      for (Accumulator& one : fibers_[32 * warp + lane].accumulators)
+        if (one.products && one.d == p.d[lane]) found[lane] = &one;
+      if (found[lane] == nullptr) fail("a product without an accumulator");
+      const float* d = p.d[lane];
+      if (!std::all_of(d, d + p.n / 2, [](float x) { return x != x; }))
+        fail("an accumulator was written to while its product was under way");
+    }
+    return found;
+  }
+  // Later products into the same accumulator still hide the values.
+  static void show(const std::array<Accumulator*, 32>& accumulators) {
+    for (Accumulator* one : accumulators)
+      if (--one->products == 0) std::copy(one->values.begin(), one->values.end(), one->d);
+  }
 
   int index_, count_, threads_, cluster_;
   uint32_t shared_bytes_;
@@ -783,7 +804,6 @@ class Block {
   Named of_cluster_;
   std::vector<Copy> copies_;
   int products_under_way_ = 0;
-  std::unordered_map<float*, Hidden> hidden_;
   std::map<std::pair<int, int>, std::pair<uint64_t, uint64_t>> issued_;
   std::vector<int> issue_count_ = std::vector<int>(64);
 };
@@ -911,11 +931,7 @@ inline void Thread::issue(int n, bool bf16, bool add, uint64_t a, uint64_t b, fl
   p.d[lane] = d;
   p.fragment[lane] = fragment;
   p.window = window();
-  for (int i = 0; i < n / 2; ++i) {
-    auto [found, fresh] = block_.hidden_.try_emplace(d + i, Block::Hidden{d[i], 0});
-    ++found->second.products;
-    d[i] = NAN;
-  }
+  block_.hide(id_, d, n / 2);
   if (++warp.issuing == 32) {
     warp.issuing = 0;
     warp.open.products.push_back(p);
