@@ -20,7 +20,7 @@ from ...text import CaptionFile, load_caption
 from .. import devices, fp8
 from ..devices import check_device, no_autocast
 from ..graphs import Graphs, graph_limit
-from ..noise import NoiseSource, noise_source
+from ..noise import noise_source
 from ..provenance import Caption, describe, forced_backends
 from ..recent import Recent
 from ..steps import (
@@ -36,24 +36,12 @@ from ..tiles import Layout
 from .captions import CaptionSource
 from .checkpoint import LoadedCheckpoint, net_from, read_checkpoint
 from .config import PiDConfig
-from .graphs import Student
+from .decoding import Decoding, run
 from .network import PiDNet, Tables
-from .samplers import (
-    Advance,
-    dynamic_shift,
-    network_time,
-    run_student,
-    sample_teacher,
-    student_times,
-    teacher_times,
-)
+from .samplers import Advance, dynamic_shift, network_time, student_times, teacher_times
 from .sizes import check_size
 from .tile_layout import Tiling, tile_layout
-from .tiling import (
-    MODES,
-    TiledSampling,
-    sample_tiled,
-)
+from .tiling import MODES
 from .variants import LICENCE_NOTE, SamplingSettings, Variant
 
 # What weights are held in; in "fp8" the network's linear layers are then quantised.
@@ -337,57 +325,33 @@ class PiDDecoder:
         if cfg_scale != 1:
             null = self._caption("negative_caption", negative_caption, latent.shape[0])
         tables = self._tables_for(own_size, y.shape[1], times)
+        what = Decoding(
+            latent,
+            y,
+            sigma,
+            null,
+            size=size,
+            times=times,
+            tables=tables,
+            student=self.distilled,
+            sample_type=sample_type,
+            prediction_type=self.sampling.prediction_type,
+            state_dtype=STATE_DTYPES[state_dtype],
+            cfg_scale=cfg_scale,
+            keep_features=not self.low_memory,
+            layout=layout,
+            tile_mode=tile_mode,
+            together=tile_batch,
+        )
         with torch.no_grad(), no_autocast(self.device):
-            if layout is not None:
-                tiled = TiledSampling(
-                    latent,
-                    y,
-                    sigma,
-                    null,
-                    layout=layout,
-                    together=tile_batch,
-                    times=times,
-                    tables=tables,
-                    student=self.distilled,
-                    sample_type=sample_type,
-                    prediction_type=self.sampling.prediction_type,
-                    state_dtype=STATE_DTYPES[state_dtype],
-                    cfg_scale=cfg_scale,
-                )
-                result = sample_tiled(self.net, tiled, tile_mode, draw, callback, tile_callback)
-                result = result.clamp_(-1, 1)
-            elif self.distilled:
-                result = self._student(
-                    Student(
-                        latent,
-                        y,
-                        sigma,
-                        size=size,
-                        times=times,
-                        tables=tables,
-                        sample_type=sample_type,
-                        prediction_type=self.sampling.prediction_type,
-                        state_dtype=STATE_DTYPES[state_dtype],
-                        want_x0=callback is not None,
-                        keep_features=not self.low_memory,
-                    ),
-                    draw,
-                    callback,
-                )
-            else:
-                condition = self.net.prepare(
-                    latent, y, sigma, size=size, tables=tables, keep_features=not self.low_memory
-                )
-                negative = None if null is None else self.net.recaption(condition, null)
-                result = sample_teacher(
-                    lambda x, tau: self.net.step(x, tau, condition),
-                    lambda x, tau: self.net.step(x, tau, negative),
-                    draw((latent.shape[0], self.net.config.in_channels, *size)),
-                    times,
-                    cfg_scale=cfg_scale,
-                    prediction_type=self.sampling.prediction_type,
-                    callback=callback,
-                ).clamp(-1, 1)
+            result = run(
+                self.net,
+                what,
+                draw,
+                graphs=self.graphs,
+                callback=callback,
+                tile_callback=tile_callback,
+            )
             if torch.isnan(result).any():
                 raise ArithmeticError(
                     f"the network returned NaN at {size[0]} x {size[1]} in {self.precision}; try "
@@ -418,19 +382,6 @@ class PiDDecoder:
         if forced:
             metadata["backend"] = forced
         return DecodeOutput(images.convert(result, output), metadata)
-
-    def _student(self, student: Student, draw: NoiseSource, callback: Callback | None) -> Tensor:
-        shape = (student.latent.shape[0], self.net.config.in_channels, *student.size)
-        with self.graphs.run(self.net, student) as advance:
-            x = run_student(
-                advance,
-                draw(shape),  # not named: it would be kept for all steps
-                student.times,
-                draw,
-                sample_type=student.sample_type,
-                callback=callback,
-            )
-            return x.clamp(-1, 1)  # a copy: x may be a graph's
 
     def _layout(
         self,

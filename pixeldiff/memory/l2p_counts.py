@@ -1,0 +1,111 @@
+"""Live memory of an L2P image: its steps themselves, run on the meta device.
+
+Nothing is computed; what lives when is what the network's own code keeps. Two steps are run: the
+third is as the second.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..models.devices import standing_for
+from ..models.l2p.config import L2PConfig
+from ..models.l2p.network import L2PNet
+from ..models.l2p.sampler import guided, sample
+from ..models.l2p.scheduler import schedule
+from ..models.l2p.tiling import TiledPrediction
+from ..models.tiles import Layout
+from ..ops.registry import backend as forced
+from .counts import META, Counts, Watched, converted, storage_bytes
+from .op_memory import OpMemory
+
+PHASES = {
+    "prepare": "prepare",
+    "features": "trunk",
+    "_trunk": "trunk",
+    "step": "network",
+    "decoded": "local decoder",
+}
+_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Image:
+    """What is made, by its sizes.
+
+    Args:
+        config, dtype: of the network.
+        size: (H, W) in pixels. batch: images.
+        text_rows: tokens of the prompt and, under guidance, of the negative one; () for none.
+        steps: of the schedule.
+        together, decoder_memory, layout: as of `guided` and `TiledPrediction`.
+        output: "pil", "pt" or "np". previews: whether a callback wants every estimate.
+    """
+
+    config: L2PConfig
+    dtype: torch.dtype
+    size: tuple[int, int]
+    batch: int
+    text_rows: tuple[int, ...]
+    steps: int
+    together: bool
+    decoder_memory: int | None
+    layout: Layout | None
+    output: str
+    previews: bool
+
+
+@functools.lru_cache(maxsize=256)
+def counted(image: Image, device: str, backend: str | None) -> Counts:
+    """Live memory of an image on a device, "cpu" or "cuda"."""
+    c = image.config
+    with torch.no_grad(), standing_for(device), forced(None):
+        net = L2PNet(c, device=META, dtype=image.dtype).requires_grad_(False).eval()
+        if device == "cuda":
+            net.pack_()
+        layout = image.layout
+        if layout is not None:  # the tiles hold nothing: two are as many
+            layout = Layout(layout.size, layout.tile, layout.overlap, layout.step, layout.pixels)
+            vars(layout)["tiles"] = layout.tiles[:2]
+        with OpMemory(device, backend) as memory, memory.phase("prepare"):
+            _made(Watched(net, memory, PHASES), image, layout, memory)
+        return Counts.of(storage_bytes(net), memory)
+
+
+def _made(net: Any, image: Image, layout: Layout | None, memory: OpMemory) -> None:
+    positive, *negative = (
+        [torch.empty(rows, image.config.cap_feat_dim, device=META)] * image.batch
+        for rows in image.text_rows
+    )
+    short = schedule(min(image.steps, _STEPS))
+    others = tuple(schedule(image.steps).times[short.steps :]) if image.steps > _STEPS else ()
+    prediction = guided(
+        net,
+        positive,
+        negative[0] if negative else None,
+        image.size if layout is None else layout.tile_pixels,
+        guidance_scale=2.0 if negative else 1.0,
+        times=(*short.times, *others),
+        together=image.together,
+        decoder_memory=image.decoder_memory,
+    )
+    predict = prediction if layout is None else TiledPrediction(prediction, layout, short.steps)
+    shape = (image.batch, image.config.in_channels, *image.size)
+    with memory.phase("sampler"):
+        x = sample(
+            predict,
+            torch.empty(shape, device=META),
+            short,
+            callback=_keep_nothing if image.previews else None,
+        )
+    del predict, prediction
+    with memory.phase("result"):
+        memory.moment(converted(x.clamp_(-1, 1), image.output, memory.device), "result")
+
+
+def _keep_nothing(info: Any) -> None:
+    """A callback."""
