@@ -52,6 +52,8 @@ def main() -> None:
     help="default: bf16 on CUDA; fp8: e4m3 products, capability 8.9 (docs/precision.md)",
 )
 @click.option("--low-memory", is_flag=True, help="half the activations, about 1% slower")
+@click.option("--pixel-chunk", type=click.IntRange(1), help="patches at a time; default: all")
+@click.option("--offload", is_flag=True, help="weights visit the device block by block")
 @click.option(
     "--tile", callback=parsed_tile, help="decode in tiles: auto, or HEIGHTxWIDTH in latent cells"
 )
@@ -77,6 +79,8 @@ def decode(
     device: str | None,
     precision: str | None,
     low_memory: bool,
+    pixel_chunk: int | None,
+    offload: bool,
     tile: tuple[int, int] | str | None,
     overlap: int | None,
     tile_mode: str,
@@ -111,6 +115,8 @@ def decode(
         precision=precision,
         text_encoder=text_encoder,
         low_memory=low_memory,
+        pixel_chunk=pixel_chunk,
+        offload="blocks" if offload else False,
     )
     check_picture_path(output, size or output_size(decoder.net.config, latent.shape[-2:]))
     with progress_bar(quiet) as callback:
@@ -162,6 +168,7 @@ def decode(
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", help="cuda, cpu, ...; default: cuda where there is one")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="default: bf16 on CUDA")
+@click.option("--offload", is_flag=True, help="weights visit the device block by block")
 @click.option("--quiet", is_flag=True, help="no progress bar")
 @clean_errors
 def generate(
@@ -185,6 +192,7 @@ def generate(
     seed: int,
     device: str | None,
     precision: str | None,
+    offload: bool,
     quiet: bool,
 ) -> None:
     """Make a picture of PROMPT with an L2P model.
@@ -217,7 +225,11 @@ def generate(
     if picture is not None:
         check_picture_path(output, picture.size[::-1])
     pipeline = L2PPipeline.from_pretrained(
-        model, device=device, precision=precision, text_encoder=text_encoder
+        model,
+        device=device,
+        precision=precision,
+        text_encoder=text_encoder,
+        offload="blocks" if offload else False,
     )
     with progress_bar(quiet, "generating") as callback:
         result = pipeline(

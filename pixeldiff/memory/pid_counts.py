@@ -62,7 +62,7 @@ class Decode:
         text_rows: T of the captions.
         times: of the schedule. student: whether it is a distilled network's.
         guided: whether there is a negative caption.
-        keep_features, layout, tile_mode, together, state_dtype: as of `Decoding`.
+        keep_features, pixel_chunk, layout, tile_mode, together, state_dtype: as of `Decoding`.
         output: "pil", "pt" or "np". previews: whether a callback wants every estimate.
     """
 
@@ -77,6 +77,7 @@ class Decode:
     student: bool
     guided: bool
     keep_features: bool
+    pixel_chunk: int | None
     layout: Layout | None
     tile_mode: str
     together: int
@@ -141,6 +142,7 @@ def _recorded(
             state_dtype=decode.state_dtype,
             cfg_scale=2.0 if decode.guided else 1.0,
             keep_features=decode.keep_features,
+            pixel_chunk=decode.pixel_chunk,
             layout=layout,
             tile_mode=decode.tile_mode,
             together=decode.together,

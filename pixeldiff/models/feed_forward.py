@@ -36,10 +36,11 @@ class SwiGLU(nn.Module):
     def fp8(self) -> bool:
         return isinstance(self.w1, Fp8Linear)
 
-    def forward(self, x: Tensor | Rows) -> Tensor:
-        """(B, N, D) -> (B, N, D), piece by piece unless there are gradients."""
+    def forward(self, x: Tensor | Rows, chunk: int | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D), piece by piece unless there are gradients; `chunk` makes the
+        pieces smaller than they would be."""
         tokens = x.shape[:-1].numel()
-        piece = _piece(x, tokens)
+        piece = _piece(x, tokens, chunk)
         if tokens <= piece or needs_grad(x, *self.parameters()):
             return self.w2(self._gated(x))
         rows = x.flatten(0, -2)
@@ -52,13 +53,15 @@ class SwiGLU(nn.Module):
                 torch.mm(self._gated(rows[part]), self.w2.weight.t(), out=y[part])
         return y.view(x.shape)
 
-    def add_gated(self, x: Tensor, gate: Tensor, h: Tensor | Rows) -> Tensor:
+    def add_gated(
+        self, x: Tensor, gate: Tensor, h: Tensor | Rows, chunk: int | None = None
+    ) -> Tensor:
         """x + gate * forward(h) for x, h (B, N, D) and gate (B, D).
 
         Without gradients the result is written into x, piece by piece.
         """
         gate, tokens = gate[:, None], x.shape[1]
-        piece = _piece(x, tokens)
+        piece = _piece(x, tokens, chunk)
         if needs_grad(x, gate, h, *self.parameters()):
             return torch.addcmul(x, gate, self(h))
         for first in range(0, tokens, piece):
@@ -109,9 +112,10 @@ class SwiGLU(nn.Module):
         return self
 
 
-def _piece(x: Tensor | Rows, tokens: int) -> int:
-    """Tokens of a piece: as few pieces as may be, equally long; a short one would read the weights
-    for little."""
+def _piece(x: Tensor | Rows, tokens: int, chunk: int | None = None) -> int:
+    """Tokens of a piece, `chunk` at most: as few pieces as may be, equally long; a short one would
+    read the weights for little."""
     most = FEED_FORWARD_PIECE.get(kind_of(x.device), FEED_FORWARD_PIECE_ELSEWHERE)
+    most = most if chunk is None else min(most, chunk)
     pieces = max(1, -(-tokens // most))
     return max(1, -(-tokens // pieces))

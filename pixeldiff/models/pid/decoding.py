@@ -33,6 +33,7 @@ class Decoding:
         student: whether the network is a distilled one; `sample_type` and `state_dtype` are its
             sampler's, `cfg_scale` is the teacher's.
         keep_features: see `PiDNet.prepare`; for an image in one piece.
+        pixel_chunk: see `PiDNet.prepare`.
         layout: tiles of the latent, or None for one piece.
         tile_mode: "sync" or "independent". together: tiles in one network call.
     """
@@ -50,6 +51,7 @@ class Decoding:
     state_dtype: torch.dtype
     cfg_scale: float
     keep_features: bool
+    pixel_chunk: int | None
     layout: Layout | None
     tile_mode: str
     together: int
@@ -71,6 +73,7 @@ class Decoding:
             prediction_type=self.prediction_type,
             state_dtype=self.state_dtype,
             cfg_scale=self.cfg_scale,
+            pixel_chunk=self.pixel_chunk,
         )
 
 
@@ -115,6 +118,7 @@ def _student(
         state_dtype=what.state_dtype,
         want_x0=callback is not None,
         keep_features=what.keep_features,
+        pixel_chunk=what.pixel_chunk,
     )
     shape = (what.latent.shape[0], net.config.in_channels, *what.size)
     with graphs.run(net, student) as advance:
@@ -137,6 +141,7 @@ def _teacher(net: PiDNet, what: Decoding, draw: NoiseSource, callback: Callback 
         size=what.size,
         tables=what.tables,
         keep_features=what.keep_features,
+        pixel_chunk=what.pixel_chunk,
     )
     negative = None if what.negative is None else net.recaption(condition, what.negative)
     return sample_teacher(

@@ -34,6 +34,7 @@ class Student:
     state_dtype: torch.dtype
     want_x0: bool
     keep_features: bool = True
+    pixel_chunk: int | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +53,8 @@ class Student:
         """What two decodes share that differ in the values of their inputs and noise alone."""
         shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in self.inputs)
         sampler = (self.sample_type, self.prediction_type, self.state_dtype, self.want_x0)
-        return (shapes, self.size, self.times, sampler, self.keep_features)
+        room = (self.keep_features, self.pixel_chunk)
+        return (shapes, self.size, self.times, sampler, room)
 
     def on(self, net: PiDNet) -> Advance:
         """The steps, kernel by kernel."""
@@ -69,6 +71,7 @@ class Student:
             size=self.size,
             tables=self.tables,
             keep_features=self.keep_features,
+            pixel_chunk=self.pixel_chunk,
         )
 
     def draws(self, t_next: float) -> bool:

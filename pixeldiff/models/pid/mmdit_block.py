@@ -29,16 +29,41 @@ class JointAttention(nn.Module):
         self.proj_x = nn.Linear(dim, dim, **factory)
         self.proj_y = nn.Linear(dim, dim, **factory)
 
-    def joint_qkv(self, x: Tensor | Rows, y: Tensor | Rows, rope: Rope, txt_rope: Rope) -> Tensor:
-        """(3, B, T+N, G, d): normalised, rotated, text rows first."""
+    def joint_qkv(
+        self,
+        x: Tensor | Rows,
+        y: Tensor | Rows,
+        rope: Rope,
+        txt_rope: Rope,
+        chunk: int | None = None,
+    ) -> Tensor:
+        """(3, B, T+N, G, d): normalised, rotated, text rows first. `chunk`: image rows at a time,
+        so that what is neither normalised nor rotated never exists for all of them."""
         image = (self.q_norm_x.weight, self.k_norm_x.weight, rope)
         text = (self.q_norm_y.weight, self.k_norm_y.weight, txt_rope)
         if ops.named_backend("qkv_norm_rope") and type(self.qkv_x) is type(self.qkv_y) is nn.Linear:
             text = (y, self.qkv_y.weight, *text)
             return ops.qkv_norm_rope(x, self.qkv_x.weight, *image, heads=self.heads, text=text)
+        if chunk is not None:
+            return self._joined(x, y, image, text, chunk)
         qkv, text_qkv = self.qkv_x(x), self.qkv_y(y)
         del x, y  # if the caller keeps none of its own, their memory is free for the result
         return ops.qk_norm_rope(qkv, *image, heads=self.heads, text=(text_qkv, *text))
+
+    def _joined(self, x, y, image, text, chunk):
+        first = ops.qk_norm_rope(self.qkv_y(y), *text, heads=self.heads)
+        batch, rows, count = first.shape[1], first.shape[2], x.shape[1]
+        joint = first.new_empty((3, batch, rows + count, *first.shape[3:]))
+        joint[:, :, :rows] = first
+        *norms, rope = image
+        step = max(1, chunk // batch)
+        for start in range(0, count, step):
+            part = slice(start, min(start + step, count))
+            table = tuple(t[part] for t in rope)
+            own = ops.qk_norm_rope(self.qkv_x(x[:, part]), *norms, table, heads=self.heads)
+            joint[:, :, rows + part.start : rows + part.stop] = own
+            del own
+        return joint
 
 
 class MMDiTBlock(nn.Module):
@@ -74,11 +99,15 @@ class MMDiTBlock(nn.Module):
         txt_rope: Rope,
         *,
         image_only: bool = False,
+        chunk: int | None = None,
         trace: Trace | None = None,
     ) -> None:
-        """Advance the streams x (B, N, D) and y (B, T, D). `image_only` leaves y (last block)."""
-        self._attend(x, y, mod_x, mod_y, (rope, txt_rope), image_only=image_only, trace=trace)
-        self._feed_forward(x, mod_x, self.norm_x2, self.mlp_x)
+        """Advance the streams x (B, N, D) and y (B, T, D). `image_only` leaves y (last block);
+        `chunk` is how many image rows to project and feed forward at a time, without gradients."""
+        self._attend(
+            x, y, mod_x, mod_y, (rope, txt_rope, chunk), image_only=image_only, trace=trace
+        )
+        self._feed_forward(x, mod_x, self.norm_x2, self.mlp_x, chunk)
         if not image_only:
             self._feed_forward(y, mod_y, self.norm_y2, self.mlp_y)
 
@@ -115,6 +144,6 @@ class MMDiTBlock(nn.Module):
         add("attn_y", y, mod_y, attn.proj_y(o[:, :rows]))
 
     @staticmethod
-    def _feed_forward(stream, mod, norm, mlp):
+    def _feed_forward(stream, mod, norm, mlp, chunk=None):
         h = stream.norm(norm.weight, scale=mod[:, 4], shift=mod[:, 3], fp8=mlp.fp8)
-        stream.feed(mlp, mod[:, 5], h)
+        stream.feed(mlp, mod[:, 5], h, chunk)

@@ -6,7 +6,7 @@ loop. `net(x, t, y, ...)` is `step(x, t, prepare(...))`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ... import ops
+from ...ops.registry import needs_grad
 from ..feed_forward import SwiGLU
 from ..fp8 import Fp8Linear, quantize_
+from ..offload import Offload, Part, offloaded, visiting
 from .config import PiDConfig
 from .layers import CaptionEmbedder, FinalLayer, Projection, TimeEmbedder
 from .lq_projection import LQProjection, SigmaGate
 from .mmdit_block import MMDiTBlock, Rope, Trace
 from .pit_block import PiTBlock
+from .pixel_bands import Band, bands, check_chunk, pixel_stream
 from .positions import pixel_sincos, rope_1d, rope_2d, time_embedding
 from .residual import Stream
 from .samplers import Draw, network_time
@@ -80,6 +83,7 @@ class PiDCondition:
     pos_y: Tensor
     modulations: dict[float, StepModulation] = field(default_factory=dict)
     make_injection: Callable[[int], tuple[Tensor, Tensor]] | None = None  # where they are not kept
+    pixel_chunk: int | None = None  # patches at a time through what works on each by itself
 
     @property
     def has_latent(self) -> bool:
@@ -112,6 +116,7 @@ class PiDNet(nn.Module):
     ) -> None:
         super().__init__()
         self.config = c = config
+        self.offload: Offload | None = None
         factory = {"device": device, "dtype": dtype}
         dim = c.hidden_size
         self.y_pos_embedding = nn.Parameter(torch.zeros(1, c.txt_max_length, dim, **factory))
@@ -165,10 +170,51 @@ class PiDNet(nn.Module):
         (AdaLN and its products with the pixel stream, embedders, the latent's branch, gates, head):
         a fifth of the FLOPs of all linear layers, whose errors go into the image unaveraged.
         """
-        for block in self.patch_blocks:
-            quantize_(block, *_MMDIT_FP8)
-        for block in self.pixel_blocks:
-            quantize_(block, *_PIT_FP8)
+        for block in (*self.patch_blocks, *self.pixel_blocks):
+            _quantize(block)
+        return self
+
+    def offload_(
+        self,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        fp8: bool = False,
+    ) -> PiDNet:
+        """Take the blocks' weights off the device: each visits it when its turn comes, while the
+        block before computes. Same results; a step takes as long as copying all of them, if that is
+        longer (1.8 GB at released size in bf16).
+
+        From then on the blocks' parameters are on the meta device: they say their shapes, and
+        nothing that is done to them has an effect. Hooks of the first block of a kind are all
+        blocks'.
+
+        Args:
+            device, dtype: where and in what to compute; default: as now. Weights that are yet to be
+                moved or converted are, a block at a time.
+            fp8: quantise the blocks as `quantize_` does, on the device.
+
+        Raises:
+            ValueError: parameters that require gradients, or a device that is not cuda or cpu.
+        """
+        device = self.device if device is None else device
+        dtype = self.dtype if dtype is None else dtype
+
+        def ready(block: nn.Module) -> None:
+            if fp8:
+                _quantize(block.to(device, dtype))
+
+        def modulation(name: str) -> bool:
+            return name.startswith("adaLN_modulation_")
+
+        parts = [
+            # What a time's vectors are made of, a third of all, is needed once an image.
+            Part("modulation", self.patch_blocks, modulation, "patch_blocks"),
+            Part("patch_blocks", self.patch_blocks, lambda n: not modulation(n), "pixel_blocks"),
+            Part("pixel_blocks", self.pixel_blocks, lambda n: True, "patch_blocks"),
+        ]
+        if self.offload is None:
+            self.offload = offloaded(self, parts, device=device, dtype=dtype, ready=ready)
         return self
 
     @property
@@ -224,6 +270,7 @@ class PiDNet(nn.Module):
         timesteps: Sequence[float] = (),
         tables: Tables | None = None,
         keep_features: bool = True,
+        pixel_chunk: int | None = None,
         stack: Tensor | None = None,
         trace: Trace | None = None,
     ) -> PiDCondition:
@@ -240,8 +287,16 @@ class PiDNet(nn.Module):
             keep_features: False makes the latent's features and logits where they are needed, in
                 every step: same pixels, 0.7 GB less at 2048 x 2048 in bf16 with one logit a channel
                 (0.35 GB with one a token), and about 1% more arithmetic.
+            pixel_chunk: patches at a time through all that works on each patch by itself (in the
+                pixel blocks one row of patches at least), so that little but the streams and what
+                attention reads exists for the whole image. Equal up to the rounding of matrix
+                products of another height. None is all at once, and so are steps with gradients or
+                a trace.
+
+        Raises:
+            ValueError: shapes that do not fit the network, or a pixel_chunk below 1.
         """
-        grid = self._grid(size)
+        grid, pixel_chunk = self._grid(size), check_chunk(pixel_chunk)
         y = self._caption(y)
         if tables is None:
             tables = self.tables(size, y.shape[1], timesteps)
@@ -260,6 +315,7 @@ class PiDNet(nn.Module):
             features=features,
             logits=logits,
             make_injection=make_injection,
+            pixel_chunk=pixel_chunk,
             rope=tables.rope,
             txt_rope=tables.txt_rope,
             pixel_rope=tables.pixel_rope,
@@ -305,7 +361,8 @@ class PiDNet(nn.Module):
     def _modulation(self, times: Tensor) -> StepModulation:
         e = self.t_embedder.embedded(times)
         c = silu(e)
-        image, text = zip(*(block.modulation(c) for block in self.patch_blocks), strict=True)
+        with visiting(self.offload, "modulation", self.patch_blocks) as blocks:
+            image, text = zip(*(block.modulation(c) for block in blocks), strict=True)
         return StepModulation(time=e, image=list(image), text=list(text))
 
     def _modulations(self, tables: Tables) -> dict[float, StepModulation]:
@@ -334,9 +391,19 @@ class PiDNet(nn.Module):
 
         `t` may be a float: one that `prepare` was given as a timestep costs nothing here.
         """
-        q = self._pixels(x, t, condition, trace)
+        u = self._conditioning(x, t, condition, trace)
         size, patch = condition.size, self.config.patch_size
-        return ops.pixel_head(q, *self._head(), size=size, patch=patch)
+        if self._chunk(x, condition, trace) is None:
+            q = self._pixel_stream(x, u, condition, trace)
+            del u
+            return ops.pixel_head(q, *self._head(), size=size, patch=patch)
+        v = torch.empty_like(x, dtype=torch.float64 if u.dtype == torch.float64 else torch.float32)
+        for band, q in self._bands(x, u, condition):
+            height = band.rows.stop - band.rows.start
+            own = ops.pixel_head(q, *self._head(), size=(height, size[1]), patch=patch)
+            v[band.image, :, band.rows] = own[0]
+            del q, own
+        return v
 
     def student_step(
         self,
@@ -358,25 +425,39 @@ class PiDNet(nn.Module):
             draw: the step's noise by shape, called once; None in an ODE and in the last step.
             The rest, and the result: as for `pixeldiff.ops.pixel_head_step`.
         """
-        q = self._pixels(x, network_time(t), condition)
-        return ops.pixel_head_step(
-            q,
-            *self._head(),
-            x,
-            None if draw is None else draw(tuple(x.shape)),
-            t=t,
-            t_next=t_next,
-            patch=self.config.patch_size,
-            sample_type=sample_type,
-            prediction_type=prediction_type,
-            state_dtype=state_dtype,
-            want_x0=want_x0,
-        )
+        u = self._conditioning(x, network_time(t), condition)
+        options = {
+            "t": t,
+            "t_next": t_next,
+            "patch": self.config.patch_size,
+            "sample_type": sample_type,
+            "prediction_type": prediction_type,
+            "state_dtype": state_dtype,
+            "want_x0": want_x0,
+        }
+        if self._chunk(x, condition) is None:
+            q = self._pixel_stream(x, u, condition, None)
+            del u
+            noise = None if draw is None else draw(tuple(x.shape))
+            return ops.pixel_head_step(q, *self._head(), x, noise, **options)
+        noise = x_next = x0 = None
+        for band, q in self._bands(x, u, condition):
+            if x_next is None:  # not sooner: attention of the last block needed the room
+                noise = None if draw is None else draw(tuple(x.shape))
+                x_next, x0 = torch.empty_like(x), torch.empty_like(x) if want_x0 else None
+            at = (slice(band.image, band.image + 1), slice(None), band.rows)
+            state = (x[at], None if noise is None else noise[at])
+            own, own_x0 = ops.pixel_head_step(q, *self._head(), *state, **options)
+            x_next[at] = own
+            if want_x0:
+                x0[at] = own_x0
+            del q, own, own_x0
+        return x_next, x0
 
-    def _pixels(
+    def _conditioning(
         self, x: Tensor, t: Tensor | float, condition: PiDCondition, trace: Trace | None = None
     ) -> Tensor:
-        """The pixel stream before the head, (B*N, P*P, p)."""
+        """What the patch stream tells the pixel blocks of each patch, (B*N, D)."""
         batch, *rest = condition.text.shape[0], self.config.in_channels, *condition.size
         if tuple(x.shape) != (batch, *rest):
             raise ValueError(
@@ -398,26 +479,29 @@ class PiDNet(nn.Module):
         u = u.flatten(0, 1)
         if trace:
             trace("s_cond", u)
-        return self._pixel_stream(x, u, condition, trace)
+        return u
 
     def _patch_stream(self, x, mod, condition, trace):
         c, text = self.config, Stream(condition.text)
+        chunk = self._chunk(x, condition, trace)
         image = Stream(self.s_embedder(ops.patchify(x, c.patch_size, dtype=self.dtype)))
         if trace:
             trace("s_embed", image.x)
-        for i, block in enumerate(self.patch_blocks):
-            if condition.has_latent and i % c.lq_interval == 0:
-                r = i // c.lq_interval
-                self.lq_proj.gate_modules[r].inject(image, *condition.injection(r))
-            if trace:
-                trace(f"patch_blocks.{i}.x_in", image.x)
-            # The text stream ends with its keys and values in the last block: nothing reads it.
-            last = i == c.patch_depth - 1 and trace is None
-            rope = (condition.rope, condition.txt_rope)
-            block(image, text, mod.image[i], mod.text[i], *rope, image_only=last)
-            if trace:
-                trace(f"patch_blocks.{i}.x", image.x)
-                trace(f"patch_blocks.{i}.y", text.x)
+        with visiting(self.offload, "patch_blocks", self.patch_blocks) as blocks:
+            for i, block in enumerate(blocks):
+                if condition.has_latent and i % c.lq_interval == 0:
+                    r = i // c.lq_interval
+                    self.lq_proj.gate_modules[r].inject(image, *condition.injection(r))
+                if trace:
+                    trace(f"patch_blocks.{i}.x_in", image.x)
+                # The text stream ends with its keys and values in the last block: nothing reads it.
+                last = i == c.patch_depth - 1 and trace is None
+                rope = (condition.rope, condition.txt_rope)
+                how = {"image_only": last, "chunk": chunk}
+                block(image, text, mod.image[i], mod.text[i], *rope, **how)
+                if trace:
+                    trace(f"patch_blocks.{i}.x", image.x)
+                    trace(f"patch_blocks.{i}.y", text.x)
         return image.x
 
     def _pixel_stream(self, x, u, condition, trace):
@@ -427,11 +511,36 @@ class PiDNet(nn.Module):
         )
         if trace:
             trace("pixel_embed", q)
-        for k, block in enumerate(self.pixel_blocks):
-            q = block(q, u, condition.pixel_rope, x.shape[0])
-            if trace:
-                trace(f"pixel_blocks.{k}", q)
+        with visiting(self.offload, "pixel_blocks", self.pixel_blocks) as blocks:
+            for k, block in enumerate(blocks):
+                q = block(q, u, condition.pixel_rope, x.shape[0])
+                if trace:
+                    trace(f"pixel_blocks.{k}", q)
         return q
+
+    def _chunk(self, x: Tensor, condition: PiDCondition, trace: Trace | None = None) -> int | None:
+        """Patches at a time, None for all."""
+        if condition.pixel_chunk is None or trace is not None:
+            return None
+        kept = (x, condition.text, *condition.features)
+        return None if needs_grad(*kept, *self.parameters()) else condition.pixel_chunk
+
+    def _bands(
+        self, x: Tensor, u: Tensor, condition: PiDCondition
+    ) -> Iterator[tuple[Band, Tensor]]:
+        """The pixel stream before the head, (n, P*P, p), of one `Band` after the other."""
+        patch, embed = self.config.patch_size, self.pixel_embedder.proj
+        grid = self._grid(condition.size)
+        parts = bands(x.shape[0], grid, patch, condition.pixel_chunk)
+
+        def embedded(band: Band) -> Tensor:
+            own, pos_y = x[band.image, :, band.rows], condition.pos_y[band.rows]
+            tables = (condition.pos_x, pos_y)
+            return ops.pixel_embed(own[None], embed.weight, embed.bias, *tables, patch=patch)
+
+        depth = len(self.pixel_blocks)
+        with visiting(self.offload, "pixel_blocks", self.pixel_blocks) as blocks:
+            yield from pixel_stream(blocks, embedded, u, condition.pixel_rope, parts, depth)
 
     def _head(self) -> tuple[Tensor, Tensor, Tensor]:
         final = self.final_layer
@@ -520,3 +629,7 @@ class PiDNet(nn.Module):
             image=[m.expand(batch, -1, -1) for m in mod.image],
             text=[m.expand(batch, -1, -1) for m in mod.text],
         )
+
+
+def _quantize(block: MMDiTBlock | PiTBlock) -> None:
+    quantize_(block, *(_PIT_FP8 if isinstance(block, PiTBlock) else _MMDIT_FP8))

@@ -31,9 +31,13 @@ class RotaryAttention(nn.Module):
 
     def attend(self, qkv: Tensor) -> Tensor:
         """(3, B, N, G, d) of `joint_qkv` -> (B, N, A)."""
-        o = ops.joint_attention(*qkv.unbind(0)).flatten(2)
+        o = self.attended(qkv)
         del qkv
         return self.proj(o)
+
+    def attended(self, qkv: Tensor) -> Tensor:
+        """`attend` without its projection: (B, N, A)."""
+        return ops.joint_attention(*qkv.unbind(0)).flatten(2)
 
 
 class PixelMLP(nn.Module):
@@ -65,15 +69,20 @@ class PiTBlock(nn.Module):
         self, q: Tensor, u: Tensor, rope: Rope, batch: int, *, trace: Trace | None = None
     ) -> Tensor:
         """q (B*N, P*P, p), u (B*N, D) -> q."""
-        ada = self.adaLN_modulation[0]
         # Nothing here is named that attention only passes through: it would last to its end.
-        o = self.attn.attend(self.attn.joint_qkv(self._compressed(q, u, batch, trace), rope))
+        o = self.attn.attend(self.attn.joint_qkv(self.compressed(q, u, batch, trace), rope))
         if trace:
             trace("attn", o)
+        return self.returned(q, u, o.flatten(0, 1))
+
+    def returned(self, q: Tensor, u: Tensor, o: Tensor) -> Tensor:
+        """The second half: the attention's result o (R, A) goes back to the pixels q (R, P*P, p)
+        of R patches, then their MLP."""
+        ada = self.adaLN_modulation[0]
         return ops.pixel_adaln_mlp(
             q,
             u,
-            o.flatten(0, 1),
+            o,
             (self.expand_from_attn.weight, self.expand_from_attn.bias),
             (ada.weight, ada.bias),
             self.norm2.weight,
@@ -81,7 +90,7 @@ class PiTBlock(nn.Module):
             (self.mlp.fc2.weight, self.mlp.fc2.bias),
         )
 
-    def _compressed(self, q: Tensor, u: Tensor, batch: int, trace: Trace | None) -> Tensor:
+    def compressed(self, q: Tensor, u: Tensor, batch: int, trace: Trace | None = None) -> Tensor:
         """(B, N, A): one attention token of each patch."""
         ada = self.adaLN_modulation[0]
         a = ops.pixel_adaln_compress(

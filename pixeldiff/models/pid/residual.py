@@ -34,12 +34,12 @@ class Stream:
         self._settle()
         self._branch = (y, gate)
 
-    def feed(self, mlp: SwiGLU, gate: Tensor, h: Tensor | Rows) -> None:
-        """x + gate * mlp(h) for h (B, N, D) and gate (B, D)."""
+    def feed(self, mlp: SwiGLU, gate: Tensor, h: Tensor | Rows, chunk: int | None = None) -> None:
+        """x + gate * mlp(h) for h (B, N, D) and gate (B, D); `chunk` as for `SwiGLU`."""
         if kind_of(h.device) in ADD_EACH_PIECE:
-            self.x = mlp.add_gated(self.x, gate, h)
+            self.x = mlp.add_gated(self.x, gate, h, chunk)
         else:
-            self.add(gate, mlp(h))
+            self.add(gate, mlp(h, chunk))
 
     def inject(self, feature: Tensor, weight: Tensor, lq_logit: Tensor) -> None:
         """x + sigmoid(weight x + lq_logit) * feature, see `pixeldiff.ops.sigma_gate`."""

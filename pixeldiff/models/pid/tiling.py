@@ -47,6 +47,7 @@ class TiledSampling:
         layout: tiles of the latent.
         together: tiles in one network call.
         times, tables: of the schedule, and of a tile's size.
+        pixel_chunk: as for `PiDNet.prepare`.
         student: whether the network is a distilled one; `sample_type` and `state_dtype` are its
             sampler's, `cfg_scale` is the teacher's.
     """
@@ -64,6 +65,7 @@ class TiledSampling:
     prediction_type: str
     state_dtype: torch.dtype
     cfg_scale: float
+    pixel_chunk: int | None = None
 
 
 class Tiles:
@@ -94,6 +96,7 @@ class Tiles:
             size=self.layout.tile_pixels,
             tables=w.tables,
             keep_features=False,
+            pixel_chunk=w.pixel_chunk,
             stack=torch.cat([self._stack_under(tile) for tile in tiles]),
         )
         if w.negative is None:
