@@ -21,6 +21,7 @@ from .estimates import SITES
 from .forward import CHOICES
 from .l2p_commands import convert, local_decoder
 from .machine import DTYPES
+from .memory_command import memory
 from .options import comma, json_option, threads_option
 from .recorder import Recorder
 from .tiles_command import tiles
@@ -411,6 +412,7 @@ def _finish(recorder: Recorder, measured, table: Callable) -> None:
 main.add_command(local_decoder)
 main.add_command(convert)
 main.add_command(tiles)
+main.add_command(memory)
 
 if __name__ == "__main__":
     main(prog_name="python -m bench")

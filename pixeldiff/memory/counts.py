@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..models.offload.visits import SLOTS
 from .live import Allocation
 from .op_memory import OpMemory
 
@@ -36,6 +38,16 @@ class Counts:
     def peak(self) -> int:
         """Of all phases."""
         return max(self.phases.values())
+
+    def table(self, least: int = 1 << 20) -> list[str]:
+        """What was alive at the worst moment, largest first: bytes, tensor, line."""
+        kinds = Counter((a.bytes, a.what, a.where) for a in self.at_peak if a.bytes >= least)
+        return [
+            f"{count * size / 1e6:9.1f} MB  {count} x {what}  {where}"
+            for (size, what, where), count in sorted(
+                kinds.items(), key=lambda item: -item[0][0] * item[1]
+            )
+        ]
 
     @classmethod
     def of(cls, weights: int, memory: OpMemory) -> Counts:
@@ -77,6 +89,24 @@ def storage_bytes(net: nn.Module) -> int:
     """Of all parameters and buffers; what shares a buffer counts once."""
     tensors = [*net.parameters(), *net.buffers()]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def visiting_weights(
+    net: nn.Module, blocks: Iterable[tuple[nn.Module, Callable[[str], bool] | None]]
+) -> int:
+    """Bytes of an offloaded network on its device: all but its blocks, and the buffers in which
+    these visit it.
+
+    Args:
+        blocks: each with what tells, by name, the weights that visit apart from its others.
+    """
+    away, largest = 0, 0
+    for block, apart in blocks:
+        sizes = [0, 0]
+        for name, p in block.named_parameters():
+            sizes[apart is not None and apart(name)] += p.nbytes
+        away, largest = away + sum(sizes), max(largest, *sizes)
+    return storage_bytes(net) - away + SLOTS * largest
 
 
 def converted(x: Tensor, output: str, device: str) -> int:

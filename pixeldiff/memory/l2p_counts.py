@@ -20,7 +20,7 @@ from ..models.l2p.scheduler import schedule
 from ..models.l2p.tiling import TiledPrediction
 from ..models.tiles import Layout
 from ..ops.registry import backend as forced
-from .counts import META, Counts, Watched, converted, storage_bytes
+from .counts import META, Counts, Watched, converted, storage_bytes, visiting_weights
 from .op_memory import OpMemory
 
 PHASES = {
@@ -62,11 +62,8 @@ class Image:
 @functools.lru_cache(maxsize=256)
 def counted(image: Image, device: str, backend: str | None) -> Counts:
     """Live memory of an image on a device, "cpu" or "cuda"."""
-    c = image.config
     with torch.no_grad(), standing_for(device), forced(None):
-        net = L2PNet(c, device=META, dtype=image.dtype).requires_grad_(False).eval()
-        if device == "cuda":
-            net.pack_()
+        net = _network(image.config, image.dtype, device)
         layout = image.layout
         if layout is not None:  # the tiles hold nothing: two are as many
             layout = Layout(layout.size, layout.tile, layout.overlap, layout.step, layout.pixels)
@@ -74,6 +71,23 @@ def counted(image: Image, device: str, backend: str | None) -> Counts:
         with OpMemory(device, backend) as memory, memory.phase("prepare"):
             _made(Watched(net, memory, PHASES), image, layout, memory)
         return Counts.of(storage_bytes(net), memory)
+
+
+@functools.lru_cache(maxsize=64)
+def resident_weights(config: L2PConfig, dtype: torch.dtype, device: str, offload: bool) -> int:
+    """Bytes of the weights that stay on the device."""
+    net = _network(config, dtype, device)
+    if not offload:
+        return storage_bytes(net)
+    blocks = (*net.context_refiner, *net.noise_refiner, *net.layers)
+    return visiting_weights(
+        net, [(block, lambda name: name.startswith("adaLN_")) for block in blocks]
+    )
+
+
+def _network(config: L2PConfig, dtype: torch.dtype, device: str) -> L2PNet:
+    net = L2PNet(config, device=META, dtype=dtype).requires_grad_(False).eval()
+    return net.pack_() if device == "cuda" else net
 
 
 def _made(net: Any, image: Image, layout: Layout | None, memory: OpMemory) -> None:

@@ -60,13 +60,15 @@ class OpMemory(LiveMemory):
         return result
 
     def _chosen(self, op: Op, args: tuple[Any, ...]) -> str:
-        mine = "cpu" if self.device == "cpu" else "triton"
-        if self.backend not in (None, mine):
+        mine = ("cpu",) if self.device == "cpu" else ("cuda", "triton")
+        if self.backend is not None and self.backend not in mine:
             return "reference"
         for b in op.backends:
-            if b.name != mine or (self.backend is None and not b.offers(*args)):
+            if b.name not in mine or self.backend not in (None, b.name):
                 continue
-            if mine == "triton" or _runs_on_cpu(op.name, _signature(args)):
+            if self.backend is None and not b.offers(*args):
+                continue
+            if b.name != "cpu" or _runs_on_cpu(op.name, _signature(args)):
                 return b.name
         return "reference"
 

@@ -23,7 +23,7 @@ from ..models.pid.samplers import network_time
 from ..models.pid.tiling import Tiles, sample_independent
 from ..models.tiles import Layout
 from ..ops.registry import backend as forced
-from .counts import META, Counts, Watched, converted, storage_bytes
+from .counts import META, Counts, Watched, converted, storage_bytes, visiting_weights
 from .op_memory import OpMemory
 
 # Network calls that are run: the first, which draws noise, and the last, which draws none. A
@@ -90,7 +90,7 @@ class Decode:
 def counted(decode: Decode, device: str, backend: str | None) -> Counts:
     """Live memory of a decode on a device, "cpu" or "cuda"."""
     with torch.no_grad(), standing_for(device), forced(None):
-        net = _network(decode, device)
+        net = _network(decode.config, decode.dtype, decode.fp8, device)
         weights = storage_bytes(net)
         groups = 0 if decode.layout is None else -(-len(decode.layout.tiles) // decode.together)
         if groups <= 2:
@@ -105,9 +105,21 @@ def counted(decode: Decode, device: str, backend: str | None) -> Counts:
         return one.extended(two, groups - 1)
 
 
-def _network(decode: Decode, device: str) -> PiDNet:
-    net = PiDNet(decode.config, device=META, dtype=decode.dtype).requires_grad_(False).eval()
-    if decode.fp8:
+@functools.lru_cache(maxsize=64)
+def resident_weights(
+    config: PiDConfig, dtype: torch.dtype, fp8: bool, device: str, offload: bool
+) -> int:
+    """Bytes of the weights that stay on the device."""
+    net = _network(config, dtype, fp8, device)
+    if not offload:
+        return storage_bytes(net)
+    blocks = [(block, lambda name: name.startswith("adaLN_")) for block in net.patch_blocks]
+    return visiting_weights(net, [*blocks, *((block, None) for block in net.pixel_blocks)])
+
+
+def _network(config: PiDConfig, dtype: torch.dtype, fp8: bool, device: str) -> PiDNet:
+    net = PiDNet(config, device=META, dtype=dtype).requires_grad_(False).eval()
+    if fp8:
         net.quantize_()
     return net.pack_() if device == "cuda" else net
 
