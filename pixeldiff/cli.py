@@ -6,16 +6,22 @@ does not understand (even if others missed); 130 interrupted.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import __version__
 from .cli_bake import bake_caption
 from .cli_errors import clean_errors
+from .cli_jobs import finish, is_finished, kept_picture, kept_work, resume_option
 from .cli_l2p import l2p
 from .cli_options import caption_option, out, parsed_size, parsed_tile, progress_bar
 from .cli_verify import verify
+
+if TYPE_CHECKING:
+    from .jobs import JobStore
 
 _OUTPUT = "picture to write: .png, .jpg or .tif"
 
@@ -59,6 +65,7 @@ def main() -> None:
 )
 @click.option("--overlap", type=int, help="of tiles, in latent cells; default: an eighth")
 @click.option("--tile-mode", type=click.Choice(["sync", "independent"]), default="sync")
+@resume_option
 @click.option("--quiet", is_flag=True, help="no progress bar")
 @clean_errors
 def decode(
@@ -84,6 +91,7 @@ def decode(
     tile: tuple[int, int] | str | None,
     overlap: int | None,
     tile_mode: str,
+    resume: bool,
     quiet: bool,
 ) -> None:
     """Decode SOURCE to a PNG, JPEG or TIFF.
@@ -108,42 +116,46 @@ def decode(
     paths = _output_paths(output, latent.shape[0])
     for path in paths:
         check_picture_path(path)
-    decoder = PiDDecoder.from_pretrained(
-        model,
-        backbone=backbone,
-        device=device,
-        precision=precision,
-        text_encoder=text_encoder,
-        low_memory=low_memory,
-        pixel_chunk=pixel_chunk,
-        offload="blocks" if offload else False,
-    )
-    check_picture_path(output, size or output_size(decoder.net.config, latent.shape[-2:]))
-    with progress_bar(quiet) as callback:
-        result = decoder.decode(
-            latent,
-            caption=text,
-            sigma=sigma,
-            steps=steps,
-            cfg_scale=cfg_scale,
-            negative_caption=negative,
-            seed=seed,
-            size=size,
-            tile=tile,
-            overlap=overlap,
-            tile_mode=tile_mode,
-            tile_callback=callback,
+    with kept_work(output, resume) as store:
+        decoder = PiDDecoder.from_pretrained(
+            model,
+            backbone=backbone,
+            device=device,
+            precision=precision,
+            text_encoder=text_encoder,
+            low_memory=low_memory,
+            pixel_chunk=pixel_chunk,
+            offload="blocks" if offload else False,
         )
-    metadata = [result.metadata]
-    if len(paths) > 1:
-        metadata = [{**result.metadata, "batch_index": i} for i in range(len(paths))]
-    for path in save_pictures(list(zip(paths, result.images, metadata, strict=True))):
-        out.print(str(path), markup=False)
+        check_picture_path(output, size or output_size(decoder.net.config, latent.shape[-2:]))
+        with progress_bar(quiet) as callback:
+            result = decoder.decode(
+                latent,
+                caption=text,
+                sigma=sigma,
+                steps=steps,
+                cfg_scale=cfg_scale,
+                negative_caption=negative,
+                seed=seed,
+                size=size,
+                tile=tile,
+                overlap=overlap,
+                tile_mode=tile_mode,
+                tile_callback=callback,
+                resume=store,
+            )
+        metadata = [result.metadata]
+        if len(paths) > 1:
+            metadata = [{**result.metadata, "batch_index": i} for i in range(len(paths))]
+        files = list(zip(paths, result.images, metadata, strict=True))
+        for path in save_pictures(files, by_way_of=store and store.path):
+            out.print(str(path), markup=False)
 
 
 @main.command()
 @click.argument("prompt", required=False)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=_OUTPUT)
+@click.option("--prompts", type=click.Path(path_type=Path), help="file: a prompt a line, or .jsonl")
 @click.option("--model", required=True, help="L2P checkpoint, hub id, or demo")
 @click.option(
     "--prompt-embeds", type=click.Path(path_type=Path), help="of bake-caption, for PROMPT"
@@ -169,11 +181,13 @@ def decode(
 @click.option("--device", help="cuda, cpu, ...; default: cuda where there is one")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="default: bf16 on CUDA")
 @click.option("--offload", is_flag=True, help="weights visit the device block by block")
+@resume_option
 @click.option("--quiet", is_flag=True, help="no progress bar")
 @clean_errors
 def generate(
     prompt: str | None,
     output: Path,
+    prompts: Path | None,
     model: str,
     prompt_embeds: Path | None,
     negative_prompt: str | None,
@@ -193,6 +207,7 @@ def generate(
     device: str | None,
     precision: str | None,
     offload: bool,
+    resume: bool,
     quiet: bool,
 ) -> None:
     """Make a picture of PROMPT with an L2P model.
@@ -200,60 +215,113 @@ def generate(
     With --image the picture is the start, resized to the size where that is given. OUTPUT's suffix
     decides between PNG, JPEG and TIFF.
 
+    With --prompts there is a picture of each line, written to OUTPUT with -0, -1, ... before the
+    suffix; the seed grows by one from line to line. Lines of a .jsonl file are objects with
+    "prompt" and, if wanted, "seed" and "size". What is finished is remembered in OUTPUT.job until
+    all are, so that --resume goes on behind it.
+
     The demo model draws one shape (circle, square, triangle, star, ring, cross, diamond, heart),
     small or large, on a plain, striped, checkered or dotted background, each of them red, orange,
     yellow, green, blue, purple, pink, white or black: "a red circle on a blue striped background".
     Other words are no error, but mean nothing to it.
     """
+    from .jobs.identity import machine
     from .models.l2p import L2PPipeline
+    from .models.provenance import describe, forced_backends
     from .picture_files import check_picture_path, save_picture
+    from .prompt_file import Request, read_prompts
     from .text import Qwen3PromptEncoder
 
-    if (prompt is None) == (prompt_embeds is None):
-        raise click.UsageError("give either PROMPT or --prompt-embeds")
+    if sum(given is not None for given in (prompt, prompts, prompt_embeds)) != 1:
+        raise click.UsageError("give one of PROMPT, --prompts and --prompt-embeds")
     if size is not None and (height, width) != (None, None):
         raise click.UsageError("give either --size or --height and --width")
-    height, width = size or (height, width)
+    size = size or (height, width)
     family = Qwen3PromptEncoder.family
     given = caption_option("PROMPT", prompt, "--prompt-embeds", prompt_embeds, family)
     negative = caption_option(
         *("--negative-prompt", negative_prompt),
         *("--negative-prompt-embeds", negative_prompt_embeds, family),
     )
-    check_picture_path(output, None if None in (height, width) else (height, width))
-    picture = None if image is None else _picture(image, height, width)
-    if picture is not None:
-        check_picture_path(output, picture.size[::-1])
-    pipeline = L2PPipeline.from_pretrained(
-        model,
-        device=device,
-        precision=precision,
-        text_encoder=text_encoder,
-        offload="blocks" if offload else False,
-    )
-    with progress_bar(quiet, "generating") as callback:
-        result = pipeline(
-            prompt,
-            negative_prompt,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            seed=seed,
-            prompt_embeds=given if prompt is None else None,
-            negative_prompt_embeds=negative if negative_prompt is None else None,
-            image=picture,
-            strength=strength,
-            shift=shift,
-            tile=tile,
-            overlap=overlap,
-            tile_callback=callback,
-            output_type="pt",
+    requests, paths = [Request(prompt, seed, size)], [output]
+    if prompts is not None:
+        read = enumerate(read_prompts(prompts))
+        requests = [r.or_else(seed=seed + i, size=size) for i, r in read]
+        paths = [output.with_stem(f"{output.stem}-{i}") for i in range(len(requests))]
+    for path, request in zip(paths, requests, strict=True):
+        check_picture_path(path, None if None in request.size else request.size)
+    pictures = {r.size: None if image is None else _picture(image, *r.size) for r in requests}
+    for picture in pictures.values():
+        if picture is not None:
+            check_picture_path(output, picture.size[::-1])
+
+    def make(request: Request, path: Path, kept: JobStore | None) -> None:
+        with progress_bar(quiet, "generating") as callback:
+            result = pipeline(
+                request.prompt,
+                negative_prompt,
+                height=request.size[0],
+                width=request.size[1],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                seed=request.seed,
+                prompt_embeds=given if prompt_embeds is not None else None,
+                negative_prompt_embeds=negative if negative_prompt is None else None,
+                image=pictures[request.size],
+                strength=strength,
+                shift=shift,
+                tile=tile,
+                overlap=overlap,
+                tile_callback=callback,
+                output_type="pt",
+                resume=kept,
+            )
+        if len(result.images) > 1:
+            raise ValueError(f"{prompt_embeds} must hold one prompt, got {len(result.images)}")
+        through = store and store.path
+        save_picture(path, result.images[0], result.metadata, rounded=True, by_way_of=through)
+
+    with kept_work(output, resume, always=prompts is not None) as store:
+        pipeline = L2PPipeline.from_pretrained(
+            model,
+            device=device,
+            precision=precision,
+            text_encoder=text_encoder,
+            offload="blocks" if offload else False,
         )
-    if len(result.images) > 1:
-        raise ValueError(f"{prompt_embeds} must hold one prompt, got {len(result.images)}")
-    path = save_picture(output, result.images[0], result.metadata, rounded=True)
-    out.print(str(path), markup=False)
+        if prompts is not None:
+            store.begin(
+                {
+                    "job": "prompts",
+                    "pixeldiff": __version__,
+                    **machine(pipeline.device),
+                    "prompts": [[r.prompt, r.seed, r.size] for r in requests],
+                    "weights": store.weights(pipeline.net),
+                    "precision": pipeline.precision,
+                    "text encoder": text_encoder,
+                    "negative prompt": describe(negative),
+                    "image": image and _sha256(image),
+                    "strength": strength,
+                    "steps": steps,
+                    "guidance": guidance,
+                    "shift": shift,
+                    "tile": tile,
+                    "overlap": overlap,
+                    "backend": forced_backends(),
+                }
+            )
+        for i, (path, request) in enumerate(zip(paths, requests, strict=True)):
+            if prompts is None:
+                make(request, path, store)
+            elif not is_finished(store, i, path):
+                with kept_picture(store, i, resume) as kept:
+                    make(request, path, kept)
+                    finish(store, i, path)
+            out.print(str(path), markup=False)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _picture(path: Path, height: int | None, width: int | None):

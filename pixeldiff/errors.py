@@ -74,6 +74,10 @@ class SizeError(ValueError):
     """An image size the network cannot produce."""
 
 
+class ResumeError(ValueError):
+    """A folder of kept work that cannot be gone on with: another job's, or in use."""
+
+
 class AccelerationError(ValueError):
     """`accelerate` cannot stand in for a module, or for one call of it. Nothing was computed."""
 

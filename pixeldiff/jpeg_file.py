@@ -44,4 +44,12 @@ def write_jpeg(file: BinaryIO, picture: Image.Image, description: str | None) ->
                 f"characters of JSON, got {len(description)}; write a .png or .tif"
             )
         exif[ExifTags.Base.ImageDescription] = description
-    picture.save(file, "JPEG", quality=QUALITY, subsampling=0, exif=exif)
+    picture.save(_Written(file), "JPEG", quality=QUALITY, subsampling=0, exif=exif)
+
+
+class _Written:
+    """A file without a descriptor. Pillow's encoder writes to that where there is one, and takes
+    what a full disk cuts off for written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.write, self.flush = file.write, file.flush

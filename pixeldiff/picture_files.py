@@ -33,6 +33,7 @@ def save_picture(
     metadata: dict[str, Any] | None = None,
     *,
     rounded: bool = False,
+    by_way_of: Path | None = None,
 ) -> Path:
     """Write a PNG, JPEG or TIFF whole or not at all, with how it was made in its metadata.
 
@@ -47,22 +48,24 @@ def save_picture(
         metadata: JSON-able. In a PNG the text entry "pixeldiff", elsewhere the ImageDescription
             (of EXIF in a JPEG, where it has at most 65000 characters) {"pixeldiff": metadata}.
         rounded: of a tensor; see `images.to_uint8`.
+        by_way_of: folder of the temporary file, on the same file system; default: beside `path`.
 
     Raises:
         ValueError: another suffix, or more than a JPEG can hold. ImportError: a TIFF, without the
         extra pixeldiff[tiff]. OSError: the file cannot be written. Nothing is left behind.
     """
-    return save_pictures([(path, image, metadata)], rounded=rounded)[0]
+    return save_pictures([(path, image, metadata)], rounded=rounded, by_way_of=by_way_of)[0]
 
 
 def save_pictures(
     files: Sequence[tuple[str | os.PathLike[str], Image.Image | Tensor, dict[str, Any] | None]],
     *,
     rounded: bool = False,
+    by_way_of: Path | None = None,
 ) -> list[Path]:
     """As `save_picture` for several (path, image, metadata): all of them are written or none."""
     paths = [check_picture_path(path, _size(image)) for path, image, _ in files]
-    with written_whole(paths) as partial:
+    with written_whole(paths, by_way_of=by_way_of) as partial:
         for path, target, (_, image, metadata) in zip(paths, partial, files, strict=True):
             text = None if metadata is None else json.dumps(metadata)
             with target.open("wb") as file:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..jobs import Stages
 from ..models.devices import standing_for
 from ..models.l2p.config import L2PConfig
 from ..models.l2p.network import L2PNet
@@ -107,7 +108,9 @@ def _made(net: Any, image: Image, layout: Layout | None, memory: OpMemory) -> No
         together=image.together,
         decoder_memory=image.decoder_memory,
     )
-    predict = prediction if layout is None else TiledPrediction(prediction, layout, short.steps)
+    predict = prediction
+    if layout is not None:
+        predict = TiledPrediction(prediction, layout, short.steps, Stages(None, None, META))
     shape = (image.batch, image.config.in_channels, *image.size)
     with memory.phase("sampler"):
         x = sample(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..jobs import Stages
 from ..models.devices import standing_for
 from ..models.graphs import Graphs
 from ..models.pid.config import PiDConfig
@@ -172,9 +173,10 @@ def _recorded(
 
 def _sampled(net: Any, what: Decoding, callback: Any) -> Tensor:
     noise = MetaNoise(what.latent.shape[0], net.config.in_channels)
+    stages = Stages(None, noise, META)
     if what.layout is not None and what.tile_mode == "independent":
-        return sample_independent(Tiles(net, what.tiled), noise).clamp_(-1, 1)
-    return run(net, what, noise, graphs=Graphs(0), callback=callback)
+        return sample_independent(Tiles(net, what.tiled, stages), noise).clamp_(-1, 1)
+    return run(net, what, noise, graphs=Graphs(0), stages=stages, callback=callback)
 
 
 def _keep_nothing(info: Any) -> None:

@@ -35,6 +35,19 @@ class NoiseSource:
             one = one[0]
         return one.device.type
 
+    def states(self) -> list[Tensor]:
+        """Where the generators are: set back to it, they give the same numbers again."""
+        return [g.get_state() for g in self._all()]
+
+    def restore(self, states: Sequence[Tensor]) -> None:
+        """Set the generators to what `states` returned."""
+        for generator, state in zip(self._all(), states, strict=True):
+            generator.set_state(state)
+
+    def _all(self) -> list[torch.Generator]:
+        one = self.generators
+        return [one] if isinstance(one, torch.Generator) else list(one)
+
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         if isinstance(self.generators, torch.Generator):
             return _draw(shape, self.generators).to(self.device)

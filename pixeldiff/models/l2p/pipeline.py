@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ... import __version__, images
 from ...errors import CheckpointFormatError
+from ...jobs import JobStore, Stages, resumable
+from ...jobs.identity import digest_of, machine
 from ...text import CaptionFile
 from ...text.qwen3 import EMBED_DIM, QWEN3
 from ..devices import PRECISIONS, check_device, no_autocast
-from ..graphs import Graphs, graph_limit
+from ..graphs import Graphs, graph_limit, settings
 from ..noise import noise_source
 from ..offload import apply as apply_offload
 from ..offload import check_offload
@@ -209,6 +211,7 @@ class L2PPipeline:
         """Free the memory of captured CUDA graphs. Waits for an image that is using one."""
         self.graphs.release()
 
+    @resumable
     def __call__(
         self,
         prompt: Prompt = None,
@@ -236,6 +239,7 @@ class L2PPipeline:
         callback_on_step_end: StepEnd | None = None,
         tile_callback: TileCallback | None = None,
         output_type: str = "pil",
+        resume: str | os.PathLike[str] | JobStore | None = None,
     ) -> GenerateOutput:
         """Make images. Arguments are named as those of diffusers' ZImagePipeline.
 
@@ -275,6 +279,11 @@ class L2PPipeline:
                 goes on from those, returning False stops.
             tile_callback: told after each tile of each step (`TileInfo`); returning False stops.
             output_type: "pil", "pt" or "np"; see `GenerateOutput`.
+            resume: a folder that keeps finished tiles and steps, so that a process killed at any
+                moment costs one of them: the same call goes on there, to the same pixels. Removed
+                at the end; a `pixeldiff.jobs.JobStore` lasts until its own block does. Where it
+                holds a job begun without a seed, None is that job's seed. Not with
+                callback_on_step_end, which may change the pixels in ways that cannot be compared.
 
         Returns:
             Images and metadata. Nothing else that shows is kept or changed, so a pipeline may be
@@ -284,6 +293,7 @@ class L2PPipeline:
             ValueError, TypeError: an argument the network cannot take; checked before any work.
             SizeError: height or width; names the nearest legal sizes.
             Interrupted: a callback returned False. What a callback raises passes through.
+            ResumeError: `resume` holds another job, or another process is at it.
             ArithmeticError: the network returned NaN or infinity.
         """
         images.check_output(output_type)
@@ -312,6 +322,13 @@ class L2PPipeline:
         batch = copies * _count(prompt, prompt_embeds)
         if image is not None and image.shape[0] not in (1, batch):
             raise ValueError(f"image must hold 1 or {batch} images, got {image.shape[0]}")
+        if resume is not None and callback_on_step_end is not None:
+            raise ValueError(
+                "resume and callback_on_step_end exclude each other: what the callback changes is "
+                "not known to the run that goes on; use callback to be told of the steps"
+            )
+        if resume is not None and generator is None:
+            seed = resume.seed(seed)
         draw, seed = noise_source(seed, generator, batch, self.device)
         positive = self._embeddings("prompt", prompt, prompt_embeds)
         negative = None
@@ -325,6 +342,32 @@ class L2PPipeline:
                 )
             if len(negative) == 1:
                 negative = negative * len(positive)
+        if resume is not None:
+            resume.begin(
+                {
+                    "job": "L2P picture",
+                    "pixeldiff": __version__,
+                    **machine(self.device),
+                    "arithmetic": settings(),
+                    "precision": self.precision,
+                    "weights": resume.weights(self.net),
+                    "prompt": digest_of(*positive),
+                    "negative prompt": None if negative is None else digest_of(*negative),
+                    "images of each prompt": copies,
+                    "image": digest_of(image),
+                    "seed": seed,
+                    "rng": draw.kind,
+                    "noise": digest_of(*draw.states()),
+                    "size": size,
+                    "sigmas": plan.sigmas,
+                    "times": plan.times,
+                    "guidance_scale": scale,
+                    "guidance_together": guidance_together,
+                    "decoder_memory": decoder_memory,
+                    "tile": None if layout is None else [layout.tile, layout.overlap],
+                }
+            )
+        stages = Stages(resume, draw, self.device)
         with torch.no_grad(), no_autocast(self.device):
             prediction = guided(
                 self.net,
@@ -340,16 +383,17 @@ class L2PPipeline:
             if layout is None:
                 steps_run = self.graphs.run(self.net, Trajectory(prediction, shape))
             else:
-                tiled = TiledPrediction(prediction, layout, plan.steps, tile_callback)
+                tiled = TiledPrediction(prediction, layout, plan.steps, stages, tile_callback)
                 steps_run = contextlib.nullcontext(Steps(tiled))
             with steps_run as running:
                 result = sample(
                     running.predict,
-                    start(draw(shape), plan, image),
+                    stages.held("x", lambda: start(draw(shape), plan, image)),
                     plan,
                     callback=callback,
                     replace=callback_on_step_end and self._on(callback_on_step_end),
                     state=running.state,
+                    stages=stages,
                 )
                 # A picture may be as large as 1.3 GB: no flags for every value, and clamped where
                 # it lies, unless a graph or the caller's callback holds it.

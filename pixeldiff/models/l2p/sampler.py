@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...jobs import Stages
 from ..steps import Callback, fp32, report
 from .bands import DECODER_MEMORY
 from .network import L2PCondition, L2PNet
@@ -138,17 +139,20 @@ def sample(
     callback: Callback | None = None,
     replace: Replace | None = None,
     state: Tensor | None = None,
+    stages: Stages | None = None,
 ) -> Tensor:
     """Euler steps: x <- x - (sigma' - sigma) u, all in fp32.
 
     Args:
         predict: (x, t) -> u, the negative velocity x0 - eps.
-        x: (B, 3, H, W) fp32, the state at the first noise level; see `start`.
+        x: (B, 3, H, W) fp32, the state at the first noise level, see `start`; or after
+            `stages.first` steps.
         schedule: noise levels and times.
         callback: told after each step (`StepInfo`); returning False stops.
         replace: (step, timestep, x, x0) -> the state to go on with, after each step; step counts
             from 0, timestep is 1000 sigma of the step just made.
         state: (B, 3, H, W) fp32, where to keep x instead of anew in every step; see `Steps`.
+        stages: where x is kept after each step, for a later run.
 
     Returns:
         (B, 3, H, W) fp32, unclamped; `state` where that is given and nothing replaced it.
@@ -160,13 +164,16 @@ def sample(
     timesteps = schedule.timesteps
     if state is not None:
         x = state.copy_(x)
-    for i, (sigma, after) in enumerate(itertools.pairwise(schedule.sigmas)):
+    levels = enumerate(itertools.pairwise(schedule.sigmas))
+    for i, (sigma, after) in itertools.islice(levels, stages.first if stages else 0, None):
         u = predict(x, schedule.times[i])
         x0 = torch.add(x, u, alpha=sigma) if wanted else None
         x = torch.add(x, u, alpha=fp32(sigma - after), out=state)
         del u
         if replace is not None:  # to be kept: the next step writes over the state
             x = replace(i, timesteps[i], x if state is None else x.clone(), x0)
+        if stages:
+            stages.made(i + 1, schedule.steps, {"x": x})
         report(callback, i + 1, schedule.steps, sigma, x0)
         del x0  # it would last through the next network call
     return x

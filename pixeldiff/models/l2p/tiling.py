@@ -9,12 +9,16 @@ Source: tiled sampling of overlapping windows, MultiDiffusion (arXiv 2302.08113)
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from ...jobs import Stages
+from ...jobs.store import PLACES
 from ..lengths import pair_of_multiples
 from ..steps import TileCallback, TileInfo, report_tile
-from ..tiles import Layout, cut
+from ..tiles import Layout, Tile, cut
 from .config import L2PConfig, Variant
 from .sampler import Prediction
 from .sizes import check_size
@@ -65,21 +69,31 @@ class TiledPrediction:
         tile: the prediction at a tile's size.
         layout: of the image.
         steps: how many calls are to come.
+        stages: where finished tiles are kept; its first steps are not made again.
         callback: told after each tile; returning False stops.
     """
 
     def __init__(
-        self, tile: Prediction, layout: Layout, steps: int, callback: TileCallback | None = None
+        self,
+        tile: Prediction,
+        layout: Layout,
+        steps: int,
+        stages: Stages,
+        callback: TileCallback | None = None,
     ) -> None:
         self._tile, self._layout, self._callback = tile, layout, callback
-        self._step, self._steps = 0, steps
+        self._stages, self._step, self._steps = stages, stages.first, steps
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """u (B, 3, H, W) fp32, the negative velocity, at x (B, 3, H, W)."""
         out, tiles, layout = torch.zeros_like(x), self._layout.tiles, self._layout
         self._step += 1
         for i, tile in enumerate(tiles):
-            u = self._tile(layout.crop(x, tile).contiguous(), t)
+            call = partial(self._call, x, t, tile)
+            u = self._stages.part(self._step, f"tile-{i + 1:0{PLACES}d}", call)
             layout.crop(out, tile).addcmul_(u, layout.window(tile, x.device))
             report_tile(self._callback, TileInfo(self._step, self._steps, i + 1, len(tiles)))
         return out
+
+    def _call(self, x: Tensor, t: float, tile: Tile) -> Tensor:
+        return self._tile(self._layout.crop(x, tile).contiguous(), t)

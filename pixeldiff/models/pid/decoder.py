@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ... import __version__, images
 from ...alignment import aligned
+from ...jobs import JobStore, Stages, resumable
+from ...jobs.identity import digest_of, machine
 from ...text import CaptionFile, load_caption
 from .. import devices, fp8
 from ..devices import check_device, no_autocast
-from ..graphs import Graphs, graph_limit
+from ..graphs import Graphs, graph_limit, settings
 from ..noise import noise_source
 from ..offload import apply as apply_offload
 from ..offload import check_offload
@@ -261,6 +263,7 @@ class PiDDecoder:
         """Free the memory of captured CUDA graphs. Waits for a decode that is using one."""
         self.graphs.release()
 
+    @resumable
     def decode(
         self,
         latent: Tensor,
@@ -282,6 +285,7 @@ class PiDDecoder:
         tile_mode: str = "sync",
         tile_batch: int = 1,
         tile_callback: TileCallback | None = None,
+        resume: str | os.PathLike[str] | JobStore | None = None,
     ) -> DecodeOutput:
         """Decode latents to images.
 
@@ -314,6 +318,10 @@ class PiDDecoder:
             tile_batch: tiles in one network call: a little faster, more memory. Equal pixels up to
                 rounding.
             tile_callback: told after each tile (`TileInfo`); returning False stops.
+            resume: a folder that keeps finished tiles and steps, so that a process killed at any
+                moment costs one of them: the same call goes on there, to the same pixels. Removed
+                at the end; a `pixeldiff.jobs.JobStore` lasts until its own block does. Where it
+                holds a job begun without a seed, None is that job's seed.
 
         Returns:
             Images and metadata. Nothing else that shows is kept or changed, so a decoder may be
@@ -322,6 +330,7 @@ class PiDDecoder:
         Raises:
             ValueError, TypeError: an argument the network cannot take; checked before any work.
             Interrupted: the callback returned False. What a callback raises passes through.
+            ResumeError: `resume` holds another job, or another process is at it.
             ArithmeticError: the network returned NaN.
         """
         images.check_output(output)
@@ -344,12 +353,43 @@ class PiDDecoder:
         if state_dtype is None:
             narrow = not self.distilled or self.device.type == "mps"
             state_dtype = "fp32" if narrow else "fp64"
+        if resume is not None and generator is None:
+            seed = resume.seed(seed)
         draw, seed = noise_source(seed, generator, latent.shape[0], self.device, what="latent")
         y = self._caption("caption", caption, latent.shape[0])
         null = None
         if cfg_scale != 1:
             null = self._caption("negative_caption", negative_caption, latent.shape[0])
         tables = self._tables_for(own_size, y.shape[1], times)
+        if resume is not None:
+            resume.begin(
+                {
+                    "job": "PiD decode",
+                    "pixeldiff": __version__,
+                    **machine(self.device),
+                    "arithmetic": settings(),
+                    "precision": self.precision,
+                    "weights": resume.weights(self.net),
+                    "latent": digest_of(latent),
+                    "latent shape": latent.shape,
+                    "sigma": _shortest(sigma),
+                    "caption": digest_of(y),
+                    "negative caption": digest_of(null),
+                    "seed": seed,
+                    "rng": draw.kind,
+                    "noise": digest_of(*draw.states()),
+                    "size": size,
+                    "times": times,
+                    "sampler": sample_type if self.distilled else "dpmpp_2m",
+                    "prediction": self.sampling.prediction_type,
+                    "state": state_dtype,
+                    "cfg_scale": cfg_scale,
+                    "tile": None if layout is None else [layout.tile, layout.overlap],
+                    "tile_mode": None if layout is None else tile_mode,
+                    "tile_batch": None if layout is None else tile_batch,
+                    "pixel_chunk": self.pixel_chunk,
+                }
+            )
         what = Decoding(
             latent,
             y,
@@ -369,12 +409,14 @@ class PiDDecoder:
             tile_mode=tile_mode,
             together=tile_batch,
         )
+        stages = Stages(resume, draw, self.device)
         with torch.no_grad(), no_autocast(self.device):
             result = run(
                 self.net,
                 what,
                 draw,
                 graphs=self.graphs,
+                stages=stages,
                 callback=callback,
                 tile_callback=tile_callback,
             )

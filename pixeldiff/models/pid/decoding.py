@@ -7,10 +7,12 @@ that ran out of memory can be made again in another way.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ...jobs import Stages
 from ..graphs import Graphs
 from ..noise import NoiseSource
 from ..steps import Callback, TileCallback
@@ -83,20 +85,24 @@ def run(
     draw: NoiseSource,
     *,
     graphs: Graphs[Advance],
+    stages: Stages,
     callback: Callback | None = None,
     tile_callback: TileCallback | None = None,
 ) -> Tensor:
     """(B, 3, H, W) fp32 in [-1, 1].
 
+    Args:
+        stages: what is kept on the way, and what was found of it.
+
     Raises:
         Interrupted: a callback returned False.
     """
     if what.layout is not None:
-        x = sample_tiled(net, what.tiled, what.tile_mode, draw, callback, tile_callback)
+        x = sample_tiled(net, what.tiled, what.tile_mode, draw, callback, tile_callback, stages)
         return x.clamp_(-1, 1)
     if what.student:
-        return _student(net, what, draw, graphs, callback)
-    return _teacher(net, what, draw, callback).clamp(-1, 1)
+        return _student(net, what, draw, graphs, callback, stages)
+    return _teacher(net, what, draw, callback, stages).clamp(-1, 1)
 
 
 def _student(
@@ -105,6 +111,7 @@ def _student(
     draw: NoiseSource,
     graphs: Graphs[Advance],
     callback: Callback | None,
+    stages: Stages,
 ) -> Tensor:
     student = Student(
         what.latent,
@@ -124,16 +131,19 @@ def _student(
     with graphs.run(net, student) as advance:
         x = run_student(
             advance,
-            draw(shape),  # not named: it would be kept for all steps
+            stages.held("x", partial(draw, shape)),  # not named: it would be kept for all steps
             what.times,
             draw,
             sample_type=what.sample_type,
             callback=callback,
+            stages=stages,
         )
         return x.clamp(-1, 1)  # a copy: x may be a graph's
 
 
-def _teacher(net: PiDNet, what: Decoding, draw: NoiseSource, callback: Callback | None) -> Tensor:
+def _teacher(
+    net: PiDNet, what: Decoding, draw: NoiseSource, callback: Callback | None, stages: Stages
+) -> Tensor:
     condition = net.prepare(
         what.latent,
         what.caption,
@@ -144,12 +154,14 @@ def _teacher(net: PiDNet, what: Decoding, draw: NoiseSource, callback: Callback 
         pixel_chunk=what.pixel_chunk,
     )
     negative = None if what.negative is None else net.recaption(condition, what.negative)
+    shape = (what.latent.shape[0], net.config.in_channels, *what.size)
     return sample_teacher(
         lambda x, tau: net.step(x, tau, condition),
         lambda x, tau: net.step(x, tau, negative),
-        draw((what.latent.shape[0], net.config.in_channels, *what.size)),
+        stages.held("x", partial(draw, shape)),
         what.times,
         cfg_scale=what.cfg_scale,
         prediction_type=what.prediction_type,
         callback=callback,
+        stages=stages,
     )

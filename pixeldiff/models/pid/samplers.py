@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ...jobs import Stages
 from ...ops.pixel_head_step import PREDICTION_TYPES, SAMPLE_TYPES, update
 from ..steps import Callback, fp32, one_of, report
 
@@ -113,6 +114,7 @@ def run_student(
     *,
     sample_type: str = "sde",
     callback: Callback | None = None,
+    stages: Stages | None = None,
 ) -> Tensor:
     """`sample_student` for a network that makes whole steps, `PiDNet.student_step`.
 
@@ -120,16 +122,21 @@ def run_student(
         advance: (x, t, t_next, draw, want_x0) -> (x at t_next, x0), the network's output at t put
             through `pixeldiff.ops.pixel_head_step.update`, or bitwise the same. Its draw is None
             where the step takes no noise; x0 may be None unless wanted.
+        noise: the state after `stages.first` steps, where that is not 0.
+        stages: where x is kept after each step.
         The others: as for `sample_student`.
     """
     if sample_type == "sde" and len(times) > 2 and draw is None:
         raise ValueError("draw: an SDE of more than one step needs a source of noise, got None")
     x = noise
     del noise
-    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
+    steps, first = len(times) - 1, stages.first if stages else 0
+    for i, (t, t_next) in itertools.islice(enumerate(itertools.pairwise(times)), first, None):
         fresh = draw if sample_type == "sde" and t_next != 0 else None
         x, x0 = advance(x, t, t_next, fresh, callback is not None)
-        report(callback, i + 1, len(times) - 1, t, x0)
+        if stages:
+            stages.made(i + 1, steps, {"x": x})
+        report(callback, i + 1, steps, t, x0)
         del x0  # it would last through the next network call
     return x
 
@@ -162,6 +169,7 @@ def sample_teacher(
     cfg_scale: float = 5.0,
     prediction_type: str = "velocity",
     callback: Callback | None = None,
+    stages: Stages | None = None,
 ) -> Tensor:
     """Sample with the second-order multistep solver and classifier-free guidance.
 
@@ -171,11 +179,12 @@ def sample_teacher(
     Args:
         velocity: network output with the caption.
         null_velocity: with the negative caption; may be None when cfg_scale is 1.
-        noise: (B, 3, H, W) fp32 standard normal.
+        noise: (B, 3, H, W) fp32 standard normal; or the state after `stages.first` steps.
         times: as `teacher_times` gives them.
         cfg_scale: guidance, 1 is none.
         prediction_type: "velocity" or "x0".
         callback: called after each step; returning False stops.
+        stages: where x and the estimate before it are kept after each step.
 
     Returns:
         (B, 3, H, W), the dtype of noise, unclamped.
@@ -192,24 +201,34 @@ def sample_teacher(
         )
     x, previous, previous_lambda = noise, None, 0.0
     del noise
-    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
+    steps, first = len(times) - 1, stages.first if stages else 0
+    if first:
+        previous = stages.held("previous", lambda: None)
+        previous_lambda = _log_snr(times[first - 1])
+    for i, (t, t_next) in itertools.islice(enumerate(itertools.pairwise(times)), first, None):
         tau = network_time(t)
         out = velocity(x, tau)
         if cfg_scale != 1:
             null = null_velocity(x, tau)
             out = null + cfg_scale * (out - null)
         x0 = x - t * out if prediction_type == "velocity" else out
-        lam = math.log((1 - t) / t)
+        lam = _log_snr(t)
         if t_next == 0:
             x = x0
         else:
-            h = math.log((1 - t_next) / t_next) - lam
+            h = _log_snr(t_next) - lam
             phi = math.expm1(-h)
             x = (t_next / t) * x - (1 - t_next) * phi * x0
             if previous is not None:
                 r = (lam - previous_lambda) / h
                 x = x - 0.5 * (1 - t_next) * phi / r * (x0 - previous)
         previous, previous_lambda = x0, lam
-        report(callback, i + 1, len(times) - 1, t, x0)
+        if stages:
+            stages.made(i + 1, steps, {"x": x, "previous": previous})
+        report(callback, i + 1, steps, t, x0)
         del out, x0
     return x
+
+
+def _log_snr(t: float) -> float:
+    return math.log((1 - t) / t)

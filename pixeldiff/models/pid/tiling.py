@@ -25,6 +25,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...jobs import Stages
+from ...jobs.store import PLACES
 from ...ops.pixel_head_step import update
 from ..noise import NoiseSource
 from ..steps import Callback, TileCallback, TileInfo, report_tile
@@ -76,9 +78,13 @@ class Tiles:
     """
 
     def __init__(
-        self, net: PiDNet, what: TiledSampling, callback: TileCallback | None = None
+        self,
+        net: PiDNet,
+        what: TiledSampling,
+        stages: Stages,
+        callback: TileCallback | None = None,
     ) -> None:
-        self.net, self.what, self.layout = net, what, what.layout
+        self.net, self.what, self.layout, self.stages = net, what, what.layout, stages
         self._callback = callback
         self._steps_at = {network_time(t): i + 1 for i, t in enumerate(what.times[:-1])}
         image = what.layout.image_pixels
@@ -121,14 +127,19 @@ class Tiles:
     def velocity(self, x: Tensor, tau: float, *, negative: bool = False) -> Tensor:
         """The blended output of a network call at x (B, 3, H, W)."""
         out = torch.zeros_like(x)
-        done = 0
+        step, done = self._steps_at[tau], 0
         for tiles, condition, other in self._conditions:
-            crops = torch.cat([self.layout.crop(x, tile) for tile in tiles])
-            self.add(out, tiles, self.net.step(crops, tau, other if negative else condition))
+            name = f"{'negative' if negative else 'tile'}-{done + 1:0{PLACES}d}"
+            call = partial(self._call, x, tau, tiles, other if negative else condition)
+            self.add(out, tiles, self.stages.part(step, name, call))
             done += len(tiles)
             if not negative:
-                self.report(self._steps_at[tau], len(self._steps_at), done)
+                self.report(step, len(self._steps_at), done)
         return out
+
+    def _call(self, x: Tensor, tau: float, tiles: Sequence[Tile], what: PiDCondition) -> Tensor:
+        crops = torch.cat([self.layout.crop(x, tile) for tile in tiles])
+        return self.net.step(crops, tau, what)
 
     def add(self, out: Tensor, tiles: Sequence[Tile], results: Tensor) -> None:
         """Adds the tiles' results, (n B, 3, h, w), with their windows."""
@@ -148,13 +159,14 @@ def sample_tiled(
     source: NoiseSource,
     callback: Callback | None,
     tile_callback: TileCallback | None,
+    stages: Stages,
 ) -> Tensor:
     """(B, 3, H, W) fp32, unclamped.
 
     Raises:
         Interrupted: a callback returned False.
     """
-    tiles = Tiles(net, what, tile_callback)
+    tiles = Tiles(net, what, stages, tile_callback)
     if mode == "sync":
         return sample_sync(tiles, source, callback)
     noise = SquareNoise(source, what.latent.shape[0], net.config.in_channels)
@@ -170,11 +182,12 @@ def sample_sync(tiles: Tiles, draw: Draw, callback: Callback | None) -> Tensor:
         return sample_teacher(
             tiles.velocity,
             partial(tiles.velocity, negative=True),
-            draw(shape),
+            tiles.stages.held("x", partial(draw, shape)),
             w.times,
             cfg_scale=w.cfg_scale,
             prediction_type=w.prediction_type,
             callback=callback,
+            stages=tiles.stages,
         )
 
     def advance(
@@ -201,7 +214,13 @@ def sample_sync(tiles: Tiles, draw: Draw, callback: Callback | None) -> Tensor:
         return x, out if want_x0 else None
 
     return run_student(
-        advance, draw(shape), w.times, draw, sample_type=w.sample_type, callback=callback
+        advance,
+        tiles.stages.held("x", partial(draw, shape)),
+        w.times,
+        draw,
+        sample_type=w.sample_type,
+        callback=callback,
+        stages=tiles.stages,
     )
 
 
@@ -212,7 +231,8 @@ def sample_independent(tiles: Tiles, noise: SquareNoise) -> Tensor:
     out = torch.zeros(batch, channels, *layout.image_pixels, device=w.latent.device)
     done = 0
     for group in layout.groups(w.together):
-        tiles.add(out, group, _sample_alone(tiles, group, noise))
+        name, make = f"tile-{done + 1:0{PLACES}d}", partial(_sample_alone, tiles, group, noise)
+        tiles.add(out, group, tiles.stages.part(1, name, make))
         done += len(group)
         tiles.report(1, 1, done)
     return out
