@@ -17,7 +17,8 @@ from .cli_bake import bake_caption
 from .cli_errors import clean_errors
 from .cli_jobs import finish, is_finished, kept_picture, kept_work, resume_option
 from .cli_l2p import l2p
-from .cli_options import caption_option, out, parsed_size, parsed_tile, progress_bar
+from .cli_options import caption_option, checked_memory, out, parsed_size, parsed_tile, progress_bar
+from .cli_plan import plan
 from .cli_verify import verify
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def main() -> None:
 @click.option("--overlap", type=int, help="of tiles, in latent cells; default: an eighth")
 @click.option("--tile-mode", type=click.Choice(["sync", "independent"]), default="sync")
 @resume_option
+@click.option("--memory", help="what it may take, like 4GB; may choose tiles (pixeldiff plan)")
 @click.option("--quiet", is_flag=True, help="no progress bar")
 @clean_errors
 def decode(
@@ -92,6 +94,7 @@ def decode(
     overlap: int | None,
     tile_mode: str,
     resume: bool,
+    memory: str | None,
     quiet: bool,
 ) -> None:
     """Decode SOURCE to a PNG, JPEG or TIFF.
@@ -112,6 +115,7 @@ def decode(
         *("--negative-caption-file", negative_caption_file, FAMILY),
     )
     check_picture_path(output, size)
+    checked_memory(memory)
     latent = latent_from(source, encoder="demo" if model == "demo" else None)
     paths = _output_paths(output, latent.shape[0])
     for path in paths:
@@ -142,6 +146,7 @@ def decode(
                 overlap=overlap,
                 tile_mode=tile_mode,
                 tile_callback=callback,
+                memory=memory,
                 resume=store,
             )
         metadata = [result.metadata]
@@ -182,6 +187,7 @@ def decode(
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="default: bf16 on CUDA")
 @click.option("--offload", is_flag=True, help="weights visit the device block by block")
 @resume_option
+@click.option("--memory", help="what it may take, like 4GB; may choose tiles (pixeldiff plan)")
 @click.option("--quiet", is_flag=True, help="no progress bar")
 @clean_errors
 def generate(
@@ -208,6 +214,7 @@ def generate(
     precision: str | None,
     offload: bool,
     resume: bool,
+    memory: str | None,
     quiet: bool,
 ) -> None:
     """Make a picture of PROMPT with an L2P model.
@@ -243,6 +250,7 @@ def generate(
         *("--negative-prompt", negative_prompt),
         *("--negative-prompt-embeds", negative_prompt_embeds, family),
     )
+    checked_memory(memory)
     requests, paths = [Request(prompt, seed, size)], [output]
     if prompts is not None:
         read = enumerate(read_prompts(prompts))
@@ -274,6 +282,7 @@ def generate(
                 overlap=overlap,
                 tile_callback=callback,
                 output_type="pt",
+                memory=memory,
                 resume=kept,
             )
         if len(result.images) > 1:
@@ -350,7 +359,7 @@ def info() -> None:
     render(out)
 
 
-for command in (bake_caption, l2p, verify):
+for command in (bake_caption, l2p, plan, verify):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -78,6 +78,18 @@ class ResumeError(ValueError):
     """A folder of kept work that cannot be gone on with: another job's, or in use."""
 
 
+class BudgetError(ValueError):
+    """Nothing fits the memory allowed. `smallest` holds the bytes that would do, or None."""
+
+    def __init__(self, message: str, smallest: int | None = None) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
+class MemoryWarning(UserWarning):
+    """A picture is made in another way than it was asked for, for want of memory."""
+
+
 class AccelerationError(ValueError):
     """`accelerate` cannot stand in for a module, or for one call of it. Nothing was computed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from ..models.l2p.config import Variant as L2PVariant
 from ..models.l2p.pipeline import SAMPLING, UNKNOWN
 from ..models.l2p.sizes import check_size as check_l2p_size
 from ..models.l2p.tiling import tile_layout as l2p_layout
+from ..models.pid.checkpoint import read_checkpoint
 from ..models.pid.config import PiDConfig
 from ..models.pid.decoder import PRECISIONS, STUDENT
 from ..models.pid.pixel_bands import check_chunk
@@ -76,7 +78,7 @@ def estimate_memory(model: Any, size: int | tuple[int, int], **options: Any) -> 
 
     Args:
         model: name of a released variant: PiD's ("flux-2k", "sd3-2kto4k"), or L2P's with "l2p-"
-            before it ("l2p-1k"). Or a `PiDConfig`, an `L2PConfig`, or a variant.
+            before it ("l2p-1k"), or "demo". Or a `PiDConfig`, an `L2PConfig`, or a variant.
         size: pixels of the image, (H, W) or one number for a square.
         options: of `estimate_pid` or `estimate_l2p`.
 
@@ -97,6 +99,8 @@ def resolve(model: Any) -> Variant | PiDConfig | L2PVariant | L2PConfig:
     """
     if isinstance(model, str):
         name = model.strip().lower()
+        if name == "demo":
+            return _demo()
         if name.startswith("l2p-"):
             known = {f"l2p-{v.name}": v for v in VARIANTS.values() if v.config.local_decoder}
             if name not in known:
@@ -111,6 +115,12 @@ def resolve(model: Any) -> Variant | PiDConfig | L2PVariant | L2PConfig:
     if not isinstance(config, PiDConfig | L2PConfig):
         raise TypeError(f"model must be a name, a variant or a config, got {type(model).__name__}")
     return model
+
+
+@functools.cache
+def _demo() -> PiDConfig:
+    """Of the small network that comes with the package."""
+    return read_checkpoint("demo", device="cpu").config
 
 
 def estimate_pid(
@@ -159,7 +169,7 @@ def estimate_pid(
     sampling = sampling or (released.sampling if released else STUDENT)
     precision = _checked(device, precision, tuple(PRECISIONS))
     one_of("tile_mode", tile_mode, MODES)
-    size = _pair(size)
+    size = pair_of(size)
     cell = config.pixels_per_latent_cell
     if latent_hw is None:
         if size[0] % cell or size[1] % cell:
@@ -197,7 +207,7 @@ def estimate_pid(
     )
     counts = pid_counts.counted(decode, device, backend)
     weights = pid_counts.resident_weights(config, decode.dtype, decode.fp8, device, bool(offload))
-    workspace = libraries.CUDNN_WORKSPACE if device == "cuda" else 0
+    workspace = libraries.CUDNN_WORKSPACE if device == "cuda" else libraries.PID_CPU
     if device == "cuda" and cuda_graphs and sampling.stochastic and layout is None and not offload:
         # State, noise and preview at fixed addresses.
         workspace += (2 + previews) * 4 * config.in_channels * batch * size[0] * size[1]
@@ -240,7 +250,7 @@ def estimate_l2p(
     sampling = SAMPLING.get(released.name if released else "", UNKNOWN)
     precision = _checked(device, precision, ("fp32", "bf16"))
     guided = sampling.guidance_scale != 1 if guided is None else guided
-    size = _pair(size)
+    size = pair_of(size)
     layout = l2p_layout(config, released, size, tile, overlap)
     if layout is None:
         check_l2p_size(config, size)
@@ -259,7 +269,7 @@ def estimate_l2p(
     )
     counts = l2p_counts.counted(image, device, backend)
     weights = l2p_counts.resident_weights(config, image.dtype, device, bool(offload))
-    workspace = 0
+    workspace = 0 if device == "cuda" else libraries.L2P_CPU
     if device == "cuda" and cuda_graphs and layout is None and not offload:
         workspace = 2 * 4 * config.in_channels * batch * size[0] * size[1]
     return _estimate(device, weights, counts, workspace, libraries.QWEN3_4B * text_encoder)
@@ -271,7 +281,7 @@ def _estimate(
     if device == "cuda":
         workspace += libraries.CUBLAS_WORKSPACE
     else:
-        workspace += libraries.CPU_LIBRARIES + max(0, counts.resident - counts.peak)
+        workspace += max(0, counts.resident - counts.peak)
     rows = tuple(counts.table())
     return Estimate(device, weights, counts.peak, workspace, text_encoder, counts.phases, rows)
 
@@ -284,7 +294,8 @@ def _checked(device: str, precision: str | None, choices: tuple[str, ...]) -> st
     return precision
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def pair_of(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W), checked."""
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
         raise SizeError(f"size must be pixels of a side or (H, W), positive integers, got {size!r}")

@@ -33,10 +33,11 @@ class OpMemory(LiveMemory):
     Args:
         device: "cpu" or "cuda", what the tensors on "meta" stand for.
         backend: of every op: "reference", "cpu" or "triton"; None is free choice on that device.
+        gaps: of the heap, on "cpu"; see heap.py.
     """
 
-    def __init__(self, device: str, backend: str | None = None) -> None:
-        super().__init__(Heap() if device == "cpu" else None)
+    def __init__(self, device: str, backend: str | None = None, gaps: float = 1.0) -> None:
+        super().__init__(Heap(gaps) if device == "cpu" else None)
         self.device, self.backend = device, backend
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

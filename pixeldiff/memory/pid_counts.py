@@ -24,6 +24,7 @@ from ..models.pid.samplers import network_time
 from ..models.pid.tiling import Tiles, sample_independent
 from ..models.tiles import Layout
 from ..ops.registry import backend as forced
+from . import heap
 from .counts import META, Counts, Watched, converted, storage_bytes, visiting_weights
 from .op_memory import OpMemory
 
@@ -136,7 +137,7 @@ def _recorded(
     net: PiDNet, decode: Decode, layout: Layout | None, device: str, backend: str | None
 ) -> OpMemory:
     c, times = decode.config, decode.times
-    with OpMemory(device, backend) as memory, memory.phase("prepare"):
+    with OpMemory(device, backend, _gaps(decode)) as memory, memory.phase("prepare"):
         own = decode.size if layout is None else layout.tile_pixels
         taus = tuple(network_time(t) for t in times[:-1])
         tables = net.tables(own, min(decode.text_rows, c.txt_max_length), taus)
@@ -169,6 +170,14 @@ def _recorded(
             torch.isnan(x)
             memory.moment(converted(x, decode.output, device), f"result as {decode.output}")
     return memory
+
+
+def _gaps(decode: Decode) -> float:
+    if decode.pixel_chunk is not None:
+        return heap.PID_CHUNKS
+    if decode.layout is None:
+        return heap.PID_WHOLE
+    return heap.PID_SYNC if decode.tile_mode == "sync" else heap.PID_INDEPENDENT
 
 
 def _sampled(net: Any, what: Decoding, callback: Any) -> Tensor:
