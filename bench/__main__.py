@@ -21,7 +21,7 @@ from .estimates import SITES
 from .forward import CHOICES
 from .l2p_commands import convert, local_decoder
 from .machine import DTYPES
-from .memory_command import memory
+from .memory_command import memory, plans
 from .options import comma, json_option, threads_option
 from .recorder import Recorder
 from .tiles_command import tiles
@@ -413,6 +413,7 @@ main.add_command(local_decoder)
 main.add_command(convert)
 main.add_command(tiles)
 main.add_command(memory)
+main.add_command(plans)
 
 if __name__ == "__main__":
     main(prog_name="python -m bench")

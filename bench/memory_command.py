@@ -45,3 +45,14 @@ def memory(device: str, only: str, threads: int | None, path: Path | None) -> No
     misses = [r.case for r in report.runs if not UNDER <= r.off <= OVER]
     if misses:
         raise ValueError(f"estimates off by more than {UNDER:.0%} or {OVER:+.0%}: {misses}")
+
+
+@click.command()
+@click.option("-o", "--output", "path", required=True, type=click.Path(path_type=Path))
+@clean_errors
+def plans(path: Path) -> None:
+    """Rewrite the tables of docs/memory.md: what `pixeldiff plan` chooses for several budgets."""
+    from .plans import rewrite
+
+    rewrite(path)
+    show.console.print(str(path))

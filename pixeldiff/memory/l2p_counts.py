@@ -95,13 +95,13 @@ def _network(config: L2PConfig, dtype: torch.dtype, device: str) -> L2PNet:
 
 def _gaps(image: Image) -> float:
     if image.layout is not None:
-        return heap.L2P_PIECES
+        return heap.L2P_TILES
     if image.decoder_memory is None:
         return heap.L2P_WHOLE
     batch = image.batch * len(image.text_rows)
     sizes = (image.config.in_channels, image.size, image.batch, batch, image.dtype.itemsize)
     cut = bands.plan(bands.Load(image.config.local_decoder, *sizes), image.decoder_memory)
-    return heap.L2P_PIECES if cut.levels else heap.L2P_WHOLE
+    return heap.L2P_BANDS if cut.levels else heap.L2P_WHOLE
 
 
 def _made(net: Any, image: Image, layout: Layout | None, memory: OpMemory) -> None:

@@ -28,6 +28,7 @@ from . import heap
 from .counts import META, Counts, Watched, converted, storage_bytes, visiting_weights
 from .op_memory import OpMemory
 
+GROUPS_RUN = 2  # of tiles: each further one adds what the second does
 # Network calls that are run: the first, which draws noise, and the last, which draws none. A
 # teacher's third is the first that holds all it ever does.
 _STEPS = {True: 2, False: 3}  # by whether it is a student
@@ -95,7 +96,7 @@ def counted(decode: Decode, device: str, backend: str | None) -> Counts:
         net = _network(decode.config, decode.dtype, decode.fp8, device)
         weights = storage_bytes(net)
         groups = 0 if decode.layout is None else -(-len(decode.layout.tiles) // decode.together)
-        if groups <= 2:
+        if groups <= GROUPS_RUN:
             return Counts.of(weights, _recorded(net, decode, decode.layout, device, backend))
         one, two = (
             Counts.of(
@@ -173,11 +174,11 @@ def _recorded(
 
 
 def _gaps(decode: Decode) -> float:
+    if decode.layout is not None and decode.tile_mode == "independent":
+        return heap.PID_INDEPENDENT
     if decode.pixel_chunk is not None:
         return heap.PID_CHUNKS
-    if decode.layout is None:
-        return heap.PID_WHOLE
-    return heap.PID_SYNC if decode.tile_mode == "sync" else heap.PID_INDEPENDENT
+    return heap.PID_WHOLE if decode.layout is None else heap.PID_SYNC
 
 
 def _sampled(net: Any, what: Decoding, callback: Any) -> Tensor:

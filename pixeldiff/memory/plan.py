@@ -20,7 +20,9 @@ from ..models.pid.variants import Variant
 from .budget import in_words, parsed_bytes, upward
 from .estimate import Estimate, estimate_memory, pair_of, resolve
 
-PIXEL_CHUNK = 1024  # patches: little is saved below, and every product is still large
+# Patches at a time: little is saved below, and every product is still large. Of a small picture a
+# quarter.
+PIXEL_CHUNK = 1024
 DECODER_BUDGETS = tuple(DECODER_MEMORY // n for n in (2, 4, 8, 16, 40, 100))
 PARTS = (1, 0.75, 0.5, 0.25)  # sides of tiles, of the largest that was trained
 TOGETHER = (4, 2)  # tiles in a network call, where one fits
@@ -210,7 +212,7 @@ def ways(
 ) -> Iterator[Way]:
     """Ways to make a picture, the fastest first, that leave `options` as they are."""
     if options.get("tile") is not None:
-        yield from _asked_tiles(model)
+        yield from _asked_tiles(model, options["tile"])
         return
     of_model = _pid_ways if isinstance(model, Variant | PiDConfig) else _l2p_ways
     for way in of_model(model, size, loaded):
@@ -219,14 +221,17 @@ def ways(
             yield way
 
 
-def _asked_tiles(model: Any) -> Iterator[Way]:
+def _asked_tiles(model: Any, tile: Any) -> Iterator[Way]:
     yield Way("tiles as asked for", {})
     if isinstance(model, Variant | PiDConfig):
+        config = model if isinstance(model, PiDConfig) else model.inference_config
+        cells = trained_tile(config, None) if isinstance(tile, str) else tile
+        chunk = _chunk(config, tuple(n * config.pixels_per_latent_cell for n in cells))
         one = {"tile_batch": 1}
         yield Way("tiles as asked for, one in a network call", one)
         yield Way(
-            f"tiles as asked for, one in a network call, {PIXEL_CHUNK} patches at a time",
-            {**one, "pixel_chunk": PIXEL_CHUNK},
+            f"tiles as asked for, one in a network call, {chunk} patches at a time",
+            {**one, "pixel_chunk": chunk},
         )
         return
     apart = {"guidance_together": False}
@@ -239,29 +244,37 @@ def _asked_tiles(model: Any) -> Iterator[Way]:
 
 
 def _pid_ways(model: Variant | PiDConfig, size: tuple[int, int], loaded: bool) -> Iterator[Way]:
+    config = model if isinstance(model, PiDConfig) else model.inference_config
+    chunk = _chunk(config, size)
     low = {"low_memory": True}
-    chunked = {**low, "pixel_chunk": PIXEL_CHUNK}
+    chunked = {**low, "pixel_chunk": chunk}
     away = {**chunked, "offload": "blocks"}
-    chunk_words = f"features anew in every step, {PIXEL_CHUNK} patches at a time"
+    chunk_words = f"features anew in every step, {chunk} patches at a time"
     yield Way("whole", {})
     yield Way("whole, features anew in every step", low)
     yield Way(f"whole, {chunk_words}", chunked)
     if not loaded:
         yield Way(f"whole, {chunk_words}, weights visit the device", away)
-    config = model if isinstance(model, PiDConfig) else model.inference_config
     trained = trained_tile(config, None if isinstance(model, PiDConfig) else model)
     cells = tuple(n // config.pixels_per_latent_cell for n in size)
     for extra in ({}, {"offload": "blocks"}) if not loaded else ({},):
         for tile in _tiles(trained, cells, cell_step(config)):
             for mode, words in (("sync", "blended in every step"), ("independent", "blended once")):
-                settings = {"tile": tile, "tile_mode": mode, "pixel_chunk": PIXEL_CHUNK, **extra}
+                pixels = tuple(n * config.pixels_per_latent_cell for n in tile)
+                chunk = _chunk(config, pixels)
+                settings = {"tile": tile, "tile_mode": mode, "pixel_chunk": chunk, **extra}
                 visit = ", weights visit the device" if extra else ""
                 yield Way(
-                    f"tiles of {tile[0]} x {tile[1]} latent cells, {words}, {PIXEL_CHUNK} patches "
+                    f"tiles of {tile[0]} x {tile[1]} latent cells, {words}, {chunk} patches "
                     f"at a time{visit}",
                     settings,
                     False,
                 )
+
+
+def _chunk(config: PiDConfig, size: tuple[int, int]) -> int:
+    patches = size[0] * size[1] // config.patch_size**2
+    return max(1, min(PIXEL_CHUNK, patches // 4))
 
 
 def _l2p_ways(model: L2PVariant | L2PConfig, size: tuple[int, int], loaded: bool) -> Iterator[Way]:
