@@ -22,6 +22,7 @@ from .forward import CHOICES
 from .kill_command import kill
 from .l2p_commands import convert, local_decoder
 from .machine import DTYPES
+from .memory_command import memory, plans
 from .options import comma, json_option, threads_option
 from .recorder import Recorder
 from .tiles_command import tiles
@@ -416,6 +417,8 @@ main.add_command(local_decoder)
 main.add_command(convert)
 main.add_command(tiles)
 main.add_command(kill)
+main.add_command(memory)
+main.add_command(plans)
 
 if __name__ == "__main__":
     main(prog_name="python -m bench")

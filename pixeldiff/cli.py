@@ -17,7 +17,8 @@ from .cli_bake import bake_caption
 from .cli_errors import clean_errors
 from .cli_jobs import finish, is_finished, kept_picture, kept_work, resume_option
 from .cli_l2p import l2p
-from .cli_options import caption_option, out, parsed_size, parsed_tile, progress_bar
+from .cli_options import caption_option, checked_memory, out, parsed_size, parsed_tile, progress_bar
+from .cli_plan import plan
 from .cli_verify import verify
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def main() -> None:
 )
 @resume_option
 @click.option("--debug", is_flag=True, help="name the layer that NaN comes from; slower")
+@click.option("--memory", help="what it may take, like 4GB; may choose tiles (pixeldiff plan)")
 @click.option("--quiet", is_flag=True, help="no progress bar")
 @clean_errors
 def decode(
@@ -99,6 +101,7 @@ def decode(
     tile_mode: str | None,
     resume: bool,
     debug: bool,
+    memory: str | None,
     quiet: bool,
 ) -> None:
     """Decode SOURCE to a PNG, JPEG or TIFF.
@@ -119,6 +122,7 @@ def decode(
         *("--negative-caption-file", negative_caption_file, FAMILY),
     )
     check_picture_path(output, size)
+    checked_memory(memory)
     latent = latent_from(source, encoder="demo" if model == "demo" else None)
     paths = _output_paths(output, latent.shape[0])
     for path in paths:
@@ -155,6 +159,7 @@ def decode(
                 tile_mode=tile_mode,
                 tile_callback=callback,
                 output=output if streamed else "pil",
+                memory=memory,
                 resume=store,
                 debug=debug,
             )
@@ -200,6 +205,7 @@ def decode(
 @click.option("--offload", is_flag=True, help="weights visit the device block by block")
 @resume_option
 @click.option("--debug", is_flag=True, help="name the layer that NaN comes from; slower")
+@click.option("--memory", help="what it may take, like 4GB; may choose tiles (pixeldiff plan)")
 @click.option("--quiet", is_flag=True, help="no progress bar")
 @clean_errors
 def generate(
@@ -227,6 +233,7 @@ def generate(
     offload: bool,
     resume: bool,
     debug: bool,
+    memory: str | None,
     quiet: bool,
 ) -> None:
     """Make a picture of PROMPT with an L2P model.
@@ -262,6 +269,7 @@ def generate(
         *("--negative-prompt", negative_prompt),
         *("--negative-prompt-embeds", negative_prompt_embeds, family),
     )
+    checked_memory(memory)
     requests, paths = [Request(prompt, seed, size)], [output]
     if prompts is not None:
         read = enumerate(read_prompts(prompts))
@@ -293,6 +301,7 @@ def generate(
                 overlap=overlap,
                 tile_callback=callback,
                 output_type="pt",
+                memory=memory,
                 resume=kept,
                 debug=debug,
             )
@@ -370,7 +379,7 @@ def info() -> None:
     render(out)
 
 
-for command in (bake_caption, l2p, verify):
+for command in (bake_caption, l2p, plan, verify):
     main.add_command(command)
 
 if __name__ == "__main__":

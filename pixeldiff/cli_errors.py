@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Callable
 
 import click
-import torch
 from rich.console import Console
+
+from .out_of_memory import is_out_of_memory
 
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -42,7 +43,7 @@ def clean_errors(f: Callable) -> Callable:
         except _USER_ERRORS as e:
             if getattr(e, "errno", None) == errno.EPIPE:  # the reader of a pipe left: click's too
                 raise
-            message = _OUT_OF_MEMORY if _is_out_of_memory(e) else str(e) or type(e).__name__
+            message = _OUT_OF_MEMORY if is_out_of_memory(e) else str(e) or type(e).__name__
             _err.print(f"error: {message}", style="red", markup=False)
             sys.exit(1)
         except KeyboardInterrupt:
@@ -53,15 +54,6 @@ def clean_errors(f: Callable) -> Callable:
 
 
 _OUT_OF_MEMORY = "out of memory; decode a smaller size, or with --precision bf16"
-
-
-def _is_out_of_memory(e: Exception) -> bool:
-    if isinstance(e, MemoryError | torch.OutOfMemoryError):
-        return True
-    # PyTorch's CPU allocator raises a plain RuntimeError: the first text is of POSIX, the second of
-    # Windows. The third is of CUDA libraries and MPS.
-    texts = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(e, RuntimeError) and any(text in str(e).lower() for text in texts)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:

@@ -31,6 +31,14 @@ def parsed_tile(_ctx, _param, value: str | None) -> tuple[int, int] | str | None
     return value if value in (None, "auto") else parsed_size(_ctx, _param, value)
 
 
+def checked_memory(value: str | None) -> None:
+    """Raises ValueError, before anything is loaded, unless it is an amount of memory or None."""
+    from .memory.budget import parsed_bytes
+
+    if value is not None:
+        parsed_bytes("--memory", value)
+
+
 def caption_option(
     name: str, text: str | None, file_name: str, file: Path | None, family: str
 ) -> str | CaptionFile | None:

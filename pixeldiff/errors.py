@@ -92,6 +92,18 @@ class NonFiniteError(ArithmeticError):
         self.module = module
 
 
+class BudgetError(ValueError):
+    """Nothing fits the memory allowed. `smallest` holds the bytes that would do, or None."""
+
+    def __init__(self, message: str, smallest: int | None = None) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
+class MemoryWarning(UserWarning):
+    """A picture is made in another way than it was asked for, for want of memory."""
+
+
 class AccelerationError(ValueError):
     """`accelerate` cannot stand in for a module, or for one call of it. Nothing was computed."""
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from bench.live_memory import LiveMemory
 from pixeldiff import images, jpeg_file, picture_files, tiff_stream
 from pixeldiff.images import to_uint8
+from pixeldiff.memory.live import LiveMemory
 from pixeldiff.picture_files import (
     check_picture_path,
     read_picture_metadata,

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_stood_for: ContextVar[str] = ContextVar("stood_for", default="meta")
+
+
+@contextlib.contextmanager
+def standing_for(kind: str) -> Iterator[None]:
+    """Inside, tensors on "meta" take the course that those on a device of this type would."""
+    token = _stood_for.set(kind)
+    try:
+        yield
+    finally:
+        _stood_for.reset(token)
+
+
+def kind_of(device: torch.device) -> str:
+    """The type of the device, or of the one that "meta" stands for."""
+    # A compiler that traces this knows the type, and never meets the variable.
+    return device.type if device.type != "meta" else _stood_for.get()
 
 
 def check_device(device: torch.device | str | None = None) -> torch.device:

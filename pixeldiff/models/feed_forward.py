@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from .. import ops
 from ..ops.registry import needs_grad
+from .devices import kind_of
 from .fp8 import Fp8Linear, Rows, product
 from .packing import follows
 
@@ -114,7 +115,7 @@ class SwiGLU(nn.Module):
 def _piece(x: Tensor | Rows, tokens: int, chunk: int | None = None) -> int:
     """Tokens of a piece, `chunk` at most: as few pieces as may be, equally long; a short one would
     read the weights for little."""
-    most = FEED_FORWARD_PIECE.get(x.device.type, FEED_FORWARD_PIECE_ELSEWHERE)
+    most = FEED_FORWARD_PIECE.get(kind_of(x.device), FEED_FORWARD_PIECE_ELSEWHERE)
     most = most if chunk is None else min(most, chunk)
     pieces = max(1, -(-tokens // most))
     return max(1, -(-tokens // pieces))

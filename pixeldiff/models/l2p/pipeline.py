@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,11 +21,13 @@ from ...errors import CheckpointFormatError
 from ...finite import check_finite
 from ...jobs import JobStore, Stages, resumable
 from ...jobs.identity import digest_of, machine
+from ...ops.registry import forced_backend
 from ...text import CaptionFile
 from ...text.qwen3 import EMBED_DIM, QWEN3
 from ..devices import PRECISIONS, check_device, no_autocast
 from ..graphs import Graphs, graph_limit, settings
 from ..guards import Watch
+from ..in_memory import in_memory
 from ..noise import noise_source
 from ..offload import apply as apply_offload
 from ..offload import check_offload
@@ -41,6 +43,9 @@ from .sampler import Steps, guided, sample, start
 from .scheduler import SHIFT, schedule
 from .sizes import check_size
 from .tiling import TiledPrediction, Tiling, tile_layout
+
+if TYPE_CHECKING:
+    from ...memory import Estimate, Plan
 
 Prompt = str | Sequence[str] | None
 StepEnd = Callable[["L2PPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | bool | None]
@@ -213,7 +218,66 @@ class L2PPipeline:
         """Free the memory of captured CUDA graphs. Waits for an image that is using one."""
         self.graphs.release()
 
+    def estimate_memory(
+        self, size: int | tuple[int, int], *, device: str | None = None, **options: Any
+    ) -> Estimate:
+        """What an image of `size` (pixels, (H, W) or of a square's side) would take; see
+        `pixeldiff.memory.estimate_l2p`, whose options it takes. `device` "cuda" or "cpu" is the
+        pipeline's own where nothing is said; nothing is run on it."""
+        from ...memory import estimate_l2p
+
+        given = {**self._memory_options(), **({} if device is None else {"device": device})}
+        return estimate_l2p(self.variant or self.net.config, size, **{**given, **options})
+
+    def memory_question(
+        self, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[Any, tuple[int, int], dict[str, Any], bool]:
+        """What a call with these arguments asks of `pixeldiff.memory.plan`: network, size, what is
+        fixed, and whether tiles may be chosen."""
+        prompts = (*args, options.get("prompt"), options.get("negative_prompt"))
+        image, tile = self._image(options.get("image")), options.get("tile")
+        sides = (options.get("height"), options.get("width"))
+        size, asked = self._size(*sides, image, whole=False), self._memory_options()
+        embeds = options.get("prompt_embeds")
+        copies = options.get("num_images_per_prompt", 1)
+        asked["batch"] = copies * _count(prompts[0] or options.get("prompt"), embeds)
+        asked["guided"] = self._guidance(options.get("guidance_scale")) != 1
+        asked["steps"] = options.get("num_inference_steps") or self.sampling.steps
+        asked["text_encoder"] = self.prompts.keeps_encoder(*prompts)
+        asked["output"] = options.get("output_type", "pil")
+        wanted = ("callback", "callback_on_step_end")
+        asked["previews"] = any(options.get(name) is not None for name in wanted)
+        if not options.get("guidance_together", True):
+            asked["guidance_together"] = False
+        if options.get("decoder_memory", DECODER_MEMORY) != DECODER_MEMORY:
+            asked["decoder_memory"] = options["decoder_memory"]
+        if tile is not None:
+            asked |= {"tile": tile, "overlap": options.get("overlap")}
+        free = tile is None and options.get("resume") is None
+        return self.variant or self.net.config, size, asked, free
+
+    def _memory_options(self) -> dict[str, Any]:
+        kind = self.device.type
+        if kind not in ("cpu", "cuda"):
+            raise ValueError(f"memory is estimated for cpu and cuda, this pipeline is on {kind}")
+        return {
+            "device": kind,
+            "precision": self.precision,
+            "backend": forced_backend("*"),
+            "text_encoder": self.prompts.keeps_encoder(),
+            "cuda_graphs": False,
+            "offload": "blocks" if self.net.offload is not None else False,
+        }
+
+    def release_memory(self) -> None:
+        """Free what is kept from image to image: CUDA graphs, and buffers of weights that visit the
+        device. All are made again when they are needed."""
+        self.graphs.release()
+        if self.net.offload is not None:
+            self.net.offload.release()
+
     @resumable
+    @in_memory
     def __call__(
         self,
         prompt: Prompt = None,
@@ -241,6 +305,7 @@ class L2PPipeline:
         callback_on_step_end: StepEnd | None = None,
         tile_callback: TileCallback | None = None,
         output_type: str = "pil",
+        memory: str | int | Plan | None = None,
         resume: str | os.PathLike[str] | JobStore | None = None,
         debug: bool = False,
     ) -> GenerateOutput:
@@ -282,6 +347,14 @@ class L2PPipeline:
                 goes on from those, returning False stops.
             tile_callback: told after each tile of each step (`TileInfo`); returning False stops.
             output_type: "pil", "pt" or "np"; see `GenerateOutput`.
+            memory: what the image may take on its device, weights and all: bytes, text like "16GB",
+                or a `pixeldiff.memory.Plan`. The fastest way that fits is chosen: guidance apart, a
+                smaller `decoder_memory`, and, where `tile` was left None, tiles, which change the
+                picture (a `MemoryWarning` and the metadata say so). On a CPU it is counted above
+                what the process had before it loaded the network. Always without CUDA graphs.
+                Where memory runs out, with or without a budget, the image is made once more in the
+                next cheaper way, with a `MemoryWarning`; with `tile` given, or `resume`, only in
+                ways with the same pixels.
             resume: a folder that keeps finished tiles and steps, so that a process killed at any
                 moment costs one of them: the same call goes on there, to the same pixels. Removed
                 at the end; a `pixeldiff.jobs.JobStore` lasts until its own block does. Where it
@@ -297,12 +370,17 @@ class L2PPipeline:
         Raises:
             ValueError, TypeError: an argument the network cannot take; checked before any work.
             SizeError: height or width; names the nearest legal sizes.
+            BudgetError: no way fits `memory`; names the smallest budget that would do.
             Interrupted: a callback returned False. What a callback raises passes through.
             ResumeError: `resume` holds another job, or another process is at it.
             NonFiniteError, an ArithmeticError: the network returned NaN or infinity; says in which
                 step, and with `debug` which layer made it.
         """
         images.check_output(output_type)
+        way = {} if memory is None else memory.settings
+        tile = way.get("tile", tile)
+        guidance_together = way.get("guidance_together", guidance_together)
+        decoder_memory = way.get("decoder_memory", decoder_memory)
         image = self._image(image)
         size = self._size(height, width, image, whole=tile is None)
         layout = tile_layout(self.net.config, self.variant, size, tile, overlap)
@@ -390,7 +468,8 @@ class L2PPipeline:
             )
             shape = (batch, self.net.config.in_channels, *size)
             if layout is None:
-                steps_run = self.graphs.run(self.net, Trajectory(prediction, shape))
+                graphs = self.graphs if memory is None else Graphs(0)
+                steps_run = graphs.run(self.net, Trajectory(prediction, shape))
             else:
                 tiled = TiledPrediction(
                     prediction, layout, plan.steps, stages, tile_callback, watch
@@ -431,6 +510,8 @@ class L2PPipeline:
             metadata["decoder_memory"] = decoder_memory
         if layout is not None:
             metadata["tile"], metadata["overlap"] = list(layout.tile), list(layout.overlap)
+        if memory is not None:
+            metadata["memory"] = memory.metadata
         if time_dtype != "fp32":
             metadata["time_dtype"] = time_dtype
         if image is not None:

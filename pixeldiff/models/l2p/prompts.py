@@ -49,6 +49,11 @@ class PromptSource:
                 f"encode(list of str), got {type(text_encoder).__name__}"
             )
 
+    def keeps_encoder(self, *texts: Any) -> bool:
+        """Whether a large encoder is loaded, or will be for these (embeddings need none)."""
+        wanted = any(isinstance(t, str | list | tuple) for t in texts)
+        return self._location is not None and (wanted or self._encoder is not None)
+
     def encode(self, name: str, text: str | Sequence[str]) -> list[Tensor]:
         """B embeddings (T_b, E) of B texts; loads the encoder on first use."""
         texts = [text] if isinstance(text, str) else text

@@ -97,6 +97,11 @@ class CaptionSource:
             return self._checked(name, caption.embedding)
         return self.encode(caption, name=name)
 
+    def keeps_encoder(self, *texts: Any) -> bool:
+        """Whether a large encoder is loaded, or will be for these (embeddings need none)."""
+        wanted = any(isinstance(t, str | list | tuple) for t in texts)
+        return self._location is not None and (wanted or self._encoder is not None)
+
     def encode(self, text: str | Sequence[str], *, name: str = "caption") -> Tensor:
         """(B, T, E) of B texts; loads the encoder on first use."""
         texts = [text] if isinstance(text, str) else text

@@ -7,9 +7,8 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,13 +20,15 @@ from ...alignment import aligned
 from ...finite import check_finite
 from ...jobs import JobStore, Stages, resumable
 from ...jobs.identity import digest_of, machine
+from ...ops.registry import forced_backend
 from ...picture_files import check_picture_path, check_space, save_rows
 from ...text import CaptionFile, load_caption
 from .. import devices, fp8
 from ..devices import check_device, no_autocast
 from ..graphs import Graphs, graph_limit, settings
 from ..guards import Watch
-from ..noise import NoiseSource, noise_source
+from ..in_memory import in_memory
+from ..noise import noise_source
 from ..offload import apply as apply_offload
 from ..offload import check_offload
 from ..provenance import Caption, describe, forced_backends
@@ -45,27 +46,17 @@ from ..tiles import Layout
 from .captions import CaptionSource
 from .checkpoint import LoadedCheckpoint, net_from, read_checkpoint
 from .config import PiDConfig
-from .graphs import Student
+from .decoding import Decoding, run
 from .network import PiDNet, Tables
 from .pixel_bands import check_chunk
-from .samplers import (
-    Advance,
-    dynamic_shift,
-    network_time,
-    run_student,
-    sample_teacher,
-    student_times,
-    teacher_times,
-)
-from .sizes import check_size
+from .samplers import Advance, dynamic_shift, network_time, student_times, teacher_times
+from .sizes import check_size, output_size
 from .tile_layout import Tiling, tile_layout
-from .tiling import (
-    MODES,
-    TiledSampling,
-    sample_tiled,
-    tiled_rows,
-)
+from .tiling import MODES, tiled_rows
 from .variants import LICENCE_NOTE, SamplingSettings, Variant
+
+if TYPE_CHECKING:
+    from ...memory import Estimate, Plan
 
 # What weights are held in; in "fp8" the network's linear layers are then quantised.
 PRECISIONS = {**devices.PRECISIONS, "fp8": torch.bfloat16}
@@ -281,7 +272,71 @@ class PiDDecoder:
         """Free the memory of captured CUDA graphs. Waits for a decode that is using one."""
         self.graphs.release()
 
+    def estimate_memory(
+        self, size: int | tuple[int, int], *, device: str | None = None, **options: Any
+    ) -> Estimate:
+        """What a decode at `size` (pixels, (H, W) or of a square's side) would take; see
+        `pixeldiff.memory.estimate_pid`, whose options it takes. `device` "cuda" or "cpu" is the
+        decoder's own where nothing is said; nothing is run on it."""
+        from ...memory import estimate_pid
+
+        given = {**self._memory_options(), **({} if device is None else {"device": device})}
+        return estimate_pid(self.variant or self.net.config, size, **{**given, **options})
+
+    def memory_question(
+        self, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[Any, tuple[int, int], dict[str, Any], bool]:
+        """What a decode with these arguments asks of `pixeldiff.memory.plan`: network, size, what
+        is fixed, and whether tiles may be chosen."""
+        latent = self._latent(args[0] if args else options.get("latent"))
+        config, asked = self.net.config, self._memory_options()
+        own = output_size(config, tuple(latent.shape[-2:]))
+        size = tuple(options.get("size") or own)
+        asked["batch"] = latent.shape[0]
+        for name in ("steps", "tile", "overlap", "state_dtype"):
+            if options.get(name) is not None:
+                asked[name] = options[name]
+        if "tile" in asked:
+            asked |= {k: options[k] for k in ("tile_mode", "tile_batch") if k in options}
+        if size != own:
+            asked["latent_hw"] = tuple(latent.shape[-2:])
+        asked["guided"] = not self.distilled and options.get("cfg_scale") not in (1, 1.0)
+        texts = (options.get("caption"), options.get("negative_caption"))
+        asked["text_encoder"] = self.captions.keeps_encoder(*texts)
+        asked["output"] = options.get("output", "pil")
+        asked["previews"] = options.get("callback") is not None
+        # A resumed job is held to its tiles, and a preview is of the whole image.
+        free = not {"tile", "latent_hw"} & asked.keys() and options.get("resume") is None
+        if asked["previews"]:
+            asked["tile_mode"] = "sync"
+        return self.variant or config, size, asked, free
+
+    def _memory_options(self) -> dict[str, Any]:
+        kind = self.device.type
+        if kind not in ("cpu", "cuda"):
+            raise ValueError(f"memory is estimated for cpu and cuda, this decoder is on {kind}")
+        given = {
+            "device": kind,
+            "precision": self.precision,
+            "backend": forced_backend("*"),
+            "sampling": self.sampling,
+            "text_encoder": self.captions.keeps_encoder(),
+            "cuda_graphs": False,
+            "offload": "blocks" if self.net.offload is not None else False,
+        }
+        given |= {"low_memory": True} if self.low_memory else {}
+        return given | ({} if self.pixel_chunk is None else {"pixel_chunk": self.pixel_chunk})
+
+    def release_memory(self) -> None:
+        """Free what is kept from decode to decode: CUDA graphs, tables, buffers of weights that
+        visit the device. All are made again when they are needed."""
+        self.graphs.release()
+        self._tables.clear()
+        if self.net.offload is not None:
+            self.net.offload.release()
+
     @resumable
+    @in_memory
     def decode(
         self,
         latent: Tensor,
@@ -303,6 +358,7 @@ class PiDDecoder:
         tile_mode: str = "sync",
         tile_batch: int = 1,
         tile_callback: TileCallback | None = None,
+        memory: str | int | Plan | None = None,
         resume: str | os.PathLike[str] | JobStore | None = None,
         debug: bool = False,
     ) -> DecodeOutput:
@@ -340,6 +396,14 @@ class PiDDecoder:
             tile_batch: tiles in one network call: a little faster, more memory. Equal pixels up to
                 rounding.
             tile_callback: told after each tile (`TileInfo`); returning False stops.
+            memory: what the decode may take on its device, weights and all: bytes, text like "4GB",
+                or a `pixeldiff.memory.Plan`. The fastest way that fits is chosen: features anew in
+                every step, patches in chunks, and, where `tile` was left None, tiles, which change
+                the pixels (a `MemoryWarning` and the metadata say so). On a CPU it is counted above
+                what the process had before it loaded the decoder. Always without CUDA graphs.
+                Where memory runs out, with or without a budget, the decode is made once more in the
+                next cheaper way, with a `MemoryWarning`; with `tile` given, or `resume`, only in
+                ways with the same pixels.
             resume: a folder that keeps finished tiles and steps, so that a process killed at any
                 moment costs one of them: the same call goes on there, to the same pixels. Removed
                 at the end; a `pixeldiff.jobs.JobStore` lasts until its own block does. Where it
@@ -353,6 +417,7 @@ class PiDDecoder:
 
         Raises:
             ValueError, TypeError: an argument the network cannot take; checked before any work.
+            BudgetError: no way fits `memory`; names the smallest budget that would do.
             Interrupted: the callback returned False. What a callback raises passes through.
             ResumeError: `resume` holds another job, or another process is at it.
             NonFiniteError, an ArithmeticError: the network returned NaN or infinity; says in which
@@ -361,6 +426,12 @@ class PiDDecoder:
         """
         if not isinstance(output, Path):
             images.check_output(output)
+        way = {} if memory is None else memory.settings
+        low_memory = way.get("low_memory", self.low_memory)
+        pixel_chunk = way.get("pixel_chunk", self.pixel_chunk)
+        if "tile" in way:
+            tile, tile_mode = way["tile"], way["tile_mode"]
+        tile_batch = way.get("tile_batch", tile_batch)
         latent, sigma = self._latent(latent), self._sigma(sigma, latent.shape[0])
         layout = self._layout(tuple(latent.shape[-2:]), size, tile, overlap, tile_mode, tile_batch)
         if layout is not None and tile_mode == "independent" and callback is not None:
@@ -416,85 +487,50 @@ class PiDDecoder:
                     "tile": None if layout is None else [layout.tile, layout.overlap],
                     "tile_mode": None if layout is None else tile_mode,
                     "tile_batch": None if layout is None else tile_batch,
+                    "pixel_chunk": pixel_chunk,
                 }
             )
             if layout is not None:
                 kept = len(layout.tiles) * math.prod(layout.tile_pixels)
                 kept += 2 * math.prod(size) if tile_mode == "sync" else 0  # states
                 resume.check_space(kept * latent.shape[0] * self.net.config.in_channels * 4)
-        stages, rows = Stages(resume, draw, self.device), None
+        what = Decoding(
+            latent,
+            y,
+            sigma,
+            null,
+            size=size,
+            times=times,
+            tables=tables,
+            student=self.distilled,
+            sample_type=sample_type,
+            prediction_type=self.sampling.prediction_type,
+            state_dtype=STATE_DTYPES[state_dtype],
+            cfg_scale=cfg_scale,
+            keep_features=not low_memory,
+            pixel_chunk=pixel_chunk,
+            layout=layout,
+            tile_mode=tile_mode,
+            together=tile_batch,
+        )
+        stages = Stages(resume, draw, self.device)
         watch = Watch(self.net, self.precision, debug=debug)
         callback, tile_callback = watch.around(callback), watch.around(tile_callback)
+        rows = None
         with torch.no_grad(), no_autocast(self.device), watch:
-            if layout is not None:
-                tiled = TiledSampling(
-                    latent,
-                    y,
-                    sigma,
-                    null,
-                    layout=layout,
-                    together=tile_batch,
-                    times=times,
-                    tables=tables,
-                    student=self.distilled,
-                    sample_type=sample_type,
-                    prediction_type=self.sampling.prediction_type,
-                    state_dtype=STATE_DTYPES[state_dtype],
-                    cfg_scale=cfg_scale,
-                    pixel_chunk=self.pixel_chunk,
-                )
-                if isinstance(output, Path) and tile_mode == "independent":
-                    rows = tiled_rows(self.net, tiled, draw, tile_callback, stages, watch)
-                    result = latent.new_empty(0)
-                else:
-                    result = sample_tiled(
-                        self.net, tiled, tile_mode, draw, callback, tile_callback, stages, watch
-                    )
-                    result = result.clamp_(-1, 1)
-            elif self.distilled:
-                result = self._student(
-                    Student(
-                        latent,
-                        y,
-                        sigma,
-                        size=size,
-                        times=times,
-                        tables=tables,
-                        sample_type=sample_type,
-                        prediction_type=self.sampling.prediction_type,
-                        state_dtype=STATE_DTYPES[state_dtype],
-                        want_x0=callback is not None,
-                        keep_features=not self.low_memory,
-                        pixel_chunk=self.pixel_chunk,
-                    ),
-                    draw,
-                    callback,
-                    stages,
-                    watch,
-                )
+            if isinstance(output, Path) and layout is not None and tile_mode == "independent":
+                rows = tiled_rows(self.net, what.tiled, draw, tile_callback, stages, watch)
             else:
-                condition = self.net.prepare(
-                    latent,
-                    y,
-                    sigma,
-                    size=size,
-                    tables=tables,
-                    keep_features=not self.low_memory,
-                    pixel_chunk=self.pixel_chunk,
-                )
-                negative = None if null is None else self.net.recaption(condition, null)
-                channels = self.net.config.in_channels
-                result = sample_teacher(
-                    lambda x, tau: self.net.step(x, tau, condition),
-                    lambda x, tau: self.net.step(x, tau, negative),
-                    stages.held("x", partial(draw, (latent.shape[0], channels, *size))),
-                    times,
-                    cfg_scale=cfg_scale,
-                    prediction_type=self.sampling.prediction_type,
-                    callback=callback,
+                result = run(
+                    self.net,
+                    what,
+                    draw,
+                    graphs=self.graphs if memory is None else Graphs(0),
                     stages=stages,
                     watch=watch,
-                ).clamp(-1, 1)
+                    callback=callback,
+                    tile_callback=tile_callback,
+                )
         metadata = {
             "model": self.name,
             "backbone": self.backbone,
@@ -516,8 +552,10 @@ class PiDDecoder:
         if not self.distilled:
             metadata["cfg_scale"] = cfg_scale
             metadata["negative_caption"] = describe(negative_caption)
-        if self.pixel_chunk is not None:
-            metadata["pixel_chunk"] = self.pixel_chunk
+        if pixel_chunk is not None:
+            metadata["pixel_chunk"] = pixel_chunk
+        if memory is not None:
+            metadata["memory"] = memory.metadata
         forced = forced_backends()
         if forced:
             metadata["backend"] = forced
@@ -536,29 +574,6 @@ class PiDDecoder:
             )
         check_picture_path(path, size)
         check_space(path, size)
-
-    def _student(
-        self,
-        student: Student,
-        draw: NoiseSource,
-        callback: Callback | None,
-        stages: Stages,
-        watch: Watch,
-    ) -> Tensor:
-        shape = (student.latent.shape[0], self.net.config.in_channels, *student.size)
-        with self.graphs.run(self.net, student) as advance:
-            x = run_student(
-                advance,
-                # Not named: it would be kept for all steps.
-                stages.held("x", partial(draw, shape)),
-                student.times,
-                draw,
-                sample_type=student.sample_type,
-                callback=callback,
-                stages=stages,
-                watch=watch,
-            )
-            return x.clamp(-1, 1)  # a copy: x may be a graph's
 
     def _layout(
         self,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ... import ops
 from ...ops.registry import needs_grad
+from ..devices import kind_of
 from ..feed_forward import SwiGLU
 from ..fp8 import Rows
 
@@ -35,7 +36,7 @@ class Stream:
 
     def feed(self, mlp: SwiGLU, gate: Tensor, h: Tensor | Rows, chunk: int | None = None) -> None:
         """x + gate * mlp(h) for h (B, N, D) and gate (B, D); `chunk` as for `SwiGLU`."""
-        if h.device.type in ADD_EACH_PIECE:
+        if kind_of(h.device) in ADD_EACH_PIECE:
             self.x = mlp.add_gated(self.x, gate, h, chunk)
         else:
             self.add(gate, mlp(h, chunk))

@@ -18,6 +18,8 @@ Source: tiled sampling of overlapping windows, MultiDiffusion (arXiv 2302.08113)
 
 from __future__ import annotations
 
+import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +27,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...errors import MemoryWarning
 from ...jobs import Stages
 from ...jobs.store import PLACES
 from ...ops.pixel_head_step import update
+from ...out_of_memory import is_out_of_memory
 from ..guards import Watch
 from ..noise import NoiseSource
 from ..steps import Callback, TileCallback, TileInfo, report_tile
@@ -91,6 +95,7 @@ class Tiles:
         self._callback = callback
         self._steps_at = {network_time(t): i + 1 for i, t in enumerate(what.times[:-1])}
         image = what.layout.image_pixels
+        self.one_by_one = False  # whatever is said of how many go together
         self._stack: Tensor | None = net.latent_stack(what.latent, image)
         self._conditions: list[tuple[tuple[Tile, ...], PiDCondition, PiDCondition | None]] = []
 
@@ -277,7 +282,10 @@ def independent_rows(tiles: Tiles, noise: SquareNoise) -> Iterator[Tensor]:
     top = done = 0
     for group in layout.groups(w.together):
         tiles.at(done)
-        name, make = f"tile-{done + 1:0{PLACES}d}", partial(_sample_alone, tiles, group, noise)
+        name, make = (
+            f"tile-{done + 1:0{PLACES}d}",
+            partial(_sample_group, tiles, group, noise, done),
+        )
         results = tiles.stages.part(1, name, make).chunk(len(group))
         for tile, result in zip(group, results, strict=True):
             if (final := tile.row * layout.pixels - top) > 0:
@@ -292,6 +300,29 @@ def independent_rows(tiles: Tiles, noise: SquareNoise) -> Iterator[Tensor]:
         done += len(group)
         tiles.report(1, 1, done)
     yield strip
+
+
+def _sample_group(tiles: Tiles, group: Sequence[Tile], noise: SquareNoise, done: int) -> Tensor:
+    """The group's results, (n B, 3, h, w). Once memory did not suffice for several tiles together,
+    these and all to come are sampled one by one; what is finished stays."""
+    if not tiles.one_by_one:
+        try:
+            return _sample_alone(tiles, group, noise)
+        except Exception as e:
+            if len(group) == 1 or not is_out_of_memory(e):
+                raise
+            traceback.clear_frames(e.__traceback__)  # they hold the group's tensors
+        tiles.one_by_one = True
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"memory ran out at tiles {done + 1} to {done + len(group)} of "
+            f"{len(tiles.layout.tiles)}, {len(group)} in a network call; these and all to come are "
+            f"made one at a time",
+            MemoryWarning,
+            stacklevel=2,
+        )
+    return torch.cat([_sample_alone(tiles, (tile,), noise) for tile in group])
 
 
 def _sample_alone(tiles: Tiles, group: Sequence[Tile], noise: SquareNoise) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from tiny_l2p import PATCHES, WIDTHS, captions, config, draw, fill, network, relative
 from torch import Tensor
 
-from bench.live_memory import LiveMemory
 from pixeldiff import backend
+from pixeldiff.memory.live import LiveMemory
 from pixeldiff.models.l2p import VARIANTS, bands
 from pixeldiff.models.l2p.bands import Load, Tiling
 from pixeldiff.models.l2p.config import DECODERS

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.live_memory import LiveMemory
+from pixeldiff.memory.live import LiveMemory
 from pixeldiff.models.pid import PiDNet, variant
 from pixeldiff.models.pid.samplers import network_time, student_times
 

@@ -1,0 +1,254 @@
+"""Peak memory of decodes and of L2P images beside what was estimated for them.
+
+Every case runs in a process of its own, whose resident set before anything was loaded is the zero
+of all figures: weights count, PyTorch's import does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixeldiff import backend as forced
+from pixeldiff.memory import Estimate, estimate_l2p, estimate_pid
+from pixeldiff.models.l2p import L2PConfig, L2PNet, L2PPipeline
+from pixeldiff.models.pid import PiDConfig, PiDNet
+from pixeldiff.models.pid.decoder import PRECISIONS, PiDDecoder, ready
+from pixeldiff.out_files import written_whole
+
+from .machine import machine
+from .memory import Meter
+from .models import fill, inputs
+from .own_process import measured_alone
+
+VERSION = 1
+PID = {
+    "narrow": PiDConfig(
+        hidden_size=384, num_groups=6, patch_depth=4, pixel_attn_hidden_size=288,
+        pixel_num_groups=4, txt_embed_dim=256, lq_hidden_dim=128,
+    ),
+    "middle": PiDConfig(
+        hidden_size=768, num_groups=12, patch_depth=4, pixel_attn_hidden_size=576,
+        pixel_num_groups=8, txt_embed_dim=1024, lq_hidden_dim=256,
+        lq_gate_type="sigma_aware_per_token", pit_lq_inject=True,
+    ),
+}  # fmt: skip
+L2P = {
+    "narrow": L2PConfig(dim=384, n_heads=3, n_layers=4, n_refiner_layers=1, cap_feat_dim=256),
+    "middle": L2PConfig(dim=768, n_heads=6, n_layers=4, n_refiner_layers=1, cap_feat_dim=512),
+}
+TOKENS = (40, 8)  # of the prompt and the negative one
+HOW = ("low_memory", "pixel_chunk")  # what a decoder is made with; a decode takes the rest
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Args:
+        system: "pid" or "l2p".
+        net: "demo", or one of the networks with random weights above.
+        side: pixels of a side of the square image.
+        precision, backend, batch, steps: as of `estimate_pid`.
+        options: of the decoder, the decode or the pipeline's call, and of the estimate.
+        device: "cpu" or "cuda".
+        threads: of PyTorch.
+    """
+
+    system: str
+    net: str
+    side: int
+    precision: str = "fp32"
+    backend: str | None = None
+    batch: int = 1
+    steps: int = 2
+    options: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        words = [self.system, self.net, str(self.side), self.precision]
+        words += [f"batch {self.batch}"] if self.batch > 1 else []
+        words += [self.backend] if self.backend else []
+        return " ".join(words + [f"{k}={v}" for k, v in self.options.items()])
+
+
+def grid(threads: int = 1) -> list[Case]:
+    """What the command measures: 1 to 15 s each on two cores."""
+
+    def pid(net: str, side: int, **more: Any) -> Case:
+        return Case("pid", net, side, threads=threads, **more)
+
+    def l2p(net: str, side: int, **more: Any) -> Case:
+        return Case("l2p", net, side, threads=threads, **more)
+
+    sync, alone = {"tile": [8, 8]}, {"tile": [8, 8], "tile_mode": "independent"}
+    return [
+        *(pid("demo", side) for side in (256, 512, 1024)),
+        *(pid("demo", side, precision="bf16") for side in (512, 1024)),
+        pid("demo", 512, backend="reference"),
+        pid("demo", 512, batch=3),
+        pid("demo", 1024, options={"low_memory": True}),
+        pid("demo", 1024, options={"low_memory": True, "pixel_chunk": 256}),
+        pid("demo", 1024, options={"output": "np"}),
+        pid("demo", 1024, options=sync),
+        pid("demo", 1024, options={**sync, "tile_batch": 4}),
+        pid("demo", 1024, options=alone),
+        pid("demo", 2048, options=alone, precision="bf16"),
+        pid("demo", 1024, options={**sync, "pixel_chunk": 64}),
+        pid("demo", 1024, options={**alone, "pixel_chunk": 64}),
+        *(pid("narrow", side) for side in (512, 1024)),
+        pid("narrow", 1024, precision="bf16"),
+        pid("narrow", 1024, precision="bf16", options={"low_memory": True}),
+        pid("narrow", 512, batch=2),
+        pid("narrow", 1024, precision="bf16", options={"low_memory": True, "pixel_chunk": 1024}),
+        *(pid("middle", side, precision="bf16") for side in (512, 1024)),
+        pid("middle", 1024, precision="bf16", options=sync),
+        pid("middle", 1024, precision="bf16", options=alone),
+        *(l2p("demo", side) for side in (256, 512, 1024)),
+        l2p("demo", 512, precision="bf16"),
+        l2p("demo", 512, batch=3),
+        l2p("demo", 1024, options={"guidance_together": False}),
+        l2p("demo", 1024, options={"decoder_memory": 50_000_000}),
+        l2p("demo", 1024, options={"tile": [512, 512]}),
+        l2p("demo", 1024, options={"tile": [256, 256]}, precision="bf16"),
+        *(l2p("narrow", side, precision="bf16") for side in (512, 1024)),
+        l2p("narrow", 512),
+        l2p("narrow", 1024, precision="bf16", options={"decoder_memory": 200_000_000}),
+        l2p("middle", 512, precision="bf16", options={"guidance_together": False}),
+    ]
+
+
+@dataclass
+class Peak:
+    """Bytes of one run above what the process held before; `off` is estimate / peak - 1."""
+
+    case: str
+    peak: int
+    estimate: dict[str, Any]
+    off: float
+    before: int
+    seconds: float
+
+
+@dataclass
+class Report:
+    machine: Any
+    command: str
+    runs: list[Peak]
+    schema: int = VERSION
+
+
+def run(cases: Sequence[Case], command: str) -> Iterator[Report]:
+    """A report after every case, the earlier ones included.
+
+    Raises:
+        RuntimeError: a process failed; with what it wrote.
+    """
+    torch.set_num_threads(cases[0].threads)  # what the machine's description then says
+    found = machine(torch.device(cases[0].device))
+    report = Report(dataclasses.asdict(found), command, [])
+    for case in cases:
+        report.runs.append(measured(case))
+        yield report
+
+
+def measured(case: Case) -> Peak:
+    """In a process of its own."""
+    return Peak(**measured_alone(__name__, case, case.name))
+
+
+def measure(case: Case) -> Peak:
+    """Here; a process measures once, or its peak is not its own."""
+    torch.set_num_threads(case.threads)
+    meter = Meter(torch.device(case.device))
+    meter.reset()
+    before, start = meter.now() or 0, time.perf_counter()
+    with forced(case.backend):
+        estimate = (_pid if case.system == "pid" else _l2p)(case, meter)
+    seconds, peak = time.perf_counter() - start, (meter.peak() or 0) - before
+    found = estimate()
+    return Peak(case.name, peak, found.to_dict(), found.peak / peak - 1, before, seconds)
+
+
+def _pid(case: Case, meter: Meter):
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in case.options.items()}
+    how = {name: options.pop(name) for name in HOW if name in options}
+    if case.net == "demo":
+        decoder = PiDDecoder.from_pretrained(
+            "demo", device=case.device, precision=case.precision, cuda_graphs=False, **how
+        )
+    else:
+        net = _filled(PiDNet, PID[case.net], case)
+        decoder = PiDDecoder(ready(net, case.precision), cuda_graphs=False, **how)
+    config, sampling = decoder.net.config, decoder.sampling
+    given = inputs(config, case.side, case.batch, torch.device(case.device))
+    steps = min(case.steps, sampling.steps)
+    decoder.decode(given.latent, caption=given.caption, seed=0, steps=steps, **options)
+    common = _common(case, steps)
+    return lambda: estimate_pid(config, case.side, sampling=sampling, **common, **how, **options)
+
+
+def _l2p(case: Case, meter: Meter):
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in case.options.items()}
+    if case.net == "demo":
+        pipeline = L2PPipeline.from_pretrained(
+            "demo", device=case.device, precision=case.precision, cuda_graphs=False
+        )
+    else:
+        net = _filled(L2PNet, L2P[case.net], case)
+        pipeline = L2PPipeline(net.pack_() if case.device == "cuda" else net, cuda_graphs=False)
+    config = pipeline.net.config
+    prompts = [_caption(config, rows, case.device) for rows in TOKENS]
+    pipeline(
+        prompt_embeds=[prompts[0]] * case.batch,
+        negative_prompt_embeds=[prompts[1]] * case.batch,
+        height=case.side,
+        width=case.side,
+        num_inference_steps=case.steps,
+        guidance_scale=2.0,
+        seed=0,
+        **options,
+    )
+    common = {**_common(case, case.steps), "guided": True}
+    common |= dict(zip(("prompt_tokens", "negative_tokens"), TOKENS, strict=True))
+    return lambda: estimate_l2p(config, case.side, **common, **options)
+
+
+def _common(case: Case, steps: int) -> dict[str, Any]:
+    names = ("device", "precision", "backend", "batch")
+    return {**{n: getattr(case, n) for n in names}, "steps": steps, "cuda_graphs": False}
+
+
+def _filled(kind: type[nn.Module], config: Any, case: Case) -> nn.Module:
+    dtype = PRECISIONS[case.precision]
+    net = kind(config, device="meta", dtype=dtype).to_empty(device=case.device)
+    fill(net, dtype)
+    return net.requires_grad_(False)
+
+
+def _caption(config: L2PConfig, rows: int, device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randn(rows, config.cap_feat_dim, generator=generator).to(device)
+
+
+def save(report: Report, path: Path) -> None:
+    with written_whole([path]) as (partial,):
+        partial.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+
+
+__all__ = ["Case", "Estimate", "Peak", "Report", "grid", "measure", "measured", "run", "save"]
+
+if __name__ == "__main__":
+    print(json.dumps(dataclasses.asdict(measure(Case(**json.loads(sys.argv[1]))))))
