@@ -94,6 +94,27 @@ def test_every_cuda_kernel_has_a_race():
     assert sum(map(int, stages)) + (tools - 1) * int(stages[-1]) < 530
 
 
+def test_cuda_part(tmp_path):
+    """Its stages one after the other, with programs that only say how they were called."""
+    for name in ("python", "compute-sanitizer"):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        program.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = start(tmp_path / "out", "--cuda", PYTHON=str(tmp_path / "python"), PATH=path)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.split("stages,")[1].strip().splitlines()[1:]
+    assert all(row.endswith("ok") for row in table), table
+    logs = {f.stem: f.read_text() for f in (tmp_path / "out").glob("*.log")}
+    for name in ("attention", "attention-fp8", "qkv", "mlp", "up"):
+        assert f"kernels-cuda-{name}.json" in logs[f"kernels-cuda-{name}"]
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        said = logs[f"sanitize-{tool}"]
+        assert said.startswith(f"compute-sanitizer --tool {tool} --error-exitcode 9 --kernel-name")
+        assert "-m pytest" in said
+        assert "tests/kernels/test_local_decoder_up_cuda.py" in said
+
+
 def test_wrong_usage(tmp_path):
     done = start(tmp_path, "--fast")
     assert done.returncode == 2

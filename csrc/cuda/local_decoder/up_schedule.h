@@ -35,7 +35,9 @@ struct UpSchedule {
 inline UpSchedule up_schedule(int images, int rows, int columns, int strip_columns, int slots) {
   UpSchedule best{images, rows, columns, strip_columns, rows};
   int64_t least = INT64_MAX;
-  for (int cuts = 1; cuts <= rows && cuts <= 4 * slots; ++cuts) {
+  // Eight rounds leave little of the last one empty; more cuts would only cost the host more.
+  const int most = 8 * (slots / best.strips() + 1);
+  for (int cuts = 1; cuts <= rows && cuts <= most; ++cuts) {
     const UpSchedule s{images, rows, columns, strip_columns, (rows + cuts - 1) / cuts};
     const int64_t rounds = (static_cast<int64_t>(s.strips()) * s.segments() + slots - 1) / slots;
     const int64_t time = rounds * (s.segment_rows + 2);
