@@ -132,10 +132,16 @@ def grid(threads: int = 1) -> list[Case]:
 
 @dataclass
 class Peak:
-    """Bytes of one run above what the process held before; `off` is estimate / peak - 1."""
+    """Bytes above what the process held before; `off` is estimate / peak - 1.
+
+    Args:
+        peak: the most of several runs, each a process of its own: the heap's gaps differ.
+        peaks: of all of them.
+    """
 
     case: str
     peak: int
+    peaks: list[int]
     estimate: dict[str, Any]
     off: float
     before: int
@@ -150,7 +156,7 @@ class Report:
     schema: int = VERSION
 
 
-def run(cases: Sequence[Case], command: str) -> Iterator[Report]:
+def run(cases: Sequence[Case], command: str, runs: int = 1) -> Iterator[Report]:
     """A report after every case, the earlier ones included.
 
     Raises:
@@ -160,13 +166,16 @@ def run(cases: Sequence[Case], command: str) -> Iterator[Report]:
     found = machine(torch.device(cases[0].device))
     report = Report(dataclasses.asdict(found), command, [])
     for case in cases:
-        report.runs.append(measured(case))
+        report.runs.append(measured(case, runs))
         yield report
 
 
-def measured(case: Case) -> Peak:
-    """In a process of its own."""
-    return Peak(**measured_alone(__name__, case, case.name))
+def measured(case: Case, runs: int = 1) -> Peak:
+    """The most of several runs, in processes of their own."""
+    found = [Peak(**measured_alone(__name__, case, case.name)) for _ in range(runs)]
+    peaks = [f.peak for f in found]
+    worst = max(found, key=lambda f: f.peak)
+    return dataclasses.replace(worst, peaks=peaks)
 
 
 def measure(case: Case) -> Peak:
@@ -179,7 +188,8 @@ def measure(case: Case) -> Peak:
         estimate = (_pid if case.system == "pid" else _l2p)(case, meter)
     seconds, peak = time.perf_counter() - start, (meter.peak() or 0) - before
     found = estimate()
-    return Peak(case.name, peak, found.to_dict(), found.peak / peak - 1, before, seconds)
+    off = found.peak / peak - 1
+    return Peak(case.name, peak, [peak], found.to_dict(), off, before, seconds)
 
 
 def _pid(case: Case, meter: Meter):

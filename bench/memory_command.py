@@ -21,10 +21,11 @@ UNDER, OVER = -0.05, 0.10  # how far an estimate may be off
 @click.command()
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--only", default="", help="cases whose name holds this")
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="of each case")
 @threads_option
 @json_option
 @clean_errors
-def memory(device: str, only: str, threads: int | None, path: Path | None) -> None:
+def memory(device: str, only: str, runs: int, threads: int | None, path: Path | None) -> None:
     """Measure the peak memory of a grid of decodes and images, and compare the estimates."""
     from .memory_cases import grid, run, save
 
@@ -33,7 +34,7 @@ def memory(device: str, only: str, threads: int | None, path: Path | None) -> No
     cases = [dataclasses.replace(c, device=device) for c in grid(threads or 1) if only in c.name]
     if not cases:
         raise click.UsageError(f"--only {only!r} leaves no case")
-    for report in run(cases, "python -m bench " + shlex.join(sys.argv[1:])):
+    for report in run(cases, "python -m bench " + shlex.join(sys.argv[1:]), runs):
         found = report.runs[-1]
         show.console.print(
             f"{found.case:70} peak {found.peak / 1e6:7.1f} MB, estimated "

@@ -10,6 +10,8 @@ import click
 from .cli_errors import clean_errors
 from .cli_options import out
 
+NO_BOUND = "1000TB"
+
 
 @click.command()
 @click.option("--model", default="flux-2k", show_default=True, help="variant, l2p-VARIANT, or demo")
@@ -53,7 +55,7 @@ def plan(
     asked |= {"precision": precision} if precision else {}
     asked |= {"steps": steps} if steps else {}
     asked |= {"text_encoder": True} if text_encoder else {}
-    found = planned(model, _pixels(size), memory or 1 << 62, tiles=tiles, **asked)
+    found = planned(model, _pixels(size), memory or NO_BOUND, tiles=tiles, **asked)
     if as_json:
         told = found.to_dict()
         if live:

@@ -174,11 +174,9 @@ def _recorded(
 
 
 def _gaps(decode: Decode) -> float:
-    if decode.layout is not None and decode.tile_mode == "independent":
-        return heap.PID_INDEPENDENT
-    if decode.pixel_chunk is not None:
-        return heap.PID_CHUNKS
-    return heap.PID_WHOLE if decode.layout is None else heap.PID_SYNC
+    if decode.layout is not None:
+        return heap.PID_SYNC if decode.tile_mode == "sync" else heap.PID_INDEPENDENT
+    return heap.PID_WHOLE if decode.pixel_chunk is None else heap.PID_CHUNKS
 
 
 def _sampled(net: Any, what: Decoding, callback: Any) -> Tensor:

@@ -145,9 +145,11 @@ def plan(
     """
     budget, size, found = parsed_bytes("memory", budget), pair_of(size), resolve(model)
     refused: list[tuple[Way, int]] = []
-    heavy = False  # the weights alone are too much, unless they are elsewhere
+    passed: list[Way] = []  # over by their weights alone, which only offloading makes less
+    heavy = 0
     for way in ways(found, size, tiles=tiles, loaded=loaded, options=options):
-        if heavy and "offload" not in way.settings and not loaded:
+        if heavy and "offload" not in way.settings:
+            passed.append(way)
             continue
         estimate = _estimated(found, size, options, way)
         if estimate is None:
@@ -156,9 +158,13 @@ def plan(
             way, estimate = _more_together(found, size, options, way, estimate, budget)
             return Plan(_named(model, size, options), budget, way, estimate, tuple(refused))
         refused.append((way, estimate.peak))
-        heavy = heavy or (estimate.weights > budget and not options.get("offload"))
+        if estimate.weights > budget and not options.get("offload"):
+            heavy = estimate.weights
+    if refused and heavy < min(peak for _, peak in refused):
+        every = [(way, _estimated(found, size, options, way)) for way in passed]
+        refused += [(way, estimate.peak) for way, estimate in every if estimate is not None]
     if not refused:
-        raise BudgetError(f"{_named(model, size, options)}: no way is left by the options", None)
+        raise BudgetError(f"{_named(model, size, options)}: no way is left by the options")
     least_way, least = min(refused, key=lambda item: item[1])
     raise BudgetError(
         f"memory = {in_words(budget)} is too little for {_named(model, size, options)}: the "
@@ -183,7 +189,7 @@ def cheaper(
         The others: as for `plan`.
     """
     size, found = pair_of(size), resolve(model)
-    now = _estimated(found, size, options, Way("as it was", settings))
+    now = estimate_memory(found, size, **{**options, **settings})
     name = _named(model, size, options)
     instead = "as asked for"
     for way in ways(found, size, tiles=tiles, loaded=True, options=options):
