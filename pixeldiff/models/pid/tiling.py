@@ -261,45 +261,49 @@ def sample_sync(tiles: Tiles, draw: Draw, callback: Callback | None) -> Tensor:
 def sample_independent(tiles: Tiles, noise: SquareNoise) -> Tensor:
     """(B, 3, H, W) fp32, unclamped."""
     batch, channels = tiles.what.latent.shape[0], tiles.net.config.in_channels
-    out = torch.empty(batch, channels, *tiles.layout.image_pixels, device=tiles.what.latent.device)
-    first = 0
-    for rows in independent_rows(tiles, noise):
-        out[:, :, first : first + rows.shape[2]] = rows
-        first += rows.shape[2]
+    out = torch.zeros(batch, channels, *tiles.layout.image_pixels, device=tiles.what.latent.device)
+    for tile, result in _sampled(tiles, noise):
+        tiles.add(out, (tile,), result)
+        del result  # it would last through the next tiles
     return out
 
 
 def independent_rows(tiles: Tiles, noise: SquareNoise) -> Iterator[Tensor]:
     """(B, 3, rows, W) fp32, unclamped, from top to bottom: the rows that no tile to come touches.
+    Bit for bit those of `sample_independent`.
 
     What is held of the image is as high as a tile. Each band is to be used before the next is asked
     for: its memory is used again.
     """
-    w, layout = tiles.what, tiles.layout
+    layout, latent = tiles.layout, tiles.what.latent
     height, (_, width) = layout.tile_pixels[0], layout.image_pixels
-    batch, channels = w.latent.shape[0], tiles.net.config.in_channels
-    strip = torch.zeros(batch, channels, height, width, device=w.latent.device)
-    top = done = 0
-    for group in layout.groups(w.together):
+    shape = (latent.shape[0], tiles.net.config.in_channels, height, width)
+    strip, top = torch.zeros(shape, device=latent.device), 0
+    for tile, result in _sampled(tiles, noise):
+        if (final := tile.row * layout.pixels - top) > 0:
+            yield strip[:, :, :final]
+            unfinished = strip[:, :, final:].clone()
+            strip[:, :, : height - final] = unfinished
+            strip[:, :, height - final :] = 0
+            top += final
+        left = tile.column * layout.pixels
+        under = strip[..., left : left + layout.tile_pixels[1]]
+        under.addcmul_(result, layout.window(tile, strip.device))
+        del result
+    yield strip
+
+
+def _sampled(tiles: Tiles, noise: SquareNoise) -> Iterator[tuple[Tile, Tensor]]:
+    """Each tile with its result, (B, 3, h, w), row by row; told of once it has been used."""
+    done = 0
+    for group in tiles.layout.groups(tiles.what.together):
         tiles.at(done)
-        name, make = (
-            f"tile-{done + 1:0{PLACES}d}",
-            partial(_sample_group, tiles, group, noise, done),
-        )
-        results = tiles.stages.part(1, name, make).chunk(len(group))
-        for tile, result in zip(group, results, strict=True):
-            if (final := tile.row * layout.pixels - top) > 0:
-                yield strip[:, :, :final]
-                unfinished = strip[:, :, final:].clone()
-                strip[:, :, : height - final] = unfinished
-                strip[:, :, height - final :] = 0
-                top += final
-            left = tile.column * layout.pixels
-            under = strip[..., left : left + layout.tile_pixels[1]]
-            under.addcmul_(result, layout.window(tile, strip.device))
+        make = partial(_sample_group, tiles, group, noise, done)
+        results = tiles.stages.part(1, f"tile-{done + 1:0{PLACES}d}", make).chunk(len(group))
+        yield from zip(group, results, strict=True)
         done += len(group)
         tiles.report(1, 1, done)
-    yield strip
+        del results
 
 
 def _sample_group(tiles: Tiles, group: Sequence[Tile], noise: SquareNoise, done: int) -> Tensor:
