@@ -63,7 +63,7 @@ def test_nothing_finished_is_made_again(name, folder):
 @every
 def test_killed_anywhere(name, tmp_path):
     """By SIGKILL, twice, in lines drawn from all that keep work."""
-    script = [sys.executable, Path(__file__).with_name("killed.py"), name, tmp_path / "job", 0, 3]
+    script = [sys.executable, Path(__file__).with_name("killed.py"), name, tmp_path / "job", 0, 2]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = str(Path(pixeldiff.__file__).parents[1])
     done = subprocess.run(
