@@ -167,4 +167,3 @@ class WatchedLane(CudaLane):
     def wait(self, sent, buffer):
         self.events.append(("wait", None))
         super().wait(sent, buffer)
-
