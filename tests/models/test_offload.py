@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import types
 
 import pytest
@@ -173,6 +174,15 @@ def test_a_copy_waits_for_no_more_than_it_must(monkeypatch):
                 block.second.weight.add(0)
                 known.append(lane._stream.knows.get(0, 0) < streams.current.knows[0])
     assert all(known)
+
+
+def test_uses_of_what_was_there_before_are_forgotten(monkeypatch):
+    with Streams(monkeypatch) as streams:
+        away, other = offload(stack(), WatchedLane(streams)), torch.cuda.Stream()
+        run(away)
+        with torch.cuda.stream(other):
+            run(away), run(away)
+        assert all(set(slot.uses) <= {other.cuda_stream} for slot in away._slots)
 
 
 def test_capture_is_refused(monkeypatch):
@@ -348,7 +358,7 @@ def test_a_file_cut_short_is_an_error_and_no_signal(mapped):
     for _ in range(2):
         with pytest.raises(OSError, match=r"weights.safetensors has become shorter"):
             run(away)
-        assert away._slots == []
+        assert not away._slots
     with mapped.path.open("r+b") as file:  # the same file, whole again
         file.write(content)
     assert run(away) == [float(mapped.tensors["long"][0]), 2]
@@ -421,10 +431,10 @@ def test_an_error_frees_the_buffers():
 
     with pytest.raises(Boom):
         work()
-    assert away._slots == []
+    assert not away._slots
     assert run(away) == [1, 2, 3, 4, 5]
     away.release()
-    assert away._slots == []
+    assert not away._slots
 
 
 def test_an_error_of_the_lane_frees_them_too():
@@ -441,8 +451,30 @@ def test_an_error_of_the_lane_frees_them_too():
     lane.send = failing
     with pytest.raises(RuntimeError, match="no more"):
         run(away)
-    assert away._slots == []
+    assert not away._slots
     assert run(away) == [1, 2, 3, 4, 5]
+
+
+def test_after_an_error_nothing_is_being_read(monkeypatch):
+    reading, write = [], InMemory.write
+
+    def slow(self, out):
+        reading.append(1)
+        time.sleep(0.2)
+        write(self, out)
+        reading.pop()
+
+    monkeypatch.setattr(InMemory, "write", slow)
+    away = offload(stack(), ThreadLane())
+
+    def work():
+        with away.visit("all") as blocks:
+            next(blocks)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert not reading
 
 
 def test_buffers_serve_in_any_mode():
@@ -452,6 +484,18 @@ def test_buffers_serve_in_any_mode():
     assert run(away) == [1, 2, 3, 4, 5]
     with torch.no_grad():
         assert run(away) == [1, 2, 3, 4, 5]
+
+
+def test_blocks_of_any_mode_serve_in_all():
+    away = offload(stack(), ThreadLane())
+    with torch.inference_mode():
+        run(away)
+    x = torch.ones(8, requires_grad=True)
+    with away.visit("all") as blocks:
+        block = next(blocks)
+        assert not any(p.is_inference() for p in block.parameters())
+        block(x).sum().backward()
+    assert torch.equal(x.grad, torch.full((8,), 64.0))
 
 
 def test_one_thread_at_a_time():

@@ -302,10 +302,33 @@ def test_an_error_in_a_block_leaves_a_decoder_that_works(file, monkeypatch):
         calls.clear()
         with pytest.raises(torch.OutOfMemoryError):
             decode(made)
-        assert made.net.offload._slots == []
+        assert not made.net.offload._slots
         calls.extend([1, 1])
         limit = 0 if made.pixel_chunk is None else 1e-5
         assert (decode(made) - decode(whole)).abs().max() <= limit
+
+
+def test_an_error_of_the_sampler_too(file):
+    """It comes while the pixel blocks are at work on a band."""
+    away = decoder(file, offload="blocks", pixel_chunk=2)
+
+    class NoMore(Exception):
+        pass
+
+    def draw(shape):
+        raise NoMore
+
+    net = away.net
+    with torch.no_grad():
+        how = {"size": (64, 64), "pixel_chunk": 2}
+        condition = net.prepare(tiny_latent(), tiny_caption(), torch.zeros(1), **how)
+        kept = None
+        try:
+            net.student_step(condition, torch.zeros(1, 3, 64, 64), 0.8, 0.5, draw)
+        except NoMore as error:
+            kept = error  # with the frames it came through
+        assert kept is not None
+        net.student_step(condition, torch.zeros(1, 3, 64, 64), 0.8, 0.5, torch.ones)
 
 
 def test_references_alone(file):

@@ -12,7 +12,7 @@ from tiny_networks import CONFIGS, PLAIN, inputs, network
 import pixeldiff
 from pixeldiff.memory.live import LiveMemory
 from pixeldiff.models.pid import PiDDecoder, PiDNet, variant
-from pixeldiff.models.pid.pixel_bands import bands
+from pixeldiff.models.pid.pixel_bands import bands_of
 from pixeldiff.models.pid.samplers import network_time, student_times
 from tests.tiny_pid import tiny_caption, tiny_latent, tiny_net
 
@@ -159,7 +159,7 @@ def test_bad_values(value):
 
 @pytest.mark.parametrize("most", CHUNKS)
 def test_bands_are_every_patch_once_in_whole_rows(most):
-    found = bands(2, (6, 4), 8, most)
+    found = bands_of(2, (6, 4), 8, most)
     assert [i for b in found for i in range(b.patches.start, b.patches.stop)] == list(range(48))
     for band in found:
         count = band.patches.stop - band.patches.start
