@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from ... import __version__, images
 from ...errors import CheckpointFormatError
 from ...finite import check_finite
+from ...json_text import loads
 from ...text import CaptionFile
 from ...text.qwen3 import EMBED_DIM, QWEN3
 from ..devices import PRECISIONS, check_device, no_autocast
@@ -463,7 +463,7 @@ def _stated_sampling(loaded: LoadedCheckpoint) -> Sampling | None:
     if stated is None:
         return None
     try:
-        return Sampling(**json.loads(stated))
+        return Sampling(**loads(stated))
     except (ValueError, TypeError) as error:
         raise CheckpointFormatError(
             f"L2PPipeline: metadata 'sampling' of {loaded.info.path} must be JSON with steps, "
