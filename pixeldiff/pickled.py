@@ -1,4 +1,4 @@
-"""PyTorch's pickles as data: tensors and plain containers, no code, and no more than the file holds.
+"""PyTorch's pickles as data: tensors and plain containers, no code, no more than the file holds.
 
 They are only ever loaded with `weights_only=True`. That keeps code from running, but not a short
 file from asking for more memory than there is: by compressed entries, or by tensors whose strides
@@ -8,14 +8,23 @@ show the same few bytes again and again.
 from __future__ import annotations
 
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-_CULPRIT = ("Unsupported global: GLOBAL ", "Unsupported class ")
+# What PyTorch says of an object that it does not load; the third of those of dangerous modules.
+_CULPRIT = (
+    "Unsupported global: GLOBAL ",
+    "Unsupported class ",
+    "unsupported GLOBAL ",
+    "unrecognized function ",
+)
+_LONGEST_NAME = 200
+_OLD_PICKLES = 5  # one after the other in a file from before the zip format
 
 
 class DamagedPickleError(ValueError):
@@ -45,10 +54,9 @@ def load_pickled(path: Path) -> Any:
         text = str(error)
         for marker in _CULPRIT:
             if marker in text:
-                culprit = text.split(marker, 1)[1].split()
-                raise UnsafePickleError(
-                    _short(culprit[0].strip("`.,") if culprit else "")
-                ) from None
+                named = text.split(marker, 1)[1].split()
+                culprit = named[0].strip("`.,") if named else "without a name"
+                raise UnsafePickleError(_short(culprit)) from None
         raise DamagedPickleError(_reason(error)) from error
     except Exception as error:  # what the unpickler raises on damaged files is not documented
         raise DamagedPickleError(_reason(error)) from error
@@ -70,6 +78,9 @@ def why_not_plain(tensor: Tensor) -> str | None:
 def _check_archive(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
+            file.seek(0)
+            for _ in range(_OLD_PICKLES):
+                _check_names(file)
             return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -82,6 +93,31 @@ def _check_archive(path: Path) -> None:
             f"its entry {_short(packed.filename)} is compressed, which PyTorch never writes; save "
             "the state dict again"
         )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in entries:
+                if entry.filename.endswith(".pkl"):
+                    with archive.open(entry) as stream:
+                        _check_names(stream)
+    except DamagedPickleError:
+        raise
+    except Exception as error:
+        raise DamagedPickleError(_reason(error)) from error
+
+
+def _check_names(stream: IO[bytes]) -> None:
+    """Names of objects in a pickle are short and ASCII: PyTorch searches a name that it refuses
+    with an expression that takes the square of its length, 15 s for one of 20,000 characters."""
+    try:
+        for opcode, value, _ in pickletools.genops(stream):
+            if opcode.name == "GLOBAL" and len(value) > _LONGEST_NAME:
+                raise DamagedPickleError(f"it names an object in {len(value)} characters")
+    except UnicodeDecodeError as error:
+        raise DamagedPickleError("it holds a name or text that is none") from error
+    except DamagedPickleError:
+        raise
+    except Exception:  # PyTorch comes as far, and says it better
+        return
 
 
 def _load(path: Path) -> Any:
@@ -95,8 +131,9 @@ def _load(path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    # PyTorch puts its advice (to load unsafely) before what it found.
-    lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
+    # PyTorch puts its advice, to load unsafely, before what it found.
+    found = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    lines = [line for line in found.splitlines() if line and "weights_only" not in line]
     return _short(lines[0]) if lines else type(error).__name__
 
 

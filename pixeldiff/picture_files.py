@@ -131,6 +131,8 @@ def _description(path: str | os.PathLike[str]) -> tuple[str | None, bool]:
 
 
 def _opened(path: str | os.PathLike[str]) -> Image.Image:
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"no such file: {os.fspath(path)}")
     # Not Image.open: it takes pictures of this size for attacks, whose pixels are not even read.
     for kind in (PngImageFile, JpegImageFile, TiffImageFile):
         try:

@@ -34,7 +34,7 @@ def main() -> int:
         out = run(TARGETS[name], seed, args.keep, rounds=args.rounds, seconds=60 * args.minutes)
         print(
             f"{name}: {out.rounds} files, {out.taken} taken, {len(out.faults)} at fault, "
-            f"slowest {out.slowest:.2f} s",
+            f"slowest {out.slowest[0]:.2f} s (seed {out.slowest[1]})",
             flush=True,
         )
         for path, told in out.faults[:20]:

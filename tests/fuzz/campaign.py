@@ -19,12 +19,12 @@ class Outcome:
 
     rounds: int = 0
     taken: int = 0
-    slowest: float = 0.0
+    slowest: tuple[float, int] = (0.0, 0)  # seconds, and the seed
     faults: list[tuple[Path, str]] = field(default_factory=list)
 
 
 def one_round(target: Target, seed: int, folder: Path) -> tuple[Path, bool]:
-    """The file of this seed, written, and whether the reader took it; raises where it is at fault."""
+    """The file of this seed, and whether the reader took it; raises what no reader should."""
     rng = random.Random(seed)
     data = mutated(rng.choice(target.seeds()), rng)
     path = folder / f"fuzz{rng.choice(target.suffixes)}"
@@ -57,5 +57,5 @@ def run(
         finally:
             for path in folder.glob("fuzz.*"):
                 path.unlink()
-        outcome.slowest = max(outcome.slowest, time.monotonic() - began)
+        outcome.slowest = max(outcome.slowest, (time.monotonic() - began, this))
     return outcome

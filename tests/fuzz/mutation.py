@@ -11,25 +11,11 @@ from typing import Any
 
 NUMBERS = [0, 1, 2, 7, 127, 128, 255, 256, 65535, 1 << 31, (1 << 32) - 1, 1 << 62, (1 << 63) - 1]
 VALUES = [
-    *NUMBERS, -1, -(1 << 63), 1 << 64, 10**400, 0.5, -0.0, 1e308, None, True, "", "x", "F16", "F8_E4M3",
-    "I8", "F4", "nan", "\x00", "\ud800", "é" * 300, [], [[]], {}, [0], [1, 1], [-1], [1 << 40, 1 << 40],
-    [0, 1 << 62], [1.5], ["1"], [8] * 2000,
+    *NUMBERS, -1, -(1 << 63), 1 << 64, 10**400, 0.5, -0.0, 1e308, None, True, "", "x", "F16", "I8",
+    "F8_E4M3", "F4", "nan", "\x00", "\ud800", "é" * 300, [], [[]], {}, [0], [1, 1], [-1], [1.5],
+    ["1"], [1 << 40, 1 << 40], [0, 1 << 62], [8] * 2000,
 ]  # fmt: skip
-TOKENS = [
-    b'"',
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b",",
-    b":",
-    b"\\",
-    b"NaN",
-    b"-1",
-    b"1e999",
-    b"\x00",
-    b"\xff",
-]
+TOKENS = [bytes([c]) for c in b'"{}[],:\\\x00\xff'] + [b"NaN", b"-1", b"1e999"]
 TOKENS += [b"[" * 20_000, b"9" * 6000, b"PK\x03\x04", b"\x80\x02", b"c__builtin__\neval\n", b"R."]
 
 
@@ -58,9 +44,8 @@ def _flip(data: bytes, rng: random.Random) -> bytes:
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 8))):
         if out:
-            out[min(_place(data, rng), len(out) - 1)] = rng.choice(
-                (0, 1, 127, 128, 255, rng.randrange(256))
-            )
+            at = min(_place(data, rng), len(out) - 1)
+            out[at] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
     return bytes(out)
 
 
