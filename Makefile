@@ -12,12 +12,13 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o
 IN_VENV := PATH="$(abspath $(BIN)):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format ext sanitize train-demo clean distclean
+.PHONY: help setup demo test fuzz bench lint format ext sanitize train-demo clean distclean
 
 help:
 	@echo "make demo [IMAGE=file]  decode a picture 4x and write the result and a comparison;"
 	@echo "     [PROMPT=words]     then draw what PROMPT says"
 	@echo "make test [ARGS=...]    run the test suite; ARGS goes to pytest"
+	@echo "make fuzz [ARGS=...]    damage files for the readers, 5 minutes each; ARGS as of python -m tests.fuzz"
 	@echo "make lint | format      check | rewrite the layout of the sources"
 	@echo "make bench [ARGS=...]   measure this machine: some ops and the demo decode; see bench/README.md"
 	@echo "make ext                rebuild the compiled kernels in place, only what changed"
@@ -45,6 +46,9 @@ demo: setup
 # A thread each: processes that share the cores spend their time waiting for each other's threads.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
 # With ARGS, any command of it: make bench ARGS="kernels --op swiglu".
 bench: setup

@@ -356,10 +356,9 @@ def _sha256(path: Path) -> str:
 def _picture(path: Path, height: int | None, width: int | None):
     from PIL import Image
 
-    from .images import to_rgb
+    from .sources import read_picture
 
-    with Image.open(path) as opened:
-        picture = to_rgb(opened)
+    picture = read_picture(path)
     size = (width or picture.width, height or picture.height)
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import jpeg_file, tiff_stream
 from .images import band_rows, picture_bands, to_picture, to_rgb, uint8_bands
 from .jpeg_file import write_jpeg
+from .json_text import loads
 from .out_files import check_out_path, written_whole
 from .png_stream import write_png
 from .row_bands import checked, rebanded
@@ -154,19 +155,41 @@ def read_picture_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None
     """What `save_picture` stored, or None. The format is read from the file, not from its name.
 
     Raises:
-        ValueError: the entry is there but is not JSON. OSError: not a readable PNG, JPEG or TIFF.
+        ValueError: the entry is there but is not a JSON object. OSError: no such file, or not a
+        readable PNG, JPEG or TIFF.
     """
-    with _opened(path) as image:
-        if isinstance(image, PngImageFile):
-            text = image.info.get(KEY)
-            return None if text is None else json.loads(text)
-        text = image.getexif().get(ExifTags.Base.ImageDescription)
+    text, within = _description(path)
+    if text is None:
+        return None
+    try:
+        found = loads(text)[KEY] if within else loads(text)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: its entry {KEY!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise ValueError(f"{os.fspath(path)}: its entry {KEY!r} must be a JSON object, got {kind}")
+    return found
+
+
+def _description(path: str | os.PathLike[str]) -> tuple[str | None, bool]:
+    """The JSON in a picture, or None; and whether the entry is within it."""
+    try:
+        with _opened(path) as image:
+            if isinstance(image, PngImageFile):
+                return image.info.get(KEY), False
+            text = image.getexif().get(ExifTags.Base.ImageDescription)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what Pillow's readers raise on damaged files is not documented
+        raise UnidentifiedImageError(f"not readable: {os.fspath(path)}: {error}") from error
     if not isinstance(text, str) or not text.startswith(_OURS):
-        return None  # anybody may describe a picture
-    return json.loads(text)[KEY]
+        return None, True  # anybody may describe a picture
+    return text, True
 
 
 def _opened(path: str | os.PathLike[str]) -> Image.Image:
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"no such file: {os.fspath(path)}")
     # Not Image.open: it takes pictures of this size for attacks, whose pixels are not even read.
     for kind in (PngImageFile, JpegImageFile, TiffImageFile):
         try:

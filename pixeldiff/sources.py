@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import resources
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from .models.autoencoder import ConvAutoencoder
 
 # Of a picture to encode. Its decode is 16 times as large, and attention grows with the square.
 MAX_PIXELS = 1024 * 1024
+# Of any picture: beyond the largest that the released networks make, 10240 x 10240.
+LARGEST = 12288 * 12288
 
 
 def demo_asset(name: str) -> Path:
@@ -42,35 +45,50 @@ def latent_from(path: str | Path, *, encoder: str | None) -> Tensor:
     path = _file(path)
     if path.suffix.lower() == ".safetensors":
         return _latent(path)
-    image = read_picture(path)
+    image = read_picture(
+        path,
+        most=MAX_PIXELS if encoder == "demo" else LARGEST,
+        hint="its decode has 16 times as many; scale it down, or let the demo do that: python -m "
+        f"pixeldiff.demo --image {path.name}",
+    )
     if encoder != "demo":
         raise ValueError(
             f"{path.name} is a picture; only the demo model brings its encoder. Encode it with the "
             f"generator's own VAE and pass the normalised latent as .safetensors"
         )
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
-            f"{path.name} has {image.width} x {image.height} pixels, a picture to encode may have "
-            f"{MAX_PIXELS} (its decode has 16 times as many); scale it down, or let the demo do "
-            f"that: python -m pixeldiff.demo --image {path.name}"
-        )
     return encode_picture(demo_autoencoder(), image)
 
 
-def read_picture(path: str | Path) -> Image.Image:
+def read_picture(path: str | Path, *, most: int = LARGEST, hint: str = "") -> Image.Image:
     """An 8-bit RGB picture, its EXIF rotation applied, transparency over white.
 
+    Args:
+        most: pixels it may have; what its header says is looked at before anything is unpacked.
+        hint: what to do with a larger one.
+
     Raises:
-        OSError: no such file, or a directory. ValueError: not a readable picture.
+        OSError: no such file, or a directory. ValueError: not a readable picture, or a larger one.
     """
     path = _file(path)
     try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+        with _opened(path) as image:
+            width, height = image.size
+            if width * height <= most:
+                return to_rgb(ImageOps.exif_transpose(image))
     except MemoryError:
         raise
     except Exception as e:  # what Pillow's decoders raise on damaged files is not documented
         raise ValueError(f"{path} is neither a .safetensors latent nor a picture: {e}") from e
+    raise ValueError(
+        f"{path.name} has {width} x {height} pixels, {most} are read at most{hint and '; ' + hint}"
+    )
+
+
+def _opened(path: Path) -> Image.Image:
+    with warnings.catch_warnings():
+        # Of a large picture that is no error yet; how many pixels are too many is said above.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path)
 
 
 def encode_picture(autoencoder: ConvAutoencoder, image: Image.Image) -> Tensor:

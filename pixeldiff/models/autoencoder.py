@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..json_text import loads
 from ..out_files import written_whole
 
 _FORMAT = "pixeldiff.autoencoder.v1"
@@ -236,7 +237,14 @@ class ConvAutoencoder(nn.Module):
                 f"ConvAutoencoder.load: {path} must have the metadata entry format = {_FORMAT!r}, "
                 f"got {metadata.get('format')!r}"
             )
-        model = cls(AutoencoderConfig(**json.loads(metadata["config"])), device="meta")
+        try:
+            config = AutoencoderConfig(**loads(metadata["config"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"ConvAutoencoder.load: metadata 'config' of {path} is not an AutoencoderConfig: "
+                f"{error!r}"
+            ) from error
+        model = cls(config, device="meta")
         expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         found = {name: tuple(value.shape) for name, value in tensors.items()}
         wrong = sorted(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pixeldiff.finite import TOKENS, check_finite
+from pixeldiff.json_text import loads
 from pixeldiff.out_files import check_out_path, written_whole
+from pixeldiff.pickled import (
+    DamagedPickleError,
+    UnsafePickleError,
+    load_pickled,
+    why_not_plain,
+)
 from pixeldiff.text.prefix import text_sha256
 
 FORMAT = "pixeldiff.caption"
@@ -308,8 +314,8 @@ def _texts_entry(path: Path, metadata: dict[str, str], key: str) -> tuple[str, .
     if key not in metadata:
         return None
     try:
-        value = json.loads(metadata[key])
-    except json.JSONDecodeError:
+        value = loads(metadata[key])
+    except ValueError:
         value = None
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ValueError(
@@ -320,8 +326,8 @@ def _texts_entry(path: Path, metadata: dict[str, str], key: str) -> tuple[str, .
 
 def _load_pickled(path: Path) -> Tensor:
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        value = load_pickled(path)
+    except (DamagedPickleError, UnsafePickleError) as error:
         raise ValueError(
             f"load_caption: {path} is not a PyTorch file of plain tensors, or is cut off: {error}"
         ) from error
@@ -338,6 +344,8 @@ def _load_pickled(path: Path) -> Tensor:
             f"load_caption: {path} must hold a tensor or a dict with one tensor, got "
             f"{type(value).__name__}"
         )
+    if (reason := why_not_plain(value)) is not None:
+        raise ValueError(f"load_caption: the tensor of {path} {reason}")
     return value.detach()
 
 

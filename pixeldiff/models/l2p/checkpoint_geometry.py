@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import CheckpointFormatError, UnknownGeometryError
+from ...json_text import loads
 from ..meta import tensor_shapes
-from ..pid.checkpoint_format import loads
 from ..pid.checkpoint_geometry import Shapes, incomplete
 from .config import VARIANTS, L2PConfig, Variant
 from .network import L2PNet

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ...errors import CheckpointFormatError
 from ...finite import check_finite
 from ...jobs import JobStore, Stages, resumable
 from ...jobs.identity import digest_of, machine
+from ...json_text import loads
 from ...ops.registry import forced_backend
 from ...text import CaptionFile
 from ...text.qwen3 import EMBED_DIM, QWEN3
@@ -610,7 +610,7 @@ def _stated_sampling(loaded: LoadedCheckpoint) -> Sampling | None:
     if stated is None:
         return None
     try:
-        return Sampling(**json.loads(stated))
+        return Sampling(**loads(stated))
     except (ValueError, TypeError) as error:
         raise CheckpointFormatError(
             f"L2PPipeline: metadata 'sampling' of {loaded.info.path} must be JSON with steps, "

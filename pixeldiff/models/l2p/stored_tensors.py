@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -21,6 +20,7 @@ from ...errors import (
     CheckpointNotFoundError,
     IncompleteCheckpointError,
 )
+from ...json_text import each_once
 from ..pid.checkpoint_format import MAX_HEADER, read_weight_map
 from ..pid.checkpoint_location import INDEX_SUFFIX
 
@@ -216,7 +216,7 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             # into memory.
             with safe_open(file, framework="np"):
                 pass
-            header = json.loads(stream.read(length), object_pairs_hook=_each_once)
+            header = json.loads(stream.read(length), object_pairs_hook=each_once)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointFormatError(
             f"{file} ({file.stat().st_size} bytes) is no safetensors file, damaged or cut short "
@@ -229,14 +229,6 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         shape = tuple(entry["shape"])
         tensors[name] = StoredTensor(file, 8 + length + begin, entry["dtype"], shape, end - begin)
     return tensors, metadata
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a name that comes twice, JSON takes the last without a word."""
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        raise ValueError("its header lists a name twice")
-    return entries
 
 
 def check_types(tensors: Mapping[str, StoredTensor], path: Path) -> None:

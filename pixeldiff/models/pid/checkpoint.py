@@ -9,7 +9,6 @@ where none of these can tell, by the caller.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ...errors import (
     UnknownGeometryError,
     UnknownNameError,
 )
+from ...json_text import loads
 from ..meta import owning
 from .backbones import BACKBONES
 from .backbones import backbone as backbone_named
@@ -216,7 +216,7 @@ def _known_config(
     if "config" not in metadata:
         return config
     try:
-        stated = PiDConfig.from_dict(json.loads(metadata["config"]))
+        stated = PiDConfig.from_dict(loads(metadata["config"]))
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointFormatError(
             f"read_checkpoint: metadata 'config' of {file} is not a PiDConfig: {error}"

@@ -7,12 +7,10 @@ it is used. A pickle is only ever loaded with `weights_only=True`, so no code of
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -23,6 +21,8 @@ from ...errors import (
     IncompleteCheckpointError,
     UnsafeCheckpointError,
 )
+from ...json_text import each_once, loads
+from ...pickled import DamagedPickleError, UnsafePickleError, load_pickled, why_not_plain
 from .checkpoint_location import EXTENSIONS, INDEX_SUFFIX
 
 MAX_HEADER = 8 << 20  # of a safetensors file or an index; those of a released network take 80 kB
@@ -86,9 +86,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER:
-            raise ValueError(f"its header would take {length} bytes")
+            if length > MAX_HEADER:
+                raise ValueError(f"its header would take {length} bytes")
+            header = file.read(length)
         with safe_open(path, framework="pt", device="cpu") as file:
+            # Looked at by now: of the right length, of UTF-8, not nested deeply.
+            json.loads(header, object_pairs_hook=each_once)
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
@@ -142,47 +145,27 @@ def read_json(path: Path) -> Any:
     return loads(path.read_text(encoding="utf-8"))
 
 
-def loads(text: str) -> Any:
-    """Raises ValueError: no JSON, or nested too deeply."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        content = _torch_load(path)
-    except pickle.UnpicklingError as error:
-        text = str(error)
-        for marker in ("Unsupported global: GLOBAL ", "Unsupported class "):
-            if marker in text:
-                culprit = text.split(marker, 1)[1].split()[0].strip("`.,")
-                raise UnsafeCheckpointError(
-                    f"read_checkpoint: {path} holds a Python object ({culprit}), not only tensors; "
-                    "it was not loaded, because unpickling it could run any code. Save its state "
-                    "dict alone, best as .safetensors"
-                ) from None
-        raise _damaged(path, error) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        content = load_pickled(path)
+    except UnsafePickleError as error:
+        raise UnsafeCheckpointError(
+            f"read_checkpoint: {path} holds a Python object ({error.culprit}), not only tensors; "
+            "it was not loaded, because unpickling it could run any code. Save its state "
+            "dict alone, best as .safetensors"
+        ) from None
+    except DamagedPickleError as error:
         raise _damaged(path, error) from error
     tensors = _state_dict_in(content)
     if not tensors:
         names = list(content)[:5] if isinstance(content, Mapping) else type(content).__name__
         raise ForeignCheckpointError(
-            f"read_checkpoint: {path} holds no state dict (name -> tensor), but {names}"
+            f"read_checkpoint: {path} holds no state dict (name -> tensor), but {str(names)[:200]}"
         )
+    for name, tensor in tensors.items():
+        if (reason := why_not_plain(tensor)) is not None:
+            raise CheckpointFormatError(f"read_checkpoint: {name[:200]} of {path} {reason}")
     return tensors
-
-
-def _torch_load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap can only be used" not in str(error):
-            raise
-        # A file from before PyTorch's zip format cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _state_dict_in(content: Any, prefix: str = "", depth: int = 2) -> dict[str, Tensor]:
@@ -201,8 +184,7 @@ def _state_dict_in(content: Any, prefix: str = "", depth: int = 2) -> dict[str, 
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointFormatError:
-    # PyTorch puts its advice (to load unsafely) before what it found.
-    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
+    reason = str(error).strip().splitlines()
     return CheckpointFormatError(
         f"read_checkpoint: {path} ({path.stat().st_size} bytes) is damaged or cut short "
         f"({reason[0] if reason else type(error).__name__}); download it again"

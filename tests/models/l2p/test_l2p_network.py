@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from bench.live_memory import LiveMemory
 from tiny_l2p import LATENT, captions, config, draw, network, relative
 from torch.nn import functional
 
-from bench.live_memory import LiveMemory
 from pixeldiff import ops
 from pixeldiff.errors import SizeError
 from pixeldiff.models.l2p import VARIANTS, L2PNet, bands
