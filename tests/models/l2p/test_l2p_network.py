@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from bench.live_memory import LiveMemory
 from tiny_l2p import LATENT, captions, config, draw, network, relative
 from torch.nn import functional
 
 from pixeldiff import ops
 from pixeldiff.errors import SizeError
+from pixeldiff.memory.live import LiveMemory
 from pixeldiff.models.l2p import VARIANTS, L2PNet, bands
 from pixeldiff.models.l2p.block import Block
 from pixeldiff.models.l2p.positions import caption_positions, image_positions, rope_3d
