@@ -87,7 +87,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as e:
-        if e.errno != errno.EINVAL:  # a file system that cannot; nothing more can be done there
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some file systems cannot
             raise
     finally:
         os.close(handle)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_HASHERS = 4  # hashlib lets other threads run: a network of 2.7 GB takes about a second
+_HASHERS = 4  # threads: hashlib lets the others run
 
 
 def digest_of(*tensors: Tensor | None) -> str:

@@ -31,6 +31,7 @@ from .identity import canonical, differences, weights_digest
 from .pieces import read_piece, write_piece
 
 JOB, PIECE, PARTIAL = "job.json", ".piece", ".part"
+_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)  # NFS, FUSE
 PLACES = 6  # digits of numbers in names, so that names sort as numbers do
 
 
@@ -86,7 +87,7 @@ class JobStore:
     @property
     def begun(self) -> bool:
         """Whether something finished is in the folder."""
-        return any(p.suffix == PIECE or p.is_dir() for p in self.path.glob("*"))
+        return next(self.path.rglob(f"*{PIECE}"), None) is not None
 
     def stated(self) -> dict[str, Any]:
         """What the folder says its job is; empty where it says nothing intact."""
@@ -231,10 +232,13 @@ def _sha256(job: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Two processes must not work on one job; the lock ends with the process, however that ends."""
+    """Two processes must not work on one job; the lock ends with the process, however that ends.
+
+    Where the system has no locks of folders (Windows, some network file systems) there is none.
+    """
     try:
         import fcntl
-    except ImportError:  # Windows has no locks of folders
+    except ImportError:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -245,6 +249,9 @@ def _only_one(folder: Path) -> Iterator[None]:
             raise ResumeError(
                 f"resume: another process works on {folder}; wait for it, or name another folder"
             ) from None
+        except OSError as e:
+            if e.errno not in _NO_LOCKS:
+                raise
         yield
     finally:
         os.close(handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -155,3 +156,28 @@ def test_one_process_at_a_time(tmp_path):
     held.communicate()
     with JobStore(tmp_path / "job"):
         pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of folders")
+@pytest.mark.parametrize("code", [errno.EBADF, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
+    def refused(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match="Input/output error"):
+            JobStore(tmp_path / "job").__enter__()
+        return
+    with JobStore(tmp_path / "job") as store:
+        store.begin(JOB)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_job_within_in_which_nothing_is_finished_keeps_nothing(tmp_path):
+    with contextlib.suppress(KeyboardInterrupt), JobStore(tmp_path / "job") as store:
+        store.begin(JOB)
+        with store.within("inner") as inner:
+            inner.begin(JOB)
+            raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
