@@ -362,8 +362,9 @@ class L2PNet(nn.Module):
     ) -> Tensor:
         c, batch, images = self.config, condition.batch, x.shape[0]
         tokens = condition.grid[0] * condition.grid[1]
-        patches = ops.patchify(x, c.patch_size, channels_last=True, dtype=self.dtype)
-        h = self.all_x_embedder[f"{c.patch_size}-1"](patches)
+        embedder = self.all_x_embedder[f"{c.patch_size}-1"]
+        # The patches are not named: as large as the image, they would last to the trunk's end.
+        h = embedder(ops.patchify(x, c.patch_size, channels_last=True, dtype=self.dtype))
         rows = _padded(tokens)
         # Rotation depends on differences of positions, and image tokens differ from caption to
         # caption by the same offset; padding, at position 0, does not move along.

@@ -94,7 +94,7 @@ class L2PPipeline:
             parameters require no gradients, on CUDA. Memory is kept: that of the largest step once,
             and two images each; `release_graphs` frees it.
         offload: "blocks" takes the blocks' weights off the device, see `L2PNet.offload_`: the same
-            pixels, 11 of 12 GB less at released size in bf16. CUDA graphs are off with it, and
+            pixels, 11.6 of 12.3 GB less at released size in bf16. CUDA graphs are off with it, and
             threads take turns. Not undone. On the CPU only for weights in a mapped file.
     """
 

@@ -174,7 +174,6 @@ class Offload:
             slot = next(s for s in self._slots if s not in keep)
             self._slots.remove(slot)
         self._slots.append(slot)
-        slot.holds = None  # if sending fails
         slot.sent = self._lane.send(piece.kept, slot.buffer[: piece.nbytes], slot.uses.values())
         slot.holds, slot.uses = piece, {}
         return slot
@@ -220,8 +219,7 @@ def visiting(
 def _standing_in(piece: Piece, buffer: Tensor) -> nn.Module:
     with torch.inference_mode(False):  # to serve in any mode
         block = copy.deepcopy(piece.block)
-        views = piece.layout.views(buffer)
-        for entry, view in zip(piece.layout.entries, views, strict=True):
+        for entry, view in zip(piece.layout.entries, piece.layout.views(buffer), strict=True):
             _set(block, entry.name, view)
     return block
 

@@ -6,7 +6,8 @@ loop. `net(x, t, y, ...)` is `step(x, t, prepare(...))`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -24,7 +25,7 @@ from .layers import CaptionEmbedder, FinalLayer, Projection, TimeEmbedder
 from .lq_projection import LQProjection, SigmaGate
 from .mmdit_block import MMDiTBlock, Rope, Trace
 from .pit_block import PiTBlock
-from .pixel_bands import Band, bands, check_chunk, pixel_stream
+from .pixel_bands import Band, bands_of, check_chunk, pixel_stream
 from .positions import pixel_sincos, rope_1d, rope_2d, time_embedding
 from .residual import Stream
 from .samplers import Draw, network_time
@@ -398,11 +399,12 @@ class PiDNet(nn.Module):
             del u
             return ops.pixel_head(q, *self._head(), size=size, patch=patch)
         v = torch.empty_like(x, dtype=torch.float64 if u.dtype == torch.float64 else torch.float32)
-        for band, q in self._bands(x, u, condition):
-            height = band.rows.stop - band.rows.start
-            own = ops.pixel_head(q, *self._head(), size=(height, size[1]), patch=patch)
-            v[band.image, :, band.rows] = own[0]
-            del q, own
+        with contextlib.closing(self._bands(x, u, condition)) as bands:
+            for band, q in bands:
+                height = band.rows.stop - band.rows.start
+                own = ops.pixel_head(q, *self._head(), size=(height, size[1]), patch=patch)
+                v[band.image, :, band.rows] = own[0]
+                del q, own
         return v
 
     def student_step(
@@ -441,17 +443,18 @@ class PiDNet(nn.Module):
             noise = None if draw is None else draw(tuple(x.shape))
             return ops.pixel_head_step(q, *self._head(), x, noise, **options)
         noise = x_next = x0 = None
-        for band, q in self._bands(x, u, condition):
-            if x_next is None:  # not sooner: attention of the last block needed the room
-                noise = None if draw is None else draw(tuple(x.shape))
-                x_next, x0 = torch.empty_like(x), torch.empty_like(x) if want_x0 else None
-            at = (slice(band.image, band.image + 1), slice(None), band.rows)
-            state = (x[at], None if noise is None else noise[at])
-            own, own_x0 = ops.pixel_head_step(q, *self._head(), *state, **options)
-            x_next[at] = own
-            if want_x0:
-                x0[at] = own_x0
-            del q, own, own_x0
+        with contextlib.closing(self._bands(x, u, condition)) as bands:
+            for band, q in bands:
+                if x_next is None:  # not sooner: attention of the last block needed the room
+                    noise = None if draw is None else draw(tuple(x.shape))
+                    x_next, x0 = torch.empty_like(x), torch.empty_like(x) if want_x0 else None
+                at = (slice(band.image, band.image + 1), slice(None), band.rows)
+                state = (x[at], None if noise is None else noise[at])
+                own, own_x0 = ops.pixel_head_step(q, *self._head(), *state, **options)
+                x_next[at] = own
+                if want_x0:
+                    x0[at] = own_x0
+                del q, own, own_x0
         return x_next, x0
 
     def _conditioning(
@@ -527,11 +530,11 @@ class PiDNet(nn.Module):
 
     def _bands(
         self, x: Tensor, u: Tensor, condition: PiDCondition
-    ) -> Iterator[tuple[Band, Tensor]]:
+    ) -> Generator[tuple[Band, Tensor], None, None]:
         """The pixel stream before the head, (n, P*P, p), of one `Band` after the other."""
         patch, embed = self.config.patch_size, self.pixel_embedder.proj
         grid = self._grid(condition.size)
-        parts = bands(x.shape[0], grid, patch, condition.pixel_chunk)
+        parts = bands_of(x.shape[0], grid, patch, condition.pixel_chunk)
 
         def embedded(band: Band) -> Tensor:
             own, pos_y = x[band.image, :, band.rows], condition.pos_y[band.rows]

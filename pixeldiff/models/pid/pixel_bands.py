@@ -50,7 +50,7 @@ def check_chunk(pixel_chunk: int | None) -> int | None:
     return pixel_chunk
 
 
-def bands(batch: int, grid: tuple[int, int], patch: int, most: int) -> list[Band]:
+def bands_of(batch: int, grid: tuple[int, int], patch: int, most: int) -> list[Band]:
     """Bands of at most `most` patches, but of one row of patches at least, as equal as may be."""
     height, width = grid
     count = -(-height // max(1, most // width))

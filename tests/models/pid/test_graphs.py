@@ -106,6 +106,16 @@ def test_features_made_anew():
     assert len(pair.tape.decodes) == 2
 
 
+def test_patches_at_a_time():
+    pair = Pair(tiny_net(), pixel_chunk=8)
+    for seed in range(3):
+        pair.check(seed)
+    pair.captures.pixel_chunk = pair.plain.pixel_chunk = None
+    for seed in range(3):
+        pair.check(seed)
+    assert len(pair.tape.decodes) == 2
+
+
 def test_bf16():
     pair = Pair(tiny_net(dtype=torch.bfloat16))
     three_times(pair.check)
