@@ -19,6 +19,7 @@ from pixeldiff.out_files import check_out_path
 from . import show
 from .estimates import SITES
 from .forward import CHOICES
+from .kill_command import kill
 from .l2p_commands import convert, local_decoder
 from .machine import DTYPES
 from .memory_command import memory, plans
@@ -414,6 +415,7 @@ main.add_command(convert)
 main.add_command(tiles)
 main.add_command(memory)
 main.add_command(plans)
+main.add_command(kill)
 
 if __name__ == "__main__":
     main(prog_name="python -m bench")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from .own_process import measured_alone
 
 VERSION = 1
 CPU = torch.device("cpu")
-WHOLE = "whole"
+WHOLE, FILE = "whole", "file"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Plan:
 
     Args:
         side: pixels of a side of the square result.
-        modes: of tiles, "sync" or "independent"; or "whole", one piece.
+        modes: of tiles, "sync" or "independent"; "file", independent ones written to a TIFF as
+            they are decoded; or "whole", one piece.
         tile: "auto", or rows and columns of latent cells.
         threads: of PyTorch.
     """
@@ -51,7 +53,7 @@ class Plan:
 
 @dataclass
 class Resident:
-    """Bytes and seconds of one decode to a Pillow image."""
+    """Bytes and seconds of one decode to a Pillow image, or to a file."""
 
     mode: str
     tile: list[int] | None  # latent cells
@@ -96,13 +98,17 @@ def measure(plan: Plan) -> Resident:
         latent = demo_autoencoder().encode(small)
     del small
     decoder = PiDDecoder.from_pretrained("demo", device="cpu")
-    options = {} if mode == WHOLE else {"tile": plan.tile, "tile_mode": mode}
+    tiles = {"tile": plan.tile, "tile_mode": "independent" if mode == FILE else mode}
+    options = {} if mode == WHOLE else tiles
     meter = Meter(CPU)
     before = meter.now() or 0
     meter.reset()
     start = time.perf_counter()
-    metadata = decoder.decode(latent, seed=0, **options).metadata
-    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        if mode == FILE:
+            options["output"] = Path(folder) / "picture.tif"
+        metadata = decoder.decode(latent, seed=0, **options).metadata
+        seconds = time.perf_counter() - start
     return Resident(
         mode=mode,
         tile=metadata.get("tile"),

@@ -24,7 +24,7 @@ from .options import comma, json_option, threads_option
     multiple=True,
     default=("sync,independent",),
     show_default=True,
-    callback=comma(choices=("sync", "independent", "whole")),
+    callback=comma(choices=("sync", "independent", "file", "whole")),
 )
 @click.option("--tile", callback=parsed_tile, default="auto", help="HEIGHTxWIDTH in latent cells")
 @click.option("--limit", type=click.IntRange(1), help="bytes: fail where more becomes resident")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .jobs import JobStore
 
 _OUTPUT = "picture to write: .png, .jpg or .tif"
+_WHOLE = 16384 * 16384  # pixels: 3.2 GB in fp32, and sync tiles hold several such images
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,7 +66,11 @@ def main() -> None:
     "--tile", callback=parsed_tile, help="decode in tiles: auto, or HEIGHTxWIDTH in latent cells"
 )
 @click.option("--overlap", type=int, help="of tiles, in latent cells; default: an eighth")
-@click.option("--tile-mode", type=click.Choice(["sync", "independent"]), default="sync")
+@click.option(
+    "--tile-mode",
+    type=click.Choice(["sync", "independent"]),
+    help="default: sync; above 16384 x 16384 pixels independent, written as it is decoded",
+)
 @resume_option
 @click.option("--memory", help="what it may take, like 4GB; may choose tiles (pixeldiff plan)")
 @click.option("--quiet", is_flag=True, help="no progress bar")
@@ -92,7 +97,7 @@ def decode(
     offload: bool,
     tile: tuple[int, int] | str | None,
     overlap: int | None,
-    tile_mode: str,
+    tile_mode: str | None,
     resume: bool,
     memory: str | None,
     quiet: bool,
@@ -131,7 +136,12 @@ def decode(
             pixel_chunk=pixel_chunk,
             offload="blocks" if offload else False,
         )
-        check_picture_path(output, size or output_size(decoder.net.config, latent.shape[-2:]))
+        own_size = size or output_size(decoder.net.config, latent.shape[-2:])
+        check_picture_path(output, own_size)
+        if tile_mode is None:
+            huge = tile is not None and own_size[0] * own_size[1] > _WHOLE
+            tile_mode = "independent" if huge else "sync"
+        streamed = tile is not None and tile_mode == "independent" and len(paths) == 1
         with progress_bar(quiet) as callback:
             result = decoder.decode(
                 latent,
@@ -147,8 +157,12 @@ def decode(
                 tile_mode=tile_mode,
                 tile_callback=callback,
                 memory=memory,
+                output=output if streamed else "pil",
                 resume=store,
             )
+        if streamed:
+            out.print(str(output), markup=False)
+            return
         metadata = [result.metadata]
         if len(paths) > 1:
             metadata = [{**result.metadata, "batch_index": i} for i in range(len(paths))]

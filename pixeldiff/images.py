@@ -35,7 +35,7 @@ def to_uint8(images: Tensor, *, rounded: bool = False) -> np.ndarray:
 
 def uint8_bands(image: Tensor, *, rounded: bool = False) -> Iterator[np.ndarray]:
     """(3, H, W) in [-1, 1] -> (rows, W, 3) uint8 from top to bottom; see `to_uint8`."""
-    for band in image.split(max(1, _BAND // max(1, image.shape[2])), dim=1):
+    for band in image.split(band_rows(image.shape[2]), dim=1):
         values = band.float()
         if rounded:
             values = (((values + 1) / 2).clamp_(0, 1) * 255).round_()
@@ -44,9 +44,14 @@ def uint8_bands(image: Tensor, *, rounded: bool = False) -> Iterator[np.ndarray]
         yield values.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
+def band_rows(width: int) -> int:
+    """How many rows of a picture are converted at a time."""
+    return max(1, _BAND // max(1, width))
+
+
 def picture_bands(picture: Image.Image) -> Iterator[np.ndarray]:
     """A picture of any mode -> (rows, W, 3) uint8 from top to bottom; see `to_rgb`."""
-    rows = max(1, _BAND // max(1, picture.width))
+    rows = band_rows(picture.width)
     for first in range(0, picture.height, rows):
         last = min(first + rows, picture.height)
         yield np.asarray(to_rgb(picture.crop((0, first, picture.width, last))))

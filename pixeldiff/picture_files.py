@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
@@ -15,10 +18,11 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from . import jpeg_file, tiff_stream
-from .images import picture_bands, to_picture, to_rgb, uint8_bands
+from .images import band_rows, picture_bands, to_picture, to_rgb, uint8_bands
 from .jpeg_file import write_jpeg
 from .out_files import check_out_path, written_whole
 from .png_stream import write_png
+from .row_bands import checked, rebanded
 from .tiff_stream import write_tiff
 
 KEY = "pixeldiff"
@@ -71,6 +75,56 @@ def save_pictures(
             with target.open("wb") as file:
                 _write(file, path.suffix.lower(), image, text, rounded)
     return paths
+
+
+def save_rows(
+    path: str | os.PathLike[str],
+    size: tuple[int, int],
+    rows: Iterable[Tensor],
+    metadata: dict[str, Any] | None = None,
+    *,
+    rounded: bool = False,
+    by_way_of: Path | None = None,
+) -> Path:
+    """As `save_picture`, and to the same bytes, for a picture that comes from top to bottom.
+
+    Args:
+        path, metadata, rounded, by_way_of: as for `save_picture`. PNG and TIFF hold a few bands of
+            rows, JPEG the whole picture in 8 bits.
+        size: (H, W).
+        rows: (3, rows, W) in [-1, 1], H rows in all. What it raises leaves no file.
+    """
+    path = check_picture_path(path, size)
+    text = None if metadata is None else json.dumps(metadata)
+    pixels = (band for part in rows for band in uint8_bands(part, rounded=rounded))
+    with written_whole([path], by_way_of=by_way_of) as (partial,), partial.open("wb") as file:
+        suffix = path.suffix.lower()
+        if suffix in JPEG:
+            picture, first = Image.new("RGB", size[::-1]), 0
+            for band in checked("write_jpeg", size, pixels):
+                picture.paste(Image.fromarray(band), (0, first))
+                first += len(band)
+            write_jpeg(file, picture, _description(text))
+        else:
+            _write_bands(file, suffix, size, rebanded(pixels, band_rows(size[1])), text)
+    return path
+
+
+def check_space(path: str | os.PathLike[str], size: tuple[int, int]) -> None:
+    """Raises OSError where a picture might not fit on its disk; call it before long work starts.
+
+    What is asked for is what noise takes, 3 bytes a pixel and 1%: how far a picture shrinks is not
+    known before. Nothing is asked for a JPEG, which is a fraction of that.
+    """
+    path = Path(path)
+    needed = 0 if path.suffix.lower() in JPEG else int(size[0] * size[1] * 3 * 1.01)
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{path.name} may take {needed / 1e9:.2f} GB ({size[0]} x {size[1]} pixels) and "
+            f"{path.parent} has {free / 1e9:.2f} GB free; make room or write to another disk",
+        )
 
 
 def check_picture_path(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Path:
@@ -126,26 +180,38 @@ def _write(
     file: BinaryIO, suffix: str, image: Image.Image | Tensor, text: str | None, rounded: bool
 ) -> None:
     is_tensor = isinstance(image, Tensor)
+    if suffix in TIFF or (suffix in PNG and is_tensor):
+        bands = uint8_bands(image, rounded=rounded) if is_tensor else picture_bands(image)
+        _write_bands(file, suffix, _size(image), bands, text)
+        return
     if suffix in PNG:
-        if is_tensor:
-            texts = {} if text is None else {KEY: text}
-            write_png(file, _size(image), uint8_bands(image, rounded=rounded), texts)
-            return
         info = PngInfo()
         if text is not None:
             info.add_text(KEY, text)
         image.save(file, "PNG", pnginfo=info)
         return
-    description = None if text is None else _OURS + text + "}"
-    if suffix in TIFF:
-        bands = uint8_bands(image, rounded=rounded) if is_tensor else picture_bands(image)
-        write_tiff(file, _size(image), bands, description)
-        return
     if is_tensor:
         image = to_picture(image, rounded=rounded)
     elif image.mode != "RGB":
         image = to_rgb(image)
-    write_jpeg(file, image, description)
+    write_jpeg(file, image, _description(text))
+
+
+def _write_bands(
+    file: BinaryIO,
+    suffix: str,
+    size: tuple[int, int],
+    bands: Iterable[np.ndarray],
+    text: str | None,
+) -> None:
+    if suffix in PNG:
+        write_png(file, size, bands, {} if text is None else {KEY: text})
+    else:
+        write_tiff(file, size, bands, _description(text))
+
+
+def _description(text: str | None) -> str | None:
+    return None if text is None else _OURS + text + "}"
 
 
 def _size(image: Image.Image | Tensor) -> tuple[int, int]:

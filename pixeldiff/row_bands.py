@@ -34,3 +34,19 @@ def checked(
         yield band
     if left:
         raise ValueError(f"{encoder}: the bands must have {height} rows, got {height - left}")
+
+
+def rebanded(bands: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    """The same rows in bands of `rows`; the last may have fewer."""
+    held: list[np.ndarray] = []
+    count = 0
+    for band in bands:
+        while count + len(band) >= rows:
+            cut = rows - count
+            yield np.concatenate([*held, band[:cut]])
+            band, held, count = band[cut:], [], 0
+        if len(band):
+            held.append(band.copy())
+            count += len(band)
+    if held:
+        yield np.concatenate(held)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_HASHERS = 4  # hashlib lets other threads run: a network of 2.7 GB takes about a second
+_HASHERS = 4  # threads: hashlib lets the others run
 
 
 def digest_of(*tensors: Tensor | None) -> str:
@@ -32,8 +32,8 @@ def weights_digest(net: nn.Module) -> str:
     """SHA-256 of a network's weights and of their names."""
     state = net.state_dict()
     with ThreadPoolExecutor(_HASHERS) as pool:
-        digests = pool.map(digest_of, state.values())
-        text = "\n".join(f"{k} {d}" for k, d in zip(state, digests, strict=True))
+        digests = dict(zip(state, pool.map(digest_of, state.values()), strict=True))
+    text = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -12,6 +12,7 @@ as good as absent: it is made again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -128,6 +129,18 @@ class JobStore:
             with written_whole([self.path / JOB]) as (partial,):
                 text = {"sha256": self._job, "job": json.loads(canonical(job))}
                 partial.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+
+    def check_space(self, needed: int) -> None:
+        """Raises OSError unless what the job keeps, at most `needed` bytes, fits on the disk."""
+        needed -= sum(f.stat().st_size for f in self.path.glob(f"*{PIECE}"))
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"resume: {self.path} needs {needed / 1e9:.2f} GB for finished work and there are "
+                f"{free / 1e9:.2f} GB free; make room, name a folder on another disk, or work "
+                f"without",
+            )
 
     def get(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of a finished part, on the CPU, or None."""

@@ -63,7 +63,7 @@ def test_nothing_finished_is_made_again(name, folder):
 @every
 def test_killed_anywhere(name, tmp_path):
     """By SIGKILL, twice, in lines drawn from all that keep work."""
-    script = [sys.executable, Path(__file__).with_name("killed.py"), name, tmp_path / "job", 0, 3]
+    script = [sys.executable, Path(__file__).with_name("killed.py"), name, tmp_path / "job", 0, 2]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = str(Path(pixeldiff.__file__).parents[1])
     done = subprocess.run(
@@ -277,3 +277,22 @@ def test_errors_before_the_work_leave_no_folder(folder):
     with pytest.raises(TypeError, match="resume must be a folder or an open JobStore, got int"):
         sync(resume=3)
     assert not folder.exists()
+
+
+def test_a_state_that_cannot_be_written_loses_nothing(folder, monkeypatch):
+    expected, put = sync(), JobStore.put
+
+    def full(self, name, tensors):
+        if name == "state-000002":
+            raise OSError(28, "No space left on device")
+        put(self, name, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobStore, "put", full)
+        with pytest.raises(OSError, match="No space"):
+            sync(resume=folder)
+    steps = [f"step-000002-tile-{i:06d}.piece" for i in range(1, 5)]
+    assert names(folder) == ["job.json", "state-000001.piece", *steps]
+    with Calls() as calls:
+        assert torch.equal(sync(resume=folder), expected)
+    assert calls.count == 16 - 8

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from ...alignment import aligned
 from ...jobs import JobStore, Stages, resumable
 from ...jobs.identity import digest_of, machine
 from ...ops.registry import forced_backend
+from ...picture_files import check_picture_path, check_space, save_rows
 from ...text import CaptionFile, load_caption
 from .. import devices, fp8
 from ..devices import check_device, no_autocast
@@ -48,7 +50,7 @@ from .pixel_bands import check_chunk
 from .samplers import Advance, dynamic_shift, network_time, student_times, teacher_times
 from .sizes import check_size, output_size
 from .tile_layout import Tiling, tile_layout
-from .tiling import MODES
+from .tiling import MODES, tiled_rows
 from .variants import LICENCE_NOTE, SamplingSettings, Variant
 
 if TYPE_CHECKING:
@@ -70,11 +72,11 @@ class DecodeOutput:
     """Images and how they were made.
 
     `images` is what `output` asked for: a list of Pillow images, a (B, 3, H, W) fp32 tensor in
-    [-1, 1], or a (B, H, W, 3) fp32 array in [0, 1]. `metadata` is JSON-able and names everything
-    that decides the pixels.
+    [-1, 1], or a (B, H, W, 3) fp32 array in [0, 1]; or [path] of the file written. `metadata` is
+    JSON-able and names everything that decides the pixels.
     """
 
-    images: list[Image.Image] | Tensor | np.ndarray
+    images: list[Image.Image] | list[Path] | Tensor | np.ndarray
     metadata: dict[str, Any]
 
 
@@ -299,7 +301,8 @@ class PiDDecoder:
         asked["guided"] = not self.distilled and options.get("cfg_scale") not in (1, 1.0)
         texts = (options.get("caption"), options.get("negative_caption"))
         asked["text_encoder"] = self.captions.keeps_encoder(*texts)
-        asked["output"] = options.get("output", "pil")
+        output = options.get("output", "pil")
+        asked["output"] = "pt" if isinstance(output, Path) else output  # written in bands
         asked["previews"] = options.get("callback") is not None
         # A resumed job is held to its tiles, and a preview is of the whole image.
         free = not {"tile", "latent_hw"} & asked.keys() and options.get("resume") is None
@@ -344,7 +347,7 @@ class PiDDecoder:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         size: tuple[int, int] | None = None,
         callback: Callback | None = None,
-        output: str = "pil",
+        output: str | Path = "pil",
         sample_type: str = "sde",
         state_dtype: str | None = None,
         cfg_scale: float | None = None,
@@ -372,7 +375,10 @@ class PiDDecoder:
                 a sample does not depend on its batch. Its seed is reported if it is fresh.
             size: (H, W) of the output; default latent size times the network's scale.
             callback: told after each network call (`StepInfo`); returning False stops.
-            output: "pil", "pt" or "np"; see `DecodeOutput`.
+            output: "pil", "pt" or "np"; see `DecodeOutput`. Or the `Path` of a .png, .tif or .jpg
+                to write one picture to, with its metadata. With tile_mode="independent" PNG and
+                TIFF are written while it is decoded: of the image no more rows are held than a tile
+                has, and its size is bounded by the disk.
             sample_type: "sde" (released) or "ode" (no fresh noise between steps; other pixels).
             state_dtype: "fp64" (released) or "fp32" for the student's arithmetic. Default fp64
                 where the device has it. A teacher's is fp32.
@@ -411,8 +417,10 @@ class PiDDecoder:
             Interrupted: the callback returned False. What a callback raises passes through.
             ResumeError: `resume` holds another job, or another process is at it.
             ArithmeticError: the network returned NaN.
+            OSError: the file cannot be written, or might not fit on its disk; nothing is left.
         """
-        images.check_output(output)
+        if not isinstance(output, Path):
+            images.check_output(output)
         way = {} if memory is None else memory.settings
         low_memory = way.get("low_memory", self.low_memory)
         pixel_chunk = way.get("pixel_chunk", self.pixel_chunk)
@@ -430,6 +438,8 @@ class PiDDecoder:
             callback = with_tile_callback(callback, tile_callback)
         variant = self.variant if layout is None else None
         size = check_size(self.net.config, tuple(latent.shape[-2:]), size, variant)
+        if isinstance(output, Path):
+            self._check_file(output, size, latent.shape[0])
         own_size = size if layout is None else layout.tile_pixels  # of what the network sees
         steps = self.sampling.steps if steps is None else steps
         times = self._times(steps, own_size)
@@ -475,6 +485,10 @@ class PiDDecoder:
                     "pixel_chunk": pixel_chunk,
                 }
             )
+            if layout is not None:
+                kept = len(layout.tiles) * math.prod(layout.tile_pixels)
+                kept += 2 * math.prod(size) if tile_mode == "sync" else 0  # states
+                resume.check_space(kept * latent.shape[0] * self.net.config.in_channels * 4)
         what = Decoding(
             latent,
             y,
@@ -494,22 +508,22 @@ class PiDDecoder:
             tile_mode=tile_mode,
             together=tile_batch,
         )
-        stages = Stages(resume, draw, self.device)
+        stages, rows = Stages(resume, draw, self.device), None
         with torch.no_grad(), no_autocast(self.device):
-            result = run(
-                self.net,
-                what,
-                draw,
-                graphs=self.graphs if memory is None else Graphs(0),
-                stages=stages,
-                callback=callback,
-                tile_callback=tile_callback,
-            )
-            if torch.isnan(result).any():
-                raise ArithmeticError(
-                    f"the network returned NaN at {size[0]} x {size[1]} in {self.precision}; try "
-                    f'precision="fp32" or backend("reference"), and a caption of its own encoder'
+            if isinstance(output, Path) and layout is not None and tile_mode == "independent":
+                rows = tiled_rows(self.net, what.tiled, draw, tile_callback, stages)
+                result = latent.new_empty(0)
+            else:
+                result = run(
+                    self.net,
+                    what,
+                    draw,
+                    graphs=self.graphs if memory is None else Graphs(0),
+                    stages=stages,
+                    callback=callback,
+                    tile_callback=tile_callback,
                 )
+            self._check_numbers(result, size)
         metadata = {
             "model": self.name,
             "backbone": self.backbone,
@@ -538,7 +552,33 @@ class PiDDecoder:
         forced = forced_backends()
         if forced:
             metadata["backend"] = forced
+        if isinstance(output, Path):
+            parts = (part for part in result) if rows is None else self._checked(rows, size)
+            through = None if resume is None else resume.path
+            with torch.no_grad(), no_autocast(self.device):
+                path = save_rows(output, size, parts, metadata, by_way_of=through)
+            return DecodeOutput([path], metadata)
         return DecodeOutput(images.convert(result, output), metadata)
+
+    def _checked(self, rows: Iterator[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
+        for band in rows:
+            self._check_numbers(band, size)
+            yield band[0].clamp_(-1, 1)
+
+    def _check_numbers(self, pixels: Tensor, size: tuple[int, int]) -> None:
+        if torch.isnan(pixels).any():
+            raise ArithmeticError(
+                f"the network returned NaN at {size[0]} x {size[1]} in {self.precision}; try "
+                f'precision="fp32" or backend("reference"), and a caption of its own encoder'
+            )
+
+    def _check_file(self, path: Path, size: tuple[int, int], batch: int) -> None:
+        if batch != 1:
+            raise ValueError(
+                f"output: a file holds one picture, got {batch} latents; decode them one by one"
+            )
+        check_picture_path(path, size)
+        check_space(path, size)
 
     def _layout(
         self,

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -178,6 +178,20 @@ def sample_tiled(
     return sample_independent(tiles, noise)
 
 
+def tiled_rows(
+    net: PiDNet,
+    what: TiledSampling,
+    source: NoiseSource,
+    tile_callback: TileCallback | None,
+    stages: Stages,
+) -> Iterator[Tensor]:
+    """The image of independent tiles in bands, see `independent_rows`; nothing runs before the
+    first is asked for, but the latent's branch."""
+    tiles = Tiles(net, what, stages, tile_callback)
+    noise = SquareNoise(source, what.latent.shape[0], net.config.in_channels)
+    return independent_rows(tiles, noise)
+
+
 def sample_sync(tiles: Tiles, draw: Draw, callback: Callback | None) -> Tensor:
     """(B, 3, H, W) fp32, unclamped; noise and callback as for an image in one piece."""
     w = tiles.what
@@ -231,19 +245,43 @@ def sample_sync(tiles: Tiles, draw: Draw, callback: Callback | None) -> Tensor:
 
 def sample_independent(tiles: Tiles, noise: SquareNoise) -> Tensor:
     """(B, 3, H, W) fp32, unclamped."""
+    batch, channels = tiles.what.latent.shape[0], tiles.net.config.in_channels
+    out = torch.empty(batch, channels, *tiles.layout.image_pixels, device=tiles.what.latent.device)
+    first = 0
+    for rows in independent_rows(tiles, noise):
+        out[:, :, first : first + rows.shape[2]] = rows
+        first += rows.shape[2]
+    return out
+
+
+def independent_rows(tiles: Tiles, noise: SquareNoise) -> Iterator[Tensor]:
+    """(B, 3, rows, W) fp32, unclamped, from top to bottom: the rows that no tile to come touches.
+
+    What is held of the image is as high as a tile. Each band is to be used before the next is asked
+    for: its memory is used again.
+    """
     w, layout = tiles.what, tiles.layout
+    height, (_, width) = layout.tile_pixels[0], layout.image_pixels
     batch, channels = w.latent.shape[0], tiles.net.config.in_channels
-    out = torch.zeros(batch, channels, *layout.image_pixels, device=w.latent.device)
-    done = 0
+    strip = torch.zeros(batch, channels, height, width, device=w.latent.device)
+    top = done = 0
     for group in layout.groups(w.together):
-        name, make = (
-            f"tile-{done + 1:0{PLACES}d}",
-            partial(_sample_group, tiles, group, noise, done),
-        )
-        tiles.add(out, group, tiles.stages.part(1, name, make))
+        name = f"tile-{done + 1:0{PLACES}d}"
+        make = partial(_sample_group, tiles, group, noise, done)
+        results = tiles.stages.part(1, name, make).chunk(len(group))
+        for tile, result in zip(group, results, strict=True):
+            if (final := tile.row * layout.pixels - top) > 0:
+                yield strip[:, :, :final]
+                unfinished = strip[:, :, final:].clone()
+                strip[:, :, : height - final] = unfinished
+                strip[:, :, height - final :] = 0
+                top += final
+            left = tile.column * layout.pixels
+            under = strip[..., left : left + layout.tile_pixels[1]]
+            under.addcmul_(result, layout.window(tile, strip.device))
         done += len(group)
         tiles.report(1, 1, done)
-    return out
+    yield strip
 
 
 def _sample_group(tiles: Tiles, group: Sequence[Tile], noise: SquareNoise, done: int) -> Tensor:
