@@ -71,7 +71,7 @@ def counted(image: Image, device: str, backend: str | None) -> Counts:
         if layout is not None:  # the tiles hold nothing: two are as many
             layout = Layout(layout.size, layout.tile, layout.overlap, layout.step, layout.pixels)
             vars(layout)["tiles"] = layout.tiles[:2]
-        with OpMemory(device, backend, _gaps(image)) as memory, memory.phase("prepare"):
+        with OpMemory(device, backend, _gaps(image, backend)) as memory, memory.phase("prepare"):
             _made(Watched(net, memory, PHASES), image, layout, memory)
         return Counts.of(storage_bytes(net), memory)
 
@@ -93,7 +93,9 @@ def _network(config: L2PConfig, dtype: torch.dtype, device: str) -> L2PNet:
     return net.pack_() if device == "cuda" else net
 
 
-def _gaps(image: Image) -> float:
+def _gaps(image: Image, backend: str | None) -> float:
+    if backend == "reference":
+        return heap.REFERENCE
     if image.layout is not None:
         return heap.L2P_TILES
     if image.decoder_memory is None:

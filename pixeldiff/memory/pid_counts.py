@@ -138,7 +138,7 @@ def _recorded(
     net: PiDNet, decode: Decode, layout: Layout | None, device: str, backend: str | None
 ) -> OpMemory:
     c, times = decode.config, decode.times
-    with OpMemory(device, backend, _gaps(decode)) as memory, memory.phase("prepare"):
+    with OpMemory(device, backend, _gaps(decode, backend)) as memory, memory.phase("prepare"):
         own = decode.size if layout is None else layout.tile_pixels
         taus = tuple(network_time(t) for t in times[:-1])
         tables = net.tables(own, min(decode.text_rows, c.txt_max_length), taus)
@@ -173,10 +173,14 @@ def _recorded(
     return memory
 
 
-def _gaps(decode: Decode) -> float:
+def _gaps(decode: Decode, backend: str | None) -> float:
+    if backend == "reference":
+        return heap.REFERENCE
     if decode.layout is not None:
         return heap.PID_SYNC if decode.tile_mode == "sync" else heap.PID_INDEPENDENT
-    return heap.PID_WHOLE if decode.pixel_chunk is None else heap.PID_CHUNKS
+    if decode.pixel_chunk is not None:
+        return heap.PID_CHUNKS
+    return heap.PID_WHOLE if decode.dtype == torch.float32 else heap.PID_WHOLE_16_BITS
 
 
 def _sampled(net: Any, what: Decoding, callback: Any) -> Tensor:

@@ -303,7 +303,8 @@ class PiDDecoder:
         asked["guided"] = not self.distilled and options.get("cfg_scale") not in (1, 1.0)
         texts = (options.get("caption"), options.get("negative_caption"))
         asked["text_encoder"] = self.captions.keeps_encoder(*texts)
-        asked["output"] = options.get("output", "pil")
+        output = options.get("output", "pil")
+        asked["output"] = "pt" if isinstance(output, Path) else output  # written in bands
         asked["previews"] = options.get("callback") is not None
         # A resumed job is held to its tiles, and a preview is of the whole image.
         free = not {"tile", "latent_hw"} & asked.keys() and options.get("resume") is None
