@@ -327,8 +327,16 @@ def test_an_error_of_the_sampler_too(file):
             net.student_step(condition, torch.zeros(1, 3, 64, 64), 0.8, 0.5, draw)
         except NoMore as error:
             kept = error  # with the frames it came through
-        assert kept is not None
-        net.student_step(condition, torch.zeros(1, 3, 64, 64), 0.8, 0.5, torch.ones)
+    assert kept is not None
+
+    def again():
+        with torch.no_grad():
+            net.student_step(condition, torch.zeros(1, 3, 64, 64), 0.8, 0.5, torch.ones)
+
+    thread = threading.Thread(target=again, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()  # it waits for the first call's turn to end
 
 
 def test_references_alone(file):
