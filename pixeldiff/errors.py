@@ -112,6 +112,10 @@ class CheckpointWarning(UserWarning):
     """A checkpoint was read, but something about it had to be assumed."""
 
 
+class LatentWarning(UserWarning):
+    """A latent that decodes, but does not look like one of its backbone."""
+
+
 class UntrainedSizeWarning(UserWarning):
     """The network runs at this size, but was not trained near it."""
 

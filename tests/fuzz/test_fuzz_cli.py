@@ -88,6 +88,12 @@ def files(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _in_their_folder(files, monkeypatch):
+    """Relative paths are written there."""
+    monkeypatch.chdir(files)
+
+
 def ends_well(files, args: list[str]) -> None:
     before = sorted(files.rglob("*"))
     result = CliRunner().invoke(cli.main, args)

@@ -47,6 +47,7 @@ from .captions import CaptionSource
 from .checkpoint import LoadedCheckpoint, net_from, read_checkpoint
 from .config import PiDConfig
 from .decoding import Decoding, run
+from .latent_checks import channels_hint, sigma_hint, warn_unnormalised
 from .network import PiDNet, Tables
 from .pixel_bands import check_chunk
 from .samplers import Advance, dynamic_shift, network_time, student_times, teacher_times
@@ -621,11 +622,14 @@ class PiDDecoder:
             hint = ""
             if latent.dim() == 3:
                 hint = "; packed tokens are unpacked by pixeldiff.models.pid.to_pid_latent"
+            elif latent.dim() == 4 and latent.shape[1] != c.lq_latent_channels:
+                hint = channels_hint(latent.shape[1])
             raise ValueError(
                 f"latent must be (B, {c.lq_latent_channels}, zh, zw) for this network, got "
                 f"{tuple(latent.shape)}{hint}"
             )
         check_finite("latent", latent)
+        warn_unnormalised(latent, self.backbone, stacklevel=4)
         return aligned(latent.detach().to(self.device).contiguous())
 
     def _sigma(self, sigma: float | Sequence[float] | Tensor, batch: int) -> Tensor:
@@ -637,7 +641,8 @@ class PiDDecoder:
         if value.numel() not in (1, batch):
             raise ValueError(f"sigma must be one value or {batch}, got {value.numel()}")
         if not bool(((value >= 0) & (value <= 1)).all()):
-            raise ValueError(f"sigma must be in [0, 1], got {value.tolist()}")
+            hint = sigma_hint(value.max().item())
+            raise ValueError(f"sigma must be in [0, 1], got {_few(value.tolist())}{hint}")
         return value.expand(batch)
 
     def _times(self, steps: int, size: tuple[int, int]) -> tuple[float, ...]:
@@ -713,6 +718,11 @@ def _shortest(sigma: Tensor) -> float | list[float]:
     """The shortest decimals that give the same fp32 values: 0.2 and not 0.20000000298."""
     values = [float(str(v)) for v in sigma.cpu().numpy()]
     return values if len(set(values)) > 1 else values[0]
+
+
+def _few(values: list[float]) -> str:
+    """Of a long list the beginning."""
+    return str(values) if len(values) <= 8 else f"{str(values[:8])[:-1]}, ...]"
 
 
 def _name(path: str | os.PathLike[str], loaded: LoadedCheckpoint) -> str:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
-from ...errors import LatentError
+from ...errors import LatentError, LatentWarning
 from ...finite import LATENT, check_finite
-from .backbones import Backbone
+from .backbones import BACKBONES, Backbone, family_members
+from .latent_statistics import published_statistics
+
+# Of the middle channel. Normalised latents have about 1, pictures without texture less, noise 1;
+# raw ones of flux have 2.8, of sdxl 7.7, of qwenimage 2.2. Those of sd3 have 0.65, as a flat
+# picture: they cannot be told.
+_LARGEST_STD = 1.8
+_FEWEST_CELLS = 64  # of a channel: below, a standard deviation says little
 
 _AXES = {3: ("sample", "token", "channel"), 5: ("sample", "channel", "frame", "row", "column")}
 
@@ -41,3 +50,70 @@ def check_grid(op: str, latent: Tensor, b: Backbone) -> None:
         raise LatentError(
             f"{op}: {b.name} latents have a fixed grid {b.grid}, got {tuple(latent.shape[2:])}"
         )
+
+
+def channels_hint(channels: int) -> str:
+    """For an error: whose latents have so many channels."""
+    families = [b.name for b in BACKBONES.values() if b.name == b.family and b.channels == channels]
+    families = [name for name in families if name != "demo"]
+    if families:
+        names = " and ".join(", ".join(family_members(f)) for f in families)
+        return f"; {channels} channels are those of {names}: load the decoder of that backbone"
+    flux2 = BACKBONES["flux2"]
+    if 4 * channels == flux2.channels:
+        return (
+            f"; {channels} channels are those of raw {flux2.name} latents, which "
+            "pixeldiff.models.pid.to_pid_latent(raw=True) converts"
+        )
+    packed = [
+        b.name for b in BACKBONES.values() if b.packing == "2x2" and b.token_channels == channels
+    ]
+    if packed:
+        return (
+            f"; {channels} channels are those of packed tokens of {', '.join(packed)}, which "
+            "pixeldiff.models.pid.to_pid_latent(packed=True) converts"
+        )
+    return ""
+
+
+def sigma_hint(largest: float) -> str:
+    """For an error: what a noise level beyond 1 most likely is."""
+    if 1 < largest <= 20:
+        return (
+            f"; if {largest:g} is a standard deviation beside a latent of scale 1 (Karras sigma), "
+            f"sigma is {largest / (1 + largest):.3g} here; if it is a percentage, {largest / 100:g}"
+        )
+    if 20 < largest <= 100:
+        return f"; if {largest:g} is a percentage, sigma is {largest / 100:g}"
+    if 100 < largest <= 1000:
+        return f"; if {largest:g} is a timestep of 0 to 1000, sigma is {largest / 1000:g}"
+    return ""
+
+
+def warn_unnormalised(latent: Tensor, backbone_name: str | None, *, stacklevel: int) -> None:
+    """Warn of a latent (B, Cz, zh, zw) that its backbone's diffusion model cannot have made.
+
+    Told by the spread within channels alone: a picture without texture has any mean. One pass over
+    the latent, and one wait for its device.
+    """
+    b = BACKBONES.get(backbone_name or "")
+    statistics = None if b is None else published_statistics(b.family)
+    if statistics is None or latent.shape[2] * latent.shape[3] < _FEWEST_CELLS:
+        return
+    spread = latent.detach().float().std(dim=(2, 3))
+    normalised = spread * statistics.scale.flatten().to(spread)
+    middle, after = torch.stack((spread, normalised)).median(dim=2).values.amax(dim=1).tolist()
+    if middle <= _LARGEST_STD:
+        return
+    more = "no scaling of its VAE explains that"
+    if after <= _LARGEST_STD:
+        more = (
+            f"scaled as its VAE's would be {after:.2g}. A raw VAE latent is converted by "
+            f'pixeldiff.models.pid.to_pid_latent(latent, "{b.name}", raw=True)'
+        )
+    warnings.warn(
+        f"latent does not look like one of {b.name}: the standard deviation of its middle channel "
+        f"is {middle:.2g}, that of a normalised latent about 1; {more}",
+        LatentWarning,
+        stacklevel=stacklevel,
+    )
