@@ -158,7 +158,7 @@ def read_picture_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None
         ValueError: the entry is there but is not a JSON object. OSError: no such file, or not a
         readable PNG, JPEG or TIFF.
     """
-    text, within = _description(path)
+    text, within = _stored(path)
     if text is None:
         return None
     try:
@@ -171,7 +171,7 @@ def read_picture_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None
     return found
 
 
-def _description(path: str | os.PathLike[str]) -> tuple[str | None, bool]:
+def _stored(path: str | os.PathLike[str]) -> tuple[str | None, bool]:
     """The JSON in a picture, or None; and whether the entry is within it."""
     try:
         with _opened(path) as image:
