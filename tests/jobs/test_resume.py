@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -296,3 +297,20 @@ def test_a_state_that_cannot_be_written_loses_nothing(folder, monkeypatch):
     with Calls() as calls:
         assert torch.equal(sync(resume=folder), expected)
     assert calls.count == 16 - 8
+
+
+@tiled
+def test_a_disk_that_is_too_small_is_said_before_the_work(name, folder, monkeypatch):
+    usage = shutil.disk_usage(folder.parent)
+    tiles, image = 4 * 128 * 192, 224 * 288
+    if name == "l2p":
+        tiles, image = 4 * 48 * 64, 80 * 112
+    states = {"independent": 0, "teacher": 4}.get(name, 2)
+    needed = 12 * (tiles * (2 if name == "teacher" else 1) + states * image)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with Calls() as calls, pytest.raises(OSError, match="for finished work and there are"):
+        SAMPLINGS[name](resume=folder)
+    assert calls.count == 0
+    assert not folder.exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    SAMPLINGS[name](resume=folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -451,6 +452,9 @@ class L2PPipeline:
                     "tile": None if layout is None else [layout.tile, layout.overlap],
                 }
             )
+            if layout is not None:
+                kept = len(layout.tiles) * math.prod(layout.tile_pixels) + 2 * math.prod(size)
+                resume.check_space(kept * batch * self.net.config.in_channels * 4)
         stages = Stages(resume, draw, self.device)
         watch = Watch(self.net, self.precision, debug=debug)
         callback, tile_callback = watch.around(callback), watch.around(tile_callback)

@@ -494,7 +494,9 @@ class PiDDecoder:
             )
             if layout is not None:
                 kept = len(layout.tiles) * math.prod(layout.tile_pixels)
-                kept += 2 * math.prod(size) if tile_mode == "sync" else 0  # states
+                if tile_mode == "sync":  # two states; a teacher's hold the estimate before too
+                    kept = kept * (1 if null is None else 2)
+                    kept += math.prod(size) * (2 if self.distilled else 4)
                 resume.check_space(kept * latent.shape[0] * self.net.config.in_channels * 4)
         what = Decoding(
             latent,
