@@ -28,6 +28,8 @@ class Event:
 
 
 class Stream:
+    device = torch.device("cpu")
+
     def __init__(self, world: Streams) -> None:
         self.world, self.cuda_stream = world, len(world.streams)
         self.knows = {self.cuda_stream: 0}  # of each stream, up to which of its operations

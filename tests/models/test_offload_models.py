@@ -392,3 +392,28 @@ def test_the_file_of_the_test_is_what_it_seems(large):
     state = load_file(path)
     blocks = sum(t.numel() for n, t in state.items() if n.split(".")[0].endswith("_blocks"))
     assert blocks > 0.9 * parameters
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_on_cuda(large, precision):
+    """Up to rounding: gate and up projections are one product where sizes allow it."""
+    path, _ = large
+    images, held = [], []
+    for offload in (False, "blocks"):
+        before = torch.cuda.memory_allocated()
+        how = {"device": "cuda", "precision": precision, "offload": offload}
+        made = PiDDecoder.from_pretrained(path, **how)
+        for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+            with torch.cuda.stream(stream):
+                caption = torch.ones(1, 6, made.net.config.txt_embed_dim)
+                given = {"caption": caption, "seed": 0, "output": "pt"}
+                images.append(made.decode(tiny_latent(1, 8, 8), **given).images.cpu())
+        made.release_graphs()
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated() - before)
+        del made
+    limit = {"fp32": 1e-3, "bf16": 0.1}[precision]
+    assert all((image - images[0]).abs().max() <= limit for image in images)
+    assert held[1] < 0.6 * held[0]

@@ -52,8 +52,8 @@ class CudaLane:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         self._stream = torch.cuda.Stream(device)
+        self.device = self._stream.device  # with its index: the current device may change
 
     def check(self) -> None:
         if torch.cuda.is_current_stream_capturing():
