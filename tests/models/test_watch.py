@@ -251,3 +251,25 @@ def test_a_state_that_came_from_elsewhere(net):
     assert error.module is None
     assert str(error).startswith("the network returned NaN at 4 x 6 in bf16, first in step 1 of 2")
     assert "debug=True" not in str(error)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_is_not_waited_for(net):
+    """PyTorch itself raises at whatever would wait."""
+    good, spoiled = GOOD.cuda(), bad(NAN).cuda()
+
+    def work(watch):
+        watch.made(good)  # takes the pinned memory, which waits the first time
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for step in range(1, 9):
+                watch.begin(step, 8, 0.5)
+                watch.made(good)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        watch.begin(9, 9, 0.1)
+        watch.made(spoiled)
+
+    assert failure(net, work).step == 9
