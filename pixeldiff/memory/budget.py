@@ -36,6 +36,8 @@ def parsed_bytes(name: str, value: str | int) -> int:
 
 def in_words(count: int) -> str:
     """Of a size to read: "1.25 GB", "340 MB"."""
+    if count < 1e6:
+        return f"{count} bytes"
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 

@@ -196,11 +196,7 @@ def cheaper(
         if dict(way.settings) == dict(settings):
             instead = way.words
         estimate = _estimated(found, size, options, way)
-        if (
-            now is None
-            or estimate is None
-            or estimate.peak - estimate.weights > MUCH_LESS * (now.peak - now.weights)
-        ):
+        if estimate is None or estimate.activations > MUCH_LESS * now.activations:
             continue
         return Plan(
             name, now.peak, way, estimate, (), instead_of=f"{instead}, {in_words(now.peak)}"
