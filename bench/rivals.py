@@ -61,6 +61,7 @@ RIVALS: Mapping[str, Mapping[str, Rival]] = {
     "joint_attention": {
         "flash": Rival(_with_lse, _only(SDPBackend.FLASH_ATTENTION)),
         "cudnn": Rival(_with_lse, _only(SDPBackend.CUDNN_ATTENTION)),
+        "efficient": Rival(_with_lse, _only(SDPBackend.EFFICIENT_ATTENTION)),
         "cuda-mma": Rival(_mma, needs="cuda"),
     },
     # The call's own dtype: whether e4m3 pays.

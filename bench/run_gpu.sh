@@ -151,8 +151,10 @@ elif [ "$CUDA" -eq 1 ]; then
     --seconds 1.5 --limit 20 --no-compile --rivals
   kernels cuda-qkv 30 --device cuda --dtype bf16 --op qkv_norm_rope --sizes 2048,4096 --seconds 1 \
     --limit 20 --no-compile --rivals
-  kernels cuda-mlp 35 --device cuda --dtype bf16 --op pixel_adaln_mlp --sizes 2048,4096 --seconds 1 \
-    --limit 25 --no-compile
+  kernels cuda-mlp 30 --device cuda --dtype bf16 --op pixel_adaln_mlp --sizes 2048,4096 --seconds 1 \
+    --limit 22 --no-compile
+  kernels cuda-compress 30 --device cuda --dtype bf16 --op pixel_adaln_compress --sizes 2048,4096 \
+    --seconds 1 --limit 22 --no-compile
   kernels cuda-up 40 --device cuda --dtype bf16 --op local_decoder_up --sizes 4096,8192 --seconds 1 \
     --limit 30
   stage tests-cuda 85 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/kernels \
@@ -161,8 +163,8 @@ elif [ "$CUDA" -eq 1 ]; then
   for tool in memcheck racecheck synccheck; do
     stage "sanitize-$tool" 40 bash -c 'sanitize "$@"' - "$tool" \
       tests/kernels/test_local_decoder_up_cuda.py tests/kernels/test_pixel_adaln_mlp_sm90.py \
-      tests/kernels/test_qkv_norm_rope_sm90.py tests/kernels/test_joint_attention_fp8.py \
-      tests/kernels/test_joint_attention.py \
+      tests/kernels/test_pixel_adaln_compress_sm90.py tests/kernels/test_qkv_norm_rope_sm90.py \
+      tests/kernels/test_joint_attention_fp8.py tests/kernels/test_joint_attention.py \
       -k "cuda and (takes_all or views or matches_oracle) or qkv and on_a_gpu"
   done
 elif [ "$MORE" -eq 1 ]; then

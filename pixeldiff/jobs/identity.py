@@ -29,10 +29,15 @@ def digest_of(*tensors: Tensor | None) -> str:
 
 
 def weights_digest(net: nn.Module) -> str:
-    """SHA-256 of a network's weights and of their names."""
-    state = net.state_dict()
+    """SHA-256 of a network's weights and of their names, wherever its blocks' weights are."""
+    offload = getattr(net, "offload", None)
+    state = {k: t for k, t in net.state_dict().items() if offload is None or not t.is_meta}
     with ThreadPoolExecutor(_HASHERS) as pool:
         digests = dict(zip(state, pool.map(digest_of, state.values()), strict=True))
+    if offload is not None:
+        names = {id(module): name for name, module in net.named_modules()}
+        for block, weights in offload.weights():
+            digests |= {f"{names[id(block)]}.{k}": digest_of(t) for k, t in weights.items()}
     text = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -106,7 +106,7 @@ def test_cuda_part(tmp_path):
     table = done.stdout.split("stages,")[1].strip().splitlines()[1:]
     assert all(row.endswith("ok") for row in table), table
     logs = {f.stem: f.read_text() for f in (tmp_path / "out").glob("*.log")}
-    for name in ("attention", "attention-fp8", "qkv", "mlp", "up"):
+    for name in ("attention", "attention-fp8", "qkv", "mlp", "compress", "up"):
         assert f"kernels-cuda-{name}.json" in logs[f"kernels-cuda-{name}"]
     for tool in ("memcheck", "racecheck", "synccheck"):
         said = logs[f"sanitize-{tool}"]

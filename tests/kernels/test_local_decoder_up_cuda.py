@@ -3,7 +3,6 @@ and with faults planted, or on a GPU; and what the compiler makes of it."""
 
 import ctypes
 import re
-import shutil
 from itertools import product
 
 import numpy as np
@@ -14,6 +13,7 @@ from emulated_local_decoder_up import SOURCE, Up, local_decoder_up
 from harness import guarded_outputs, launcher, on
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from machine_code import compiled_for
 from rules import (
     Draw,
     assert_bitwise,
@@ -26,7 +26,7 @@ from rules import (
 from taps import convolved
 from test_local_decoder_up import OP, arguments, eager, oracle
 
-from bench.ptxas import ARCHS, Source, compile_source
+from bench.ptxas import ARCHS
 from pixeldiff.ops.cuda import local_decoder_up as backend
 from pixeldiff.ops.registry import explain
 
@@ -539,10 +539,7 @@ def test_on_request_only():
 def test_machine_code(arch):
     """No spills; the registers of the blocks that share a multiprocessor; every product, fragment
     and copy of a step by its own instruction, three times: for each turn of the sums."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
-    pytest.importorskip("triton", reason="brings the disassembler")
-    kernels, _ = compile_source(Source("local_decoder_up.cu"), arch)
+    kernels, _ = compiled_for(arch, "local_decoder_up.cu")
     tiles = list(product((1, 2), (1, 2)))
     names = [f"local_decoder_up_kernel<{x}, {skip}>" for x, skip in tiles]
     assert [kernel.name for kernel in kernels] == ["local_decoder_up_compose_kernel", *names]

@@ -131,6 +131,15 @@ class Offload:
                 self._drop()
                 raise
 
+    def weights(self) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
+        """The network's own blocks, and the weights of each by name, in the dtype they are run in.
+        A block comes as often as parts share it; its weights lie in a buffer until the next."""
+        for name, pieces in self._pieces.items():
+            with self.visit(name) as blocks:
+                for piece, block in zip(pieces, blocks, strict=True):
+                    held = block.state_dict()
+                    yield piece.block, {e.name: held[e.name] for e in piece.layout.entries}
+
     def release(self) -> None:
         """Free the buffers on the device until the next run. Waits for one that is running."""
         with self._lock:
