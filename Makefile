@@ -49,6 +49,8 @@ test: setup
 
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=default PIXELDIFF_CLI_EXAMPLES=1000 \
+	    $(BIN)/python -m pytest --timeout 1200 tests/fuzz/test_fuzz_cli.py
 
 # With ARGS, any command of it: make bench ARGS="kernels --op swiglu".
 bench: setup

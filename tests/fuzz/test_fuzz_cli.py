@@ -1,14 +1,19 @@
-"""Whatever is typed: exit code 0, 1 or 2, one line that says why, and no traceback."""
+"""Whatever is typed: exit code 0, 1 or 2, one line that says why, and no traceback.
+
+PIXELDIFF_CLI_EXAMPLES is how many command lines each test tries; HYPOTHESIS_PROFILE=default, others
+in every run.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import tiny_l2p
 import torch
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
@@ -18,7 +23,9 @@ from pixeldiff import cli
 from pixeldiff.text import save_captions
 
 EXAMPLES = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=int(os.environ.get("PIXELDIFF_CLI_EXAMPLES", "25")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 ODD = [
     "nan",
@@ -100,6 +107,7 @@ def ends_well(files, args: list[str]) -> None:
     known = result.exception is None or isinstance(result.exception, SystemExit)
     assert known, f"{args}: {result.exception!r}"
     assert result.exit_code in (0, 1, 2), args
+    event(f"exit code {result.exit_code}")  # --hypothesis-show-statistics
     assert "Traceback" not in result.output
     if result.exit_code == 1:
         told = [line for line in result.output.splitlines() if not line.startswith("note: ")]
