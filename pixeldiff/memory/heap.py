@@ -14,8 +14,8 @@ LARGE = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX on 64 bits
 # `python -m bench memory`; they scatter by 0.2 from network to network and by 0.1 from run to run.
 PID_WHOLE, PID_WHOLE_16_BITS, PID_SYNC = 1.45, 1.35, 1.4
 REFERENCE = 1.6  # the ops' definitions in plain PyTorch
-PID_INDEPENDENT = 2.1  # tile by tile all of a decode, the latent's branch too
-PID_CHUNKS = 1.2  # equal pieces fit into each other's gaps
+PID_INDEPENDENT = 1.85  # tile by tile all of a decode, the latent's branch too
+PID_CHUNKS, PID_SYNC_CHUNKS = 1.4, 1.3  # equal pieces fit into each other's gaps
 L2P_WHOLE, L2P_TILES = 1.4, 1.65
 L2P_BANDS = 1.8  # the local decoder in pieces
 

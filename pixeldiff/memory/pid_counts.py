@@ -28,7 +28,7 @@ from . import heap
 from .counts import META, Counts, Watched, converted, storage_bytes, visiting_weights
 from .op_memory import OpMemory
 
-GROUPS_RUN = 2  # of tiles: each further one adds what the second does
+GROUPS_RUN = 3  # of tiles: each further one adds what the third does, if anything
 # Network calls that are run: the first, which draws noise, and the last, which draws none. A
 # teacher's third is the first that holds all it ever does.
 _STEPS = {True: 2, False: 3}  # by whether it is a student
@@ -98,14 +98,14 @@ def counted(decode: Decode, device: str, backend: str | None) -> Counts:
         groups = 0 if decode.layout is None else -(-len(decode.layout.tiles) // decode.together)
         if groups <= GROUPS_RUN:
             return Counts.of(weights, _recorded(net, decode, decode.layout, device, backend))
-        one, two = (
+        some, one_more = (
             Counts.of(
                 weights,
                 _recorded(net, decode, _first(decode.layout, n * decode.together), device, backend),
             )
-            for n in (1, 2)
+            for n in (GROUPS_RUN - 1, GROUPS_RUN)
         )
-        return one.extended(two, groups - 1)
+        return some.extended(one_more, groups - GROUPS_RUN + 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -176,8 +176,10 @@ def _recorded(
 def _gaps(decode: Decode, backend: str | None) -> float:
     if backend == "reference":
         return heap.REFERENCE
+    if decode.layout is not None and decode.tile_mode == "independent":
+        return heap.PID_INDEPENDENT
     if decode.layout is not None:
-        return heap.PID_SYNC if decode.tile_mode == "sync" else heap.PID_INDEPENDENT
+        return heap.PID_SYNC if decode.pixel_chunk is None else heap.PID_SYNC_CHUNKS
     if decode.pixel_chunk is not None:
         return heap.PID_CHUNKS
     return heap.PID_WHOLE if decode.dtype == torch.float32 else heap.PID_WHOLE_16_BITS
