@@ -9,9 +9,9 @@ import torch
 from tiny_l2p import LATENT, captions, config, draw, network, relative
 from torch.nn import functional
 
-from bench.live_memory import LiveMemory
 from pixeldiff import ops
 from pixeldiff.errors import SizeError
+from pixeldiff.memory.live import LiveMemory
 from pixeldiff.models.l2p import VARIANTS, L2PNet, bands
 from pixeldiff.models.l2p.block import Block
 from pixeldiff.models.l2p.positions import caption_positions, image_positions, rope_3d

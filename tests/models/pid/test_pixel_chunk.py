@@ -10,7 +10,7 @@ import torch
 from tiny_networks import CONFIGS, PLAIN, inputs, network
 
 import pixeldiff
-from bench.live_memory import LiveMemory
+from pixeldiff.memory.live import LiveMemory
 from pixeldiff.models.pid import PiDDecoder, PiDNet, variant
 from pixeldiff.models.pid.pixel_bands import bands_of
 from pixeldiff.models.pid.samplers import network_time, student_times

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from tiny_pid import CONFIG, tiny_caption, tiny_latent, tiny_net
 
-from bench.live_memory import LiveMemory
 from pixeldiff import picture_files
 from pixeldiff.jobs import Stages
+from pixeldiff.memory.live import LiveMemory
 from pixeldiff.models.noise import NoiseSource
 from pixeldiff.models.pid import tiling
 from pixeldiff.models.pid.captions import CaptionSource
