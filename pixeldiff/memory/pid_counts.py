@@ -28,7 +28,8 @@ from . import heap
 from .counts import META, Counts, Watched, converted, storage_bytes, visiting_weights
 from .op_memory import OpMemory
 
-GROUPS_RUN = 3  # of tiles: each further one adds what the third does, if anything
+GROUPS_RUN = 2  # of tiles: each further one adds what the second does to the first
+INDEPENDENT_RUN = 4  # the last of a row, the first of the next, and two that find both done
 # Network calls that are run: the first, which draws noise, and the last, which draws none. A
 # teacher's third is the first that holds all it ever does.
 _STEPS = {True: 2, False: 3}  # by whether it is a student
@@ -98,10 +99,13 @@ def counted(decode: Decode, device: str, backend: str | None) -> Counts:
         groups = 0 if decode.layout is None else -(-len(decode.layout.tiles) // decode.together)
         if groups <= GROUPS_RUN:
             return Counts.of(weights, _recorded(net, decode, decode.layout, device, backend))
+        if decode.tile_mode == "independent":
+            layout = _some(decode.layout, INDEPENDENT_RUN * decode.together)
+            return Counts.of(weights, _recorded(net, decode, layout, device, backend))
         some, one_more = (
             Counts.of(
                 weights,
-                _recorded(net, decode, _first(decode.layout, n * decode.together), device, backend),
+                _recorded(net, decode, _some(decode.layout, n * decode.together), device, backend),
             )
             for n in (GROUPS_RUN - 1, GROUPS_RUN)
         )
@@ -127,10 +131,12 @@ def _network(config: PiDConfig, dtype: torch.dtype, fp8: bool, device: str) -> P
     return net.pack_() if device == "cuda" else net
 
 
-def _first(layout: Layout, count: int) -> Layout:
-    """The same image with its first tiles alone."""
+def _some(layout: Layout, count: int) -> Layout:
+    """The same image with a few tiles alone: from the last of the first row on, since a new row is
+    what independent tiles hold most for."""
     cut = Layout(layout.size, layout.tile, layout.overlap, layout.step, layout.pixels)
-    vars(cut)["tiles"] = layout.tiles[:count]
+    first = max(0, min(len(layout.starts[1]) - 1, len(layout.tiles) - count))
+    vars(cut)["tiles"] = layout.tiles[first : first + count]
     return cut
 
 
