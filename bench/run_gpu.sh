@@ -153,7 +153,7 @@ elif [ "$CUDA" -eq 1 ]; then
     --limit 20 --no-compile --rivals
   kernels cuda-mlp 30 --device cuda --dtype bf16 --op pixel_adaln_mlp --sizes 2048,4096 --seconds 1 \
     --limit 22 --no-compile
-  kernels cuda-compress 30 --device cuda --dtype bf16 --op pixel_adaln_compress --sizes 2048,4096 \
+  kernels cuda-compress 28 --device cuda --dtype bf16 --op pixel_adaln_compress --sizes 2048,4096 \
     --seconds 1 --limit 22 --no-compile
   kernels cuda-up 40 --device cuda --dtype bf16 --op local_decoder_up --sizes 4096,8192 --seconds 1 \
     --limit 30

@@ -70,7 +70,7 @@ def test_every_part_asks_for_commands_that_exist():
         context = command.make_context("forward", options)
         assert context.params["config"] in NETWORKS
     calls = [shlex.split(line) for line in lines if line.startswith("  kernels ")]
-    assert len(calls) == 10
+    assert len(calls) == 11
     for _, name, seconds, *options in calls:
         params = main.commands["kernels"].make_context("kernels", options).params
         assert set(params["ops"]) <= OPS.keys(), name

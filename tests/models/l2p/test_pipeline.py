@@ -537,8 +537,12 @@ def test_generate_refusals(checkpoint, tmp_path):
     save_captions(embeds, Y[None], "a fox")
     common = ("generate", "--model", checkpoint, "--device", "cpu", "-o", out)
     for args, code, words in (
-        ((), 2, "give either PROMPT or --prompt-embeds"),
-        (("a fox", "--prompt-embeds", embeds), 2, "give either PROMPT or --prompt-embeds"),
+        ((), 2, "give one of PROMPT, --prompts and --prompt-embeds"),
+        (
+            ("a fox", "--prompt-embeds", embeds),
+            2,
+            "give one of PROMPT, --prompts and --prompt-embeds",
+        ),
         (("a fox", "--size", "32x48"), 1, "no text encoder"),
         (("--prompt-embeds", embeds), 1, "height and width are needed"),
         (("--prompt-embeds", embeds, "--size", "40x48"), 1, "nearest: H 32 or 48"),
