@@ -72,7 +72,8 @@ int64_t joint_attention_fp8_workspace(const JointAttentionArgs& a) {
 void joint_attention_fp8(const JointAttentionArgs& a, void* workspace, int device, void* stream) {
   const DeviceScope scope(device);
   attention::launch_e4m3_sm90(a, static_cast<char*>(workspace), encode_tiled(),
-                              attribute(cudaDevAttrMultiProcessorCount, device), static_cast<cudaStream_t>(stream));
+                              attribute(cudaDevAttrMultiProcessorCount, device),
+                              static_cast<cudaStream_t>(stream));
 }
 #endif
 

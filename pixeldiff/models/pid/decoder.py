@@ -631,7 +631,7 @@ class PiDDecoder:
                 f"{tuple(latent.shape)}{hint}"
             )
         check_finite("latent", latent)
-        warn_unnormalised(latent, self.backbone, stacklevel=5)
+        warn_unnormalised(latent, self.backbone, stacklevel=6)
         return aligned(latent.detach().to(self.device).contiguous())
 
     def _sigma(self, sigma: float | Sequence[float] | Tensor, batch: int) -> Tensor:
