@@ -180,7 +180,10 @@ def _state_dict_in(content: Any, prefix: str = "", depth: int = 2) -> dict[str, 
                 nested.setdefault(key, tensor)
     if nested:
         return nested
-    return {prefix + str(k): t for k, t in content.items() if isinstance(t, Tensor)}
+    # What has no name is no parameter: where one was renamed by damage, it is missing.
+    return {
+        prefix + k: t for k, t in content.items() if isinstance(k, str) and isinstance(t, Tensor)
+    }
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointFormatError:
