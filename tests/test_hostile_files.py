@@ -231,7 +231,7 @@ def test_pickles_of_other_things(tmp_path):
         with pytest.raises(ForeignCheckpointError) as caught:
             read_pid(path)
         assert len(str(caught.value)) < 1000
-        with pytest.raises(ValueError, match="must (hold|be)"):
+        with pytest.raises(ValueError, match=r"must (hold|be)"):
             load_caption(path)
     path.write_bytes(torch_file(Bytes(1 << 60)))
     for read in (read_pid, load_caption):
