@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import resource
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pixeldiff.models.autoencoder import AutoencoderConfig, ConvAutoencoder
@@ -113,13 +117,35 @@ def test_wrong_tensors_are_named(model, tmp_path):
     model.save(path)
     tensors = load_file(path)
     tensors["decoder.0.bias"] = torch.zeros(5)
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(ValueError, match=r"decoder\.0\.bias, expected shape \(8,\), got \(5,\)"):
         ConvAutoencoder.load(path)
+
+
+@pytest.mark.parametrize(
+    "claimed",
+    [
+        {"widths": [8, 10**7], "blocks": [0, 1]},
+        {"widths": [8, 10**12], "blocks": [0, 1]},
+        {"widths": [8, 12], "blocks": [0, 10**12]},
+        {"widths": [8] * 60, "blocks": [0] * 60},
+        {"widths": [8, 12.5], "blocks": [0, 1]},
+        {"widths": [8, 12], "blocks": [0, 1], "latent_channels": 10**9},
+    ],
+    ids=str,
+)
+def test_a_file_that_claims_to_be_large_takes_nothing(model, tmp_path, claimed):
+    path = tmp_path / "autoencoder.safetensors"
+    model.save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, {**metadata, "config": json.dumps(claimed)})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="does not fit its config"):
+        ConvAutoencoder.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
 
 
 def test_statistics_only_rescale_the_latent():

@@ -244,7 +244,7 @@ class ConvAutoencoder(nn.Module):
                 f"ConvAutoencoder.load: metadata 'config' of {path} is not an AutoencoderConfig: "
                 f"{error!r}"
             ) from error
-        model = cls(config, device="meta")
+        model = _on_meta(config, path, len(tensors))
         expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         found = {name: tuple(value.shape) for name, value in tensors.items()}
         wrong = sorted(
@@ -263,3 +263,17 @@ class ConvAutoencoder(nn.Module):
         model.load_state_dict(tensors, strict=True, assign=True)
         model.to(device)
         return model.eval().requires_grad_(False)
+
+
+def _on_meta(config: AutoencoderConfig, path: Path, tensors: int) -> ConvAutoencoder:
+    """The network without memory: what a file claims to hold may be larger than any machine."""
+    if sum(config.blocks) + len(config.widths) <= tensors:  # each has several
+        try:
+            with torch.device("meta"):
+                return ConvAutoencoder(config)
+        except (RuntimeError, TypeError, ValueError, OverflowError):
+            pass  # shapes that no tensor has
+    raise ValueError(
+        f"ConvAutoencoder.load: {path} does not fit its config, {str(config)[:200]}: it holds "
+        f"{tensors} tensors"
+    )
