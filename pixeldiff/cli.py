@@ -336,6 +336,7 @@ def generate(
                     "shift": shift,
                     "tile": tile,
                     "overlap": overlap,
+                    "memory": memory,  # may choose tiles
                     "backend": forced_backends(),
                 }
             )

@@ -70,8 +70,9 @@ def _cheaper(self: Any, plan: Any, args: tuple, options: dict[str, Any]) -> Any:
     from ..memory import cheaper
 
     model, size, asked, tiles = self.memory_question(args, options)
-    settings = {} if plan is None else plan.settings
-    return cheaper(model, size, settings, tiles=tiles, **asked)
+    if plan is None:  # nobody allowed for other pixels
+        return cheaper(model, size, {}, tiles=False, **asked)
+    return cheaper(model, size, plan.settings, tiles=tiles, **asked)
 
 
 def _states(generator: Any) -> list[tuple[torch.Generator, torch.Tensor]]:

@@ -154,6 +154,23 @@ def test_a_callers_generator_is_set_back(decoder, monkeypatch):
         torch.testing.assert_close(made(), plain, atol=1e-4, rtol=1e-4)
 
 
+def test_other_pixels_only_under_a_budget(monkeypatch):
+    """Nothing but tiles is left that takes less."""
+    latent, caption = tiny_latent(1, 40, 40), tiny_caption()
+    decoder = PiDDecoder(tiny_net(), low_memory=True, pixel_chunk=16)
+
+    def decode(**options):
+        planted(monkeypatch, PiDNet, "student_step", 1, ERRORS[0])
+        return decoder.decode(latent, caption=caption, seed=3, steps=1, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MemoryWarning)
+        with pytest.raises(torch.OutOfMemoryError):
+            decode()
+    with pytest.warns(MemoryWarning, match=r"Made again: tiles .*: other pixels"):
+        assert decode(memory="4GB").metadata["tile"]
+
+
 def test_once_and_no_more(decoder, monkeypatch):
     original = PiDNet.student_step
 

@@ -404,8 +404,8 @@ class PiDDecoder:
                 the pixels (a `MemoryWarning` and the metadata say so). On a CPU it is counted above
                 what the process had before it loaded the decoder. Always without CUDA graphs.
                 Where memory runs out, with or without a budget, the decode is made once more in the
-                next cheaper way, with a `MemoryWarning`; with `tile` given, or `resume`, only in
-                ways with the same pixels.
+                next cheaper way, with a `MemoryWarning`; without a budget, or with `tile` given,
+                only in a way with the same pixels. Not with `resume`.
             resume: a folder that keeps finished tiles and steps, so that a process killed at any
                 moment costs one of them: the same call goes on there, to the same pixels. Removed
                 at the end; a `pixeldiff.jobs.JobStore` lasts until its own block does. Where it
