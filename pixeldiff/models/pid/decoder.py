@@ -435,6 +435,7 @@ class PiDDecoder:
             tile, tile_mode = way["tile"], way["tile_mode"]
         tile_batch = way.get("tile_batch", tile_batch)
         latent, sigma = self._latent(latent), self._sigma(sigma, latent.shape[0])
+        warn_unnormalised(latent, self.backbone, stacklevel=5)
         layout = self._layout(tuple(latent.shape[-2:]), size, tile, overlap, tile_mode, tile_batch)
         if layout is not None and tile_mode == "independent" and callback is not None:
             raise ValueError(
@@ -631,7 +632,6 @@ class PiDDecoder:
                 f"{tuple(latent.shape)}{hint}"
             )
         check_finite("latent", latent)
-        warn_unnormalised(latent, self.backbone, stacklevel=6)
         return aligned(latent.detach().to(self.device).contiguous())
 
     def _sigma(self, sigma: float | Sequence[float] | Tensor, batch: int) -> Tensor:

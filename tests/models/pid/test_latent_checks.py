@@ -92,11 +92,12 @@ def test_unknown_backbones_are_not_judged():
         assert told(picture(16) * 50, name) is None
 
 
-def test_the_decoder_warns_once_and_points_at_the_caller():
+@pytest.mark.parametrize("options", [{}, {"memory": "4GB"}], ids=["plain", "budget"])
+def test_the_decoder_warns_once_and_points_at_the_caller(options):
     decoder = PiDDecoder(tiny_net(), backbone="flux")
     raw = from_pid_latent(tiny_latent(1, 8, 8), "flux", raw=True)
     with pytest.warns(LatentWarning, match=r"to_pid_latent\(latent, .flux., raw=True\)") as caught:
-        decoder.decode(raw, caption=tiny_caption(), steps=1, output="pt")
+        decoder.decode(raw, caption=tiny_caption(), steps=1, output="pt", **options)
     (warning,) = (w for w in caught if issubclass(w.category, LatentWarning))
     assert warning.filename == __file__
 
