@@ -29,13 +29,13 @@ def touched(ptx: str) -> list[str]:
     for kernel in ptx.split(".entry ")[1:]:
         groups: list[set[str]] = []  # committed, not waited for
         issued: set[str] = set()  # since the last commit
-        written: set[str] | None = None  # since the fence; None where there was none
+        seen: set[str] | None = None  # read or written since the fence; None where there was none
         for line in map(str.strip, kernel.splitlines()):
             if line.startswith("wgmma.fence"):
-                written = set()
+                seen = set()
             elif line.startswith("wgmma.mma_async"):
                 own = operands(line)
-                if written is None or own & written:
+                if seen is None or own & seen:
                     found.append(line)
                 issued |= own
             elif line.startswith("wgmma.commit_group"):
@@ -48,10 +48,8 @@ def touched(ptx: str) -> list[str]:
                 registers = set(REGISTER.findall(line))
                 if registers & issued.union(*groups):
                     found.append(line)
-                if written is not None:
-                    # What is only read is none of the fence's business.
-                    target = re.match(r"(?:@!?%p\d+ )?[a-z][\w.:]*\s+(\{[^}]*\}|%\w+)", line)
-                    written |= set(REGISTER.findall(target[1])) if target else set()
+                if seen is not None:
+                    seen |= registers
     return found
 
 
@@ -94,7 +92,9 @@ ALLOWED = [
         (0, "", []),
         (2, "mov.f32 %f2, %f9;", [PRODUCT, PRODUCT]),
         (2, "mov.b32 %r1, {%rs1, %rs2};", [PRODUCT, PRODUCT]),
-        (2, "mov.f32 %f9, %f2;", []),
+        (2, "mov.b32 %r9, {%rs1, %rs2};", []),
+        (2, "mov.f32 %f9, %f2;", [PRODUCT, PRODUCT]),
+        (1, "mov.f32 %f9, %f2;", []),
         (4, "mov.f32 %f2, %f9;", None),
         (6, "cvt.rn.bf16x2.f32 %r2, %f9, %f8;", None),
         (7, "add.f32 %f9, %f1, %f8;", None),
