@@ -179,6 +179,21 @@ def on_request(op: str, *args: Any) -> dict[str, str]:
     }
 
 
+def prefers(op: str, *args: Any) -> bool:
+    """Whether measurement puts a backend of `op` that takes this call before its reference.
+
+    For an op that stands for several others, which are called unless it is named or preferred.
+    Never where a backend is forced or a gradient is needed.
+    """
+    order = choice.order(op, args)
+    if not order or forced_backend(op) is not None or needs_grad(*args):
+        return False
+    for b in _walk(OPS[op], order)[0]:
+        if b is None or _reason(b, args) is None:
+            return b is not None
+    return False
+
+
 def _row(b: Backend | None, args: tuple[Any, ...]) -> tuple[str, str | None]:
     return ("reference", None) if b is None else (b.name, _reason(b, args))
 

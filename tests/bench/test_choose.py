@@ -212,6 +212,14 @@ def test_faster_ones_that_are_no_backend_are_told(tables, tmp_path):
     assert found.notes == ("cuda-mma is 2.00 x as fast, and no backend",)
 
 
+def test_an_op_that_stands_for_others_is_raced_against_them(tables, tmp_path):
+    at = {"op": "qkv_norm_rope"}
+    path = race(tmp_path / "r.json", at=at, eager=5.0, cuda=2.0, also=[row("in-parts", 1.9, **at)])
+    found = chosen(tables, path)
+    assert found.before == found.after == ("reference", "cuda")
+    assert found.entry["races"][0]["ms"] == pytest.approx({"reference": 2.85, "cuda": 3.0})
+
+
 def test_one_in_the_table_that_did_not_race_is_not_forgotten(tables, tmp_path):
     put(tables, size_14=("flash", "reference"))
     found = chosen(tables, race(tmp_path / "r.json", eager=2.0, cuda=1.0))
