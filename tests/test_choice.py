@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixeldiff.ops import choice
+from pixeldiff.ops import choice, explain
 from pixeldiff.ops.examples import Geometry, arguments
 from pixeldiff.ops.problems import classes_of, power, problem
 from pixeldiff.ops.registry import OPS
@@ -159,6 +159,25 @@ def test_a_damaged_table_says_where_and_what_to_do(measured, text, says):
         choice.order("swiglu", (torch.empty(2, 3),) * 2)
     assert str(error.value).startswith(f"{path} is not a table of measured backends: ")
     assert "delete it: swiglu then chooses as if nothing had been measured" in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+def test_a_gpu_goes_by_its_own_capability(tmp_path, monkeypatch):
+    monkeypatch.setattr(choice, "FOLDER", tmp_path)
+    choice.forget()
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    table = {capability: {"bfloat16 D<=128": {"2": entry("reference", "triton")}}}
+    (tmp_path / "swiglu.json").write_text(json.dumps(table))
+    try:
+        args = arguments("swiglu", "cuda", BF16)
+        assert choice.order("swiglu", args) == ("reference", "triton")
+        assert explain("swiglu", *args)[0] == ("reference", None)
+        assert choice.order("swiglu", arguments("swiglu", "cpu", BF16)) == ()
+        assert choice.order("rms_norm", arguments("rms_norm", "cuda", BF16)) == ()
+    finally:
+        monkeypatch.undo()
+        choice.forget()
 
 
 def test_the_tables_of_the_package_are_whole():
