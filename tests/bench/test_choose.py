@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from bench import choose, schema
 from bench.choose import MARGIN, decide, ranked, read, selectable, write
 from bench.choose_command import choose as command
 from bench.kernels import shape_of
+from bench.machine import machine
 from bench.schema import Accuracy
 from bench.shapes import cases
 from bench.timing import summarise
@@ -88,6 +90,13 @@ def put(tables: Path, op: str = ATTENTION, kind: str = KIND, device=GPU.device_n
     path = tables / f"{op}.json"
     path.write_text(json.dumps({"9.0": {kind: entries}}))
     return path
+
+
+def test_a_row_says_its_capability(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an invented GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 1))
+    assert machine(torch.device("cuda")).capability == "12.1"
+    assert machine(torch.device("cpu")).capability is None
 
 
 def test_what_can_be_chosen():
