@@ -281,7 +281,11 @@ setup(
     ],
     # At the top level of site-packages the name triton_kernels belongs to another project.
     package_dir={"pixeldiff.triton_kernels": "triton_kernels"},
-    package_data={"pixeldiff": ["assets/**"], "pixeldiff.triton_kernels": ["*.json"]},
+    package_data={
+        "pixeldiff": ["assets/**"],
+        "pixeldiff.ops": ["measured/*.json"],
+        "pixeldiff.triton_kernels": ["*.json"],
+    },
     ext_modules=[Extension("pixeldiff._C", sources=[])],
     cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
 )

@@ -17,6 +17,7 @@ from pixeldiff.models.pid.decoder import PRECISIONS
 from pixeldiff.out_files import check_out_path
 
 from . import show
+from .choose_command import choose
 from .estimates import SITES
 from .forward import CHOICES
 from .kill_command import kill
@@ -413,6 +414,7 @@ def _finish(recorder: Recorder, measured, table: Callable) -> None:
         sys.exit(130)
 
 
+main.add_command(choose)
 main.add_command(local_decoder)
 main.add_command(convert)
 main.add_command(tiles)

@@ -95,7 +95,7 @@ def measure(plan: Plan, case: Case, dtype: str, top: ceilings.Ceilings) -> list[
     """One row for every implementation of one op in one place, interleaved."""
     op, work = OPS[case.op], WORK[case.op]
     args = arguments(case.op, plan.device, DTYPES[dtype], case.geometry)
-    shape = _shape(case, args)
+    shape = shape_of(case)
     judge = Judge(case.op, work, args, op.reference)
     rotation = Rotation(args, last_level_cache(plan.device))
     args = rotation.copies[0]  # strides and alignment as in every timed call
@@ -191,7 +191,7 @@ def _speedup(base: Timing | None, timing: Timing) -> float | None:
     return None if base is None else base.median_ms / timing.median_ms
 
 
-def _shape(case: Case, args: tuple[Any, ...]) -> dict[str, int]:
+def shape_of(case: Case) -> dict[str, int]:
     g = case.geometry
     return {
         "size": case.size,
@@ -217,7 +217,7 @@ def _row(
         kind="kernel",
         name=case.op,
         site=f"{case.system}/{case.site}",
-        shape=shape or _shape(case, ()),
+        shape=shape or shape_of(case),
         dtype=dtype,
         backend=backend,
         status=status,

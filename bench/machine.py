@@ -36,7 +36,15 @@ def machine(device: torch.device) -> Machine:
         pixeldiff=pixeldiff.__version__,
         commit=commit(),
         utc=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        capability=capability(device),
     )
+
+
+def capability(device: torch.device) -> str | None:
+    """Compute capability of a GPU, "9.0"."""
+    if device.type != "cuda":
+        return None
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 def device_name(device: torch.device) -> str:

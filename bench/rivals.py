@@ -31,10 +31,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2).contiguous()
 
 
-def _with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, *_: Any) -> tuple[Tensor, Tensor]:
-    return _attention(q, k, v, scale), q.new_empty(0, dtype=torch.float32)
-
-
 def _mma(*args: Any) -> Any:
     from pixeldiff.ops.cuda import joint_attention
 
@@ -56,14 +52,9 @@ def _only(backend: SDPBackend) -> Callable[[], contextlib.AbstractContextManager
     return lambda: sdpa_kernel(backend)
 
 
-# Eager is PyTorch's choice, which differs between its versions.
+# PyTorch's kernels of attention in 16 bits are backends of that op, and race there.
 RIVALS: Mapping[str, Mapping[str, Rival]] = {
-    "joint_attention": {
-        "flash": Rival(_with_lse, _only(SDPBackend.FLASH_ATTENTION)),
-        "cudnn": Rival(_with_lse, _only(SDPBackend.CUDNN_ATTENTION)),
-        "efficient": Rival(_with_lse, _only(SDPBackend.EFFICIENT_ATTENTION)),
-        "cuda-mma": Rival(_mma, needs="cuda"),
-    },
+    "joint_attention": {"cuda-mma": Rival(_mma, needs="cuda")},
     # The call's own dtype: whether e4m3 pays.
     "joint_attention_fp8": {
         "flash": Rival(_attention, _only(SDPBackend.FLASH_ATTENTION)),

@@ -13,6 +13,9 @@
 #                                     rewritten tables, triton_kernels/*.json, into $OUT/tables too
 #   bash bench/run_gpu.sh --dry-run   the stages of the first three on a CPU at tiny sizes, to rehearse them
 #
+# Races of kernels end in "choose": the tables of backends they give, in $OUT/tables/measured, to be
+# looked at and put into pixeldiff/ops/measured.
+#
 # Every stage has a time limit of its own and a log; a stage that fails or hangs costs its own
 # results only, and those it had measured so far are kept. PYTHON chooses the interpreter, BACKEND
 # what the decode stages force (default: what each op picks itself).
@@ -206,6 +209,13 @@ else
 fi
 
 shopt -s nullglob
+races=()
+for file in "$OUT"/kernels-*.json; do
+  if [ "$file" -nt "$OUT/environment.log" ]; then races+=("$file"); fi # of this run, not of others
+done
+if [ "$DRY" -eq 0 ] && [ "${#races[@]}" -gt 0 ]; then
+  stage choose 30 "$PYTHON" -m bench choose "${races[@]}" --tables "$OUT/tables/measured"
+fi
 results=("$OUT"/kernels-*.json "$OUT"/decode-*.json "$OUT"/forward-*.json)
 echo
 if [ "${#results[@]}" -gt 0 ]; then

@@ -45,6 +45,7 @@ class Machine:
     pixeldiff: str
     commit: str
     utc: str
+    capability: str | None = None
 
 
 @dataclass

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, ops
+from .ops import choice
 from .ops.examples import arguments
 from .ops.registry import OPS, forced_backend, on_request
 
@@ -22,7 +23,8 @@ def backend_rows(
 ) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """(op, backend chosen, [(backend passed over, reason)]) for every op on a device.
 
-    A forced backend that cannot run is chosen by nobody: the op would raise, shown as "none".
+    A forced backend that cannot run is chosen by nobody: the op would raise, shown as "none". What
+    measurement lists behind the chosen one is passed over as slower.
     """
     rows = []
     for name in sorted(OPS):
@@ -30,6 +32,7 @@ def backend_rows(
         args = arguments(name, device, dtype)
         asked = on_request(name, *args)
         forced = forced_backend(name)
+        listed = choice.order(name, args)
         for backend, reason in ops.explain(name, *args):
             if reason is not None:
                 refused.append((backend, reason))
@@ -42,6 +45,8 @@ def backend_rows(
                 refused.append((backend, f"{asked[backend]}: pixeldiff.backend(...)"))
             elif chosen is None:
                 chosen = backend
+            elif backend in listed:
+                refused.append((backend, "was measured to be slower"))
         rows.append((name, chosen or "none", refused))
     return rows
 
@@ -60,6 +65,8 @@ def render(console: Console) -> None:
     if forced is not None:
         console.print(f"forced backend: {forced} (PIXELDIFF_BACKEND or a backend block)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        console.print(f"chosen by measurement: {_measured(torch.cuda.current_device())}")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     name = str(dtype).removeprefix("torch.")
     table = Table(title=f"backends on {device}, {name}")
@@ -68,6 +75,13 @@ def render(console: Console) -> None:
     for op, chosen, refused in backend_rows(device, dtype):
         table.add_row(op, chosen, "\n".join(f"{b}: {reason}" for b, reason in refused))
     console.print(table, markup=False)
+
+
+def _measured(index: int) -> str:
+    """The ops with a table for this GPU; others take their own order."""
+    capable = choice.capability(index)
+    found = [op for op in sorted(OPS) if choice.table(op).get(capable)]
+    return f"{', '.join(found) or 'no op'} (for capability {capable})"
 
 
 def _version(package: str) -> str:

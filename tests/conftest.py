@@ -89,3 +89,27 @@ def rewritten(tmp_path):
         return target
 
     return rewrite
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """measured(op, table) -> the file. Calls then choose as on a GPU of capability 9.0 by these
+    tables alone, wherever their tensors are."""
+    import functools
+
+    from pixeldiff.ops import choice
+
+    choice.forget()
+    monkeypatch.setattr(choice, "FOLDER", tmp_path)
+    monkeypatch.setattr(choice, "device_index", lambda x: 0)
+    monkeypatch.setattr(choice, "capability", functools.cache(lambda index: "9.0"))
+
+    def put(op: str, table) -> Path:
+        path = tmp_path / f"{op}.json"
+        path.write_text(table if isinstance(table, str) else json.dumps(table))
+        choice.forget()
+        return path
+
+    yield put
+    monkeypatch.undo()
+    choice.forget()

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import pixeldiff
-from pixeldiff import info, ops
+from pixeldiff import info, native, ops
 from pixeldiff.ops.examples import arguments
 from pixeldiff.ops.registry import OPS
 
@@ -83,6 +83,19 @@ def test_nothing_is_cut_off_on_a_narrow_terminal(width):
     page = text(width)
     assert "…" not in page
     assert max(map(len, page.splitlines()[3:])) <= width
+
+
+def test_what_was_measured_is_shown(measured):
+    order = {"order": ["reference", "triton", "cpu"]}
+    measured("swiglu", {"9.0": {"float32 D<=128": {"2": order}}})
+    measured("rms_norm", {"8.0": {"float32 D<=128": {"2": order}}})
+    chosen, refused = table()["swiglu"]
+    assert chosen == "reference"
+    assert refused["cpu"] == (native.why_not() or "was measured to be slower")
+    assert table("reference")["swiglu"][1]["cpu"] == (native.why_not() or "reference is forced")
+    assert info._measured(0) == "swiglu (for capability 9.0)"
+    measured("swiglu", {})
+    assert info._measured(0) == "no op (for capability 9.0)"
 
 
 def test_absent_packages_are_named():

@@ -57,6 +57,19 @@ def only_wheel(sources: Path) -> zipfile.ZipFile:
 
 
 @needs_build_tools
+def test_tables_of_measurements_are_in_the_wheel(sources):
+    tables = ("pixeldiff/ops/measured/swiglu.json", "triton_kernels/swiglu.json")
+    for name in tables:
+        (sources / name).parent.mkdir(exist_ok=True)
+        (sources / name).write_text("{}")
+    done = build_wheel(sources, PIXELDIFF_BUILD="0")
+    assert done.returncode == 0, done.stderr
+    names = only_wheel(sources).namelist()
+    assert "pixeldiff/ops/measured/swiglu.json" in names
+    assert "pixeldiff/triton_kernels/swiglu.json" in names
+
+
+@needs_build_tools
 def test_no_compiler_gives_a_pure_python_wheel_that_says_so(sources):
     done = build_wheel(sources, CXX="/nonexistent/c++")
     assert done.returncode == 0, done.stderr

@@ -132,6 +132,127 @@ def test_what_cannot_be_imported_is_tried_once(monkeypatch):
     assert tried == ["pixeldiff_test_absent", "pixeldiff_test_cpu"]
 
 
+def listed(*order: str, size: str = "1", kind: str = "float32 D<=4", capability: str = "9.0"):
+    """An invented table; the default kind is that of SMALL and LARGE, the size near both."""
+    return {capability: {kind: {size: {"order": list(order)}}}}
+
+
+@pytest.mark.parametrize(
+    ("order", "small", "large"),
+    [
+        (("cuda", "cpu"), "cuda", "cuda"),  # one that runs on request only otherwise
+        (("reference", "cuda"), "reference", "reference"),
+        (("cpu", "reference"), "cpu", "reference"),  # refused: the next of the list
+        (("triton", "cpu"), "cpu", "reference"),  # all refused: today's order
+    ],
+)
+def test_what_was_measured_comes_first(measured, order, small, large):
+    measured("test_probe", listed(*order))
+    assert (ran(SMALL), ran(LARGE)) == (small, large)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {},
+        listed("cuda", capability="8.0"),
+        listed("cuda", kind="bfloat16 D<=4"),
+        listed("cuda", kind="float32 D<=8"),
+        {"9.0": {}},
+        {"9.0": {"float32 D<=4": {}}},
+    ],
+)
+def test_what_was_not_measured_changes_nothing(measured, table):
+    measured("test_probe", table)
+    measured("rms_norm", listed("reference"))
+    assert (ran(SMALL), ran(LARGE)) == ("cpu", "reference")
+    assert registry.on_request("test_probe", SMALL) == {"cuda": "runs on request only"}
+
+
+def test_a_cpu_never_looks(monkeypatch, tmp_path):
+    monkeypatch.setattr(registry.choice, "FOLDER", tmp_path)
+    (tmp_path / "test_probe.json").write_text("damaged")
+    registry.choice.forget()
+    assert ran(SMALL) == "cpu"
+    assert explain("test_probe", SMALL)[0] == ("cuda", None)
+    assert registry.choice.table.cache_info().currsize == 0
+
+
+def test_a_forced_backend_is_not_what_was_measured(measured):
+    measured("test_probe", "damaged")
+    for name in ("cpu", "cuda", "reference"):
+        with pixeldiff.backend(test_probe=name):
+            assert ran(SMALL) == name
+
+
+def test_what_was_measured_is_explained(measured):
+    measured("test_probe", listed("cpu", "reference", "cuda"))
+    rows = explain("test_probe", LARGE)
+    assert [name for name, _ in rows] == ["cpu", "reference", "cuda", "triton"]
+    assert rows[:3] == [
+        ("cpu", "takes at most 6 elements, got 12"),
+        ("reference", None),
+        ("cuda", None),
+    ]
+    assert registry.on_request("test_probe", LARGE) == {}
+    measured("test_probe", listed("cuda"))
+    assert [name for name, _ in explain("test_probe", SMALL)] == [
+        *("cuda", "triton", "cpu", "reference")
+    ]
+
+
+def test_a_damaged_table_is_named_at_the_call(measured):
+    path = measured("test_probe", "{")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"test_probe\.json is not a table .* it is no JSON"):
+            probe(SMALL)
+    path = measured("test_probe", listed("cuda", "gone"))
+    with pytest.raises(ValueError, match=f"^{path} lists 'gone', which test_probe does not have; "):
+        probe(SMALL)
+    path.unlink()
+    registry.choice.forget()
+    assert ran(SMALL) == "cpu"
+
+
+def test_measured_ones_under_compile_and_gradients(measured):
+    """The graph holds the opaque op, which asks the table; gradients go through the reference."""
+    measured("test_probe", listed("cuda"))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: probe(x) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(SMALL), 1 - SMALL)
+    CALLS.clear()
+    probe(SMALL.clone().requires_grad_())
+    assert CALLS == ["reference"]
+
+
+def test_what_a_table_costs_a_call(measured):
+    """Microseconds, not a file: 1000 calls read it once."""
+    reads = []
+    read = registry.choice.read
+    measured("test_probe", listed("cuda"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry.choice, "read", lambda path: reads.append(path) or read(path))
+        for rows in range(1, 1001):
+            assert registry.choice.order("test_probe", (torch.empty(rows, 3),)) == ("cuda",)
+    assert len(reads) == 1
+
+
+def test_a_backend_that_one_op_has(monkeypatch):
+    """By name for that op; not a word for all of them."""
+    own = Backend("vendor", _module("vendor", -1.0, 10**6) + ":INSIDE", automatic=False)
+    sys.modules["pixeldiff_test_vendor"].INSIDE = sys.modules["pixeldiff_test_vendor"]
+    op = registry.Op("test_probe", _reference, (*PROBE.backends, own))
+    monkeypatch.setitem(registry.OPS, "test_probe", op)
+    with pixeldiff.backend(test_probe="vendor"):
+        registry._run(op, (SMALL,))
+    assert CALLS == ["vendor"]
+    message = r"'vendor' is not a backend; choose one of auto, cuda, triton, cpu, reference$"
+    for wrong in ({"swiglu": "vendor"}, {"default": "vendor"}):
+        default = wrong.pop("default", None)
+        with pytest.raises(ValueError, match=message), pixeldiff.backend(default, **wrong):
+            pass
+
+
 def test_forcing_one_op_and_all():
     with pixeldiff.backend(test_probe="cuda"):
         assert ran() == "cuda"

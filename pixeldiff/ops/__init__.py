@@ -17,7 +17,7 @@ from .pixel_embed import pixel_embed
 from .pixel_head import pixel_head
 from .pixel_head_step import pixel_head_step
 from .qk_norm_rope import qk_norm_rope
-from .qkv_norm_rope import qkv_norm_rope
+from .qkv_norm_rope import fuses_qkv, qkv_norm_rope
 from .quantize_rows import quantize_rows
 from .registry import backend, explain, named_backend
 from .rms_norm import rms_norm
@@ -34,6 +34,7 @@ __all__ = [
     "backend",
     "explain",
     "fp8_linear",
+    "fuses_qkv",
     "gated_norm_residual",
     "gated_residual_norm",
     "gated_residual_norm_fp8",

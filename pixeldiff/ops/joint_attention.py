@@ -23,6 +23,12 @@ BACKENDS = (
     # By name only until it has been measured.
     Backend("cuda", "pixeldiff.ops.cuda.joint_attention", automatic=False),
     Backend("cpu", "pixeldiff.ops.cpu.joint_attention"),
+    # PyTorch's kernels one by one: what the reference picks from without a mask, by name or where
+    # measurement puts one first.
+    *(
+        Backend(name, f"pixeldiff.ops.cuda.sdpa:{name}", automatic=False)
+        for name in ("flash", "cudnn", "efficient")
+    ),
 )
 
 
@@ -116,9 +122,10 @@ def joint_attention(
         backend cannot run; says why.
 
     Backends: triton (head_dim a multiple of 8 up to 128; by itself only for a mask or lse on cuda),
-    cuda (sm_80+, bf16 and fp16, the same head_dims; by name only), cpu (fp32, bf16, fp16),
-    reference (PyTorch's scaled dot product attention; copies k and v for a mask, computes the
-    logits again for lse). Gradients: through the reference.
+    cuda (sm_80+, bf16 and fp16, the same head_dims; by name only), flash, cudnn and efficient
+    (those kernels of PyTorch's; no mask, no lse; by name only), cpu (fp32, bf16, fp16), reference
+    (PyTorch's scaled dot product attention; copies k and v for a mask, computes the logits again
+    for lse). Where measurements are installed, they choose. Gradients: through the reference.
     Cost: 4*B*L*S*G*d FLOPs and B*L*S*G exponentials; compute-bound.
     Source: PiD (arXiv 2605.23902), MMDiT joint attention and the PiT blocks' attention.
     """

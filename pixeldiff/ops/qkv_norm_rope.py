@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from .checks import check_device, check_float, check_last_contiguous, check_rank, check_shape
 from .qk_norm_rope import qk_norm_rope
 from .qk_norm_rope import reference as norm_rope_reference
-from .registry import Backend, define, named_backend
+from .registry import Backend, define, named_backend, prefers
 
 # By name only until it has been measured.
 BACKENDS = (Backend("cuda", "pixeldiff.ops.cuda.qkv_norm_rope", automatic=False),)
@@ -81,8 +82,9 @@ def qkv_norm_rope(
         backend cannot run; says why.
 
     Backends: cuda (Hopper, bf16 and fp16, d 64, 72 and 128; only where it is asked for by this
-    op's own name), reference. Otherwise the call is PyTorch's `linear` and `qk_norm_rope`, with the
-    backend that would be chosen for it. Gradients: through the reference.
+    op's own name or was measured to be faster), reference. Otherwise the call is PyTorch's `linear`
+    and `qk_norm_rope`, with the backend that would be chosen for it. Gradients: through the
+    reference.
     Cost: 6*B*(T+N)*K*G*d FLOPs; compute-bound.
     Source: PiD (arXiv 2605.23902), joint attention of the MMDiT blocks.
     """
@@ -99,10 +101,38 @@ def qkv_norm_rope(
         if txt_x.dtype != x.dtype:
             raise TypeError(f"{op}: text x must have the dtype of x, {x.dtype}, got {txt_x.dtype}")
         check_shape(op, "text weight", txt_weight, "(3*G*d, K)", tuple(weight.shape))
-    if named_backend(op) is None:
+    if not fuses_qkv(x, weight, q_weight, k_weight, rope, heads=heads, text=text, eps=eps):
         return _separately(x, weight, q_weight, k_weight, rope, heads, text, eps)
-    flat = (None,) * 6 if text is None else (*text[:4], *text[4])
-    return _op(x, weight, q_weight, k_weight, *rope, *flat, heads, eps)
+    return _op(*_flat(x, weight, q_weight, k_weight, rope, heads, text, eps))
+
+
+def fuses_qkv(
+    x: Tensor,
+    weight: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: tuple[Tensor, Tensor],
+    *,
+    heads: int,
+    text: Stream | None = None,
+    eps: float = 1e-6,
+) -> bool:
+    """Whether `qkv_norm_rope` of these arguments would run as one: it is asked for by name, or a
+    backend that takes the call was measured to be faster than its parts.
+
+    Under `torch.compile` only the name counts: a choice among measurements is not traced.
+    """
+    if named_backend("qkv_norm_rope") is not None:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return prefers("qkv_norm_rope", *_flat(x, weight, q_weight, k_weight, rope, heads, text, eps))
+
+
+def _flat(x, weight, q_weight, k_weight, rope, heads, text, eps):
+    """In schema order."""
+    texts = (None,) * 6 if text is None else (*text[:4], *text[4])
+    return (x, weight, q_weight, k_weight, *rope, *texts, heads, eps)
 
 
 def _separately(x, weight, q_weight, k_weight, rope, heads, text, eps):

@@ -7,8 +7,9 @@ the op's arguments in schema order:
     why_not(*args) -> str | None     None if it can take the call, else the reason
     launch(*args)  -> Tensor(s)      the result, contiguous
 
-Free choice walks the op's backends in order, those that offer themselves for the call, and ends at
-the reference. A forced backend never falls through: it raises with its reason.
+Free choice tries what measurement lists for such calls (`choice.py`; nothing on a CPU), then walks
+the op's backends in order, those that offer themselves for the call, and ends at the reference. A
+forced backend never falls through: it raises with its reason.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import choice
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _log = logging.getLogger("pixeldiff.ops")
@@ -35,6 +37,7 @@ _log = logging.getLogger("pixeldiff.ops")
 class Backend:
     """A fused implementation of one op.
 
+    `module` is a module, or "module:attribute" for something in it with the same two functions.
     `automatic` is False for one that runs only when it is asked for by name (not yet proven on the
     hardware it is written for), or a function of the op's arguments that is true of the calls it
     should take unasked (where the backends after it, the reference above all, do poorly). It is
@@ -46,11 +49,11 @@ class Backend:
     automatic: bool | Callable[..., bool] = True
 
     def offers(self, *args: Any) -> bool:
-        """Whether free choice considers it for a call with these arguments."""
+        """Whether free choice considers it for such a call where nothing was measured."""
         return self.automatic(*args) if callable(self.automatic) else self.automatic
 
-    def load(self) -> ModuleType:
-        """Its module.
+    def load(self) -> Any:
+        """Its module, or what `module` names in one.
 
         Raises:
             ImportError: it cannot be imported here, for want of Triton or the extension.
@@ -61,7 +64,7 @@ class Backend:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: a key of what is cached for it
 class Op:
     name: str
     reference: Callable[..., Any]
@@ -73,12 +76,15 @@ _forced: ContextVar[dict[str, str] | None] = ContextVar("pixeldiff_backend", def
 
 
 @functools.cache
-def _import(module: str) -> ModuleType | str:
-    """The module, or why there is none: asked by every call, and found out once."""
+def _import(place: str) -> Any:
+    """What a backend's `module` names, or why it is not there, a string: asked by every call, and
+    found out once."""
+    module, _, attribute = place.partition(":")
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
     except ImportError as e:
         return f"{module} cannot be imported: {e}"
+    return getattr(found, attribute) if attribute else found
 
 
 @functools.cache
@@ -102,7 +108,7 @@ def backend(default: str | None = None, /, **per_op: str) -> Iterator[None]:
 
     Args:
         default: backend of every op: "cuda", "triton", "cpu" or "reference"; None or "auto" frees.
-        per_op: backend of single ops, by op name.
+        per_op: backend of single ops, by op name; also those that an op alone has.
 
     Raises:
         ValueError: an unknown backend or op. Calls inside raise NotImplementedError when a forced
@@ -114,9 +120,11 @@ def backend(default: str | None = None, /, **per_op: str) -> Iterator[None]:
             raise ValueError(f"backend: unknown op {key!r}; ops are {', '.join(sorted(OPS))}")
         if name is None or name == "auto":
             continue
-        if name not in BACKENDS:
+        own = () if key == "*" else (b.name for b in OPS[key].backends)
+        known = tuple(dict.fromkeys((*BACKENDS, *own)))
+        if name not in known:
             raise ValueError(
-                f"backend: {name!r} is not a backend; choose one of auto, {', '.join(BACKENDS)}"
+                f"backend: {name!r} is not a backend; choose one of auto, {', '.join(known)}"
             )
         table[key] = name
     token = _forced.set(table)
@@ -154,19 +162,59 @@ def _reference_forced(op: str) -> bool:
 def explain(op: str, *args: Any) -> list[tuple[str, str | None]]:
     """(backend, reason it cannot take this call or None) for every backend of `op`, in order.
 
-    One that can take it may still run on request only: see `on_request`.
+    What measurement lists for such calls comes first. One that can take the call may still run on
+    request only: see `on_request`.
     """
-    rows = [(b.name, _reason(b, args)) for b in OPS[op].backends]
-    return [*rows, ("reference", None)]
+    listed, rest = _walk(OPS[op], choice.order(op, args))
+    rows = [_row(b, args) for b in (*listed, *rest)]
+    return rows if None in listed else [*rows, _row(None, args)]
 
 
 def on_request(op: str, *args: Any) -> dict[str, str]:
     """Backends of `op` that take this call only when they are forced, each with a word on it."""
     return {
         b.name: "runs on request only" + (" for such a call" if callable(b.automatic) else "")
-        for b in OPS[op].backends
+        for b in _walk(OPS[op], choice.order(op, args))[1]
         if not b.offers(*args)
     }
+
+
+def prefers(op: str, *args: Any) -> bool:
+    """Whether measurement puts a backend of `op` that takes this call before its reference.
+
+    For an op that stands for several others, which are called unless it is named or preferred.
+    Never where a backend is forced or a gradient is needed.
+    """
+    order = choice.order(op, args)
+    if not order or forced_backend(op) is not None or needs_grad(*args):
+        return False
+    for b in _walk(OPS[op], order)[0]:
+        if b is None or _reason(b, args) is None:
+            return b is not None
+    return False
+
+
+def _row(b: Backend | None, args: tuple[Any, ...]) -> tuple[str, str | None]:
+    return ("reference", None) if b is None else (b.name, _reason(b, args))
+
+
+@functools.cache
+def _walk(op: Op, order: tuple[str, ...]) -> tuple[tuple[Backend | None, ...], tuple[Backend, ...]]:
+    """The backends that `order` names, None for the reference; and the others, in the op's order.
+
+    Raises:
+        ValueError: `order` names one that the op does not have.
+    """
+    by_name: dict[str, Backend | None] = {b.name: b for b in op.backends}
+    by_name["reference"] = None
+    for name in order:
+        if name not in by_name:
+            raise ValueError(
+                f"{choice.path(op.name)} lists {name!r}, which {op.name} does not have; its "
+                f"backends are {', '.join(by_name)}; write it again with `{choice.CHOOSE}`"
+            )
+    rest = tuple(b for b in op.backends if b.name not in order)
+    return tuple(by_name[name] for name in order), rest
 
 
 def _reason(b: Backend, args: tuple[Any, ...]) -> str | None:
@@ -181,7 +229,16 @@ def _run(op: Op, args: tuple[Any, ...]) -> Any:
     name = forced_backend(op.name)
     if name == "reference":
         return op.reference(*args)
-    for b in op.backends:
+    order = choice.order(op.name, args) if name is None else ()
+    listed, rest = _walk(op, order) if order else ((), op.backends)
+    for b in listed:
+        if b is None:
+            return op.reference(*args)
+        reason = _reason(b, args)
+        if reason is None:
+            return b.load().launch(*args)
+        _log.debug("%s: %s cannot run: %s", op.name, b.name, reason)
+    for b in rest:
         if b.name != name if name is not None else not b.offers(*args):
             continue
         reason = _reason(b, args)

@@ -115,6 +115,27 @@ def test_cuda_part(tmp_path):
         assert "tests/kernels/test_local_decoder_up_cuda.py" in said
 
 
+def test_races_of_this_run_choose_the_backends(tmp_path):
+    """With a program that only leaves a file behind, beside one of an earlier run."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "kernels-earlier.json").write_text("{}")
+    os.utime(out / "kernels-earlier.json", (1, 1))
+    program = tmp_path / "python"
+    program.write_text(
+        '#!/bin/sh\necho "$@"\n'
+        'case "$*" in *"bench kernels --json"*) sleep 0.01; echo "{}" >"$5" ;; esac\n'
+    )
+    program.chmod(0o755)
+    done = start(out, PYTHON=str(program))
+    assert done.returncode == 0, done.stderr
+    said = (out / "choose.log").read_text().split()
+    assert said == [
+        *("-m", "bench", "choose", str(out / "kernels-short.json")),
+        *("--tables", str(out / "tables" / "measured")),
+    ]
+
+
 def test_wrong_usage(tmp_path):
     done = start(tmp_path, "--fast")
     assert done.returncode == 2

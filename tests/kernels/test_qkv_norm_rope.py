@@ -20,8 +20,8 @@ from test_qk_norm_rope import oracle as rest
 from torch.nn.functional import linear
 
 import pixeldiff
-from pixeldiff.ops import examples, qk_norm_rope, qkv_norm_rope
-from pixeldiff.ops.registry import named_backend
+from pixeldiff.ops import examples, fuses_qkv, qk_norm_rope, qkv_norm_rope
+from pixeldiff.ops.registry import OPS, named_backend
 
 OP = "qkv_norm_rope"
 
@@ -129,6 +129,68 @@ def test_only_its_own_name_chooses_it():
     refused = pytest.raises(NotImplementedError, match="no such implementation; choose from cuda")
     with pixeldiff.backend(qkv_norm_rope="triton"), refused:
         call(*args)
+
+
+@pytest.fixture
+def takes_all(monkeypatch):
+    """The CUDA backend takes every call and says so."""
+    from pixeldiff.ops.cuda import qkv_norm_rope as cuda
+
+    calls = []
+
+    def launch(*args):
+        calls.append(args[0].shape)
+        return OPS[OP].reference(*args)
+
+    monkeypatch.setattr(cuda, "why_not", lambda *args: None)
+    monkeypatch.setattr(cuda, "launch", launch)
+    return calls
+
+
+def listed(*order):
+    return {"9.0": {"float32 d4": {"2": {"order": list(order)}}}}
+
+
+def test_it_runs_as_one_where_that_was_measured_to_be_faster(measured, takes_all):
+    image, text, heads = arguments(torch.float32, (2, 4, 3, 16, 2, 4))
+    want = call(image, text, heads)
+
+    def fuses():
+        found = fuses_qkv(*image, heads=heads, text=text)
+        takes_all.clear()
+        torch.testing.assert_close(call(image, text, heads), want)
+        assert bool(takes_all) == found
+        return found
+
+    assert not fuses()
+    measured(OP, listed("cuda", "reference"))
+    assert fuses()
+    # Another backend forced for all, and a gradient, are not for it.
+    for name in ("reference", "cpu"):
+        with pixeldiff.backend(name):
+            assert not fuses_qkv(*image, heads=heads, text=text)
+    weight = image[1].clone().requires_grad_()
+    assert not fuses_qkv(image[0], weight, *image[2:], heads=heads, text=text)
+    for slower in (("reference", "cuda"), ("reference",)):
+        measured(OP, listed(*slower))
+        assert not fuses()
+    with pixeldiff.backend(qkv_norm_rope="cuda"):
+        assert fuses()
+
+
+def test_what_refuses_is_not_preferred(measured):
+    image, text, heads = arguments(torch.float32, (2, 4, 3, 16, 2, 4))
+    measured(OP, listed("cuda", "reference"))
+    assert not fuses_qkv(*image, heads=heads, text=text)
+
+
+def test_tracing_asks_no_table(measured, takes_all):
+    measured(OP, listed("cuda", "reference"))
+    args = flattened(*arguments(torch.float32, (2, 4, 3, 16, 2, 4)))
+    torch._dynamo.reset()
+    compiled = torch.compile(flat(2), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*args), flat(2)(*args))
+    assert len(takes_all) == 1  # not by the compiled one
 
 
 def test_text_rows_come_first():

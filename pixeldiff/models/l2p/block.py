@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
         weight = self._joint_weight(h)
         if weight is None:
             qkv = torch.cat([p(h) for p in (self.to_q, self.to_k, self.to_v)], -1)
-        elif ops.named_backend("qkv_norm_rope"):
+        elif ops.fuses_qkv(h.reshape(rows), weight, *norms, **how):
             return ops.qkv_norm_rope(h.reshape(rows), weight, *norms, **how)
         else:
             qkv = linear(h, weight)

@@ -41,9 +41,12 @@ class JointAttention(nn.Module):
         so that what is neither normalised nor rotated never exists for all of them."""
         image = (self.q_norm_x.weight, self.k_norm_x.weight, rope)
         text = (self.q_norm_y.weight, self.k_norm_y.weight, txt_rope)
-        if ops.named_backend("qkv_norm_rope") and type(self.qkv_x) is type(self.qkv_y) is nn.Linear:
-            text = (y, self.qkv_y.weight, *text)
-            return ops.qkv_norm_rope(x, self.qkv_x.weight, *image, heads=self.heads, text=text)
+        if type(self.qkv_x) is type(self.qkv_y) is nn.Linear:
+            whole = (x, self.qkv_x.weight, *image)
+            how = {"heads": self.heads, "text": (y, self.qkv_y.weight, *text)}
+            if ops.fuses_qkv(*whole, **how):
+                return ops.qkv_norm_rope(*whole, **how)
+            del whole, how
         if chunk is not None:
             return self._joined(x, y, image, text, chunk)
         qkv, text_qkv = self.qkv_x(x), self.qkv_y(y)

@@ -23,8 +23,11 @@ class RotaryAttention(nn.Module):
     def joint_qkv(self, a: Tensor, rope: Rope) -> Tensor:
         """(B, N, A) tokens -> (3, B, N, G, d): projected, normalised, rotated."""
         how = (self.q_norm.weight, self.k_norm.weight, rope)
-        if ops.named_backend("qkv_norm_rope") and type(self.qkv) is nn.Linear:
-            return ops.qkv_norm_rope(a, self.qkv.weight, *how, heads=self.heads)
+        if type(self.qkv) is nn.Linear:
+            whole = (a, self.qkv.weight, *how)
+            if ops.fuses_qkv(*whole, heads=self.heads):
+                return ops.qkv_norm_rope(*whole, heads=self.heads)
+            del whole
         qkv = self.qkv(a)
         del a
         return ops.qk_norm_rope(qkv, *how, heads=self.heads)

@@ -135,6 +135,21 @@ def test_projection_and_norm_are_one_op_where_it_is_named(monkeypatch):
     assert len(calls) == sum(isinstance(m, Block) for m in net.modules())
 
 
+def test_projection_and_norm_are_one_op_where_that_was_measured(measured, monkeypatch):
+    from pixeldiff.ops.cuda import qkv_norm_rope as cuda
+
+    net, x, y = network(TINY).pack_(), draw(1, 3, 64, 96), captions(5)
+    reference = ops.registry.OPS["qkv_norm_rope"].reference
+    want, calls = net(x, 0.3, y), []
+    monkeypatch.setattr(cuda, "why_not", lambda *args: None)
+    monkeypatch.setattr(cuda, "launch", lambda *args: calls.append(0) or reference(*args))
+    blocks = [m for m in net.modules() if isinstance(m, Block)]
+    kind = f"float32 d{blocks[0].attention.norm_q.weight.numel()}"
+    measured("qkv_norm_rope", {"9.0": {kind: {"8": {"order": ["cuda", "reference"]}}}})
+    assert relative(net(x, 0.3, y), want) < 1e-5
+    assert len(calls) == len(blocks)
+
+
 def test_gradients_reach_every_parameter():
     net = network(TINY).requires_grad_(True)
     with torch.enable_grad():

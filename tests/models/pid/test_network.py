@@ -186,6 +186,26 @@ def test_projection_and_norm_are_one_op_where_it_is_named(config, monkeypatch):
     assert len(calls) == config.patch_depth + config.pixel_depth
 
 
+@each_config
+def test_projection_and_norm_are_one_op_where_that_was_measured(config, measured, monkeypatch):
+    from pixeldiff.ops.cuda import qkv_norm_rope as cuda
+
+    net, given = network(config), inputs()
+    want, calls = net(**given), []
+    monkeypatch.setattr(cuda, "why_not", lambda *args: None)
+    monkeypatch.setattr(
+        cuda,
+        "launch",
+        lambda *args: calls.append(0) or ops.registry.OPS["qkv_norm_rope"].reference(*args),
+    )
+    dims = {m.q_norm_x.weight.numel() for m in net.modules() if hasattr(m, "q_norm_x")}
+    dims |= {m.q_norm.weight.numel() for m in net.modules() if hasattr(m, "q_norm")}
+    entry = {"2": {"order": ["cuda", "reference"]}}
+    measured("qkv_norm_rope", {"9.0": {f"float32 d{d}": entry for d in dims}})
+    torch.testing.assert_close(net(**given), want, rtol=1e-5, atol=1e-5)
+    assert len(calls) == config.patch_depth + config.pixel_depth
+
+
 # ---- What the output depends on --------------------------------------------------------------
 
 
