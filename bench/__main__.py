@@ -110,6 +110,7 @@ def kernels(
 )
 @click.option("--steps", type=click.IntRange(1), help="network calls of an image")
 @click.option("--batch", default=1, show_default=True)
+@click.option("--tile", default=0, help="pixels of a side of tiles; default: in one piece")
 @click.option(
     "--compare",
     "variants",
