@@ -1,9 +1,9 @@
 """The calls of PyTorch's operators that a network makes, each with the least work it could be.
 
-`Calls` notes them; under `Numbers` the same calls are made again, each inside an annotation with its
-number, so that a trace tells which kernels are whose. The registered ops of pixeldiff are one call
-each, whatever they are made of; their work is that of bench/work.py. Of PyTorch's own, products
-count as in its flop counter, and all move what they are given and return.
+`Calls` notes them; under `Numbers` the same calls are made again, each inside an annotation with
+its number, so that a trace tells which kernels are whose. The registered ops of pixeldiff are one
+call each, whatever they are made of; their work is that of bench/work.py. Of PyTorch's own,
+products count as in its flop counter, and all move what they are given and return.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How time grows with the size of the image: the exponent of pixels, over all sizes of a variant."""
+"""How time grows with the size of the image: the exponent of pixels, over a variant's sizes."""
 
 from __future__ import annotations
 

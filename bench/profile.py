@@ -307,10 +307,11 @@ def rows_of(
                 continue
             met.add(k.call)
             _add(group, call, top)
-    whole = [statistics.fmean(s.ms for s in steps[i : i + every]) for i in _starts(steps, every)]
-    busy = statistics.median(1 - b / w for b, w in zip(between, whole, strict=True))
-    whole, total = statistics.median(whole), statistics.median(times)
-    parts = [_part(base, key, g, whole, len(steps), top) for key, g in groups.items()]
+    means = [statistics.fmean(s.ms for s in steps[i : i + every]) for i in _starts(steps, every)]
+    # One image stands for all, so that its parts add up: the one whose steps took the median time.
+    image = sorted(range(len(means)), key=means.__getitem__)[(len(means) - 1) // 2]
+    whole, total = means[image], statistics.median(times)
+    parts = [_part(base, key, g, image, whole, len(steps), top) for key, g in groups.items()]
     floor = sum(p.profile.floor_ms for p in parts)
     work = [round(sum(getattr(g, w) for g in groups.values()) / len(steps)) for w in _WORK]
     rates = Rates(
@@ -318,10 +319,10 @@ def rows_of(
         *(gb_s(work[0], total), tflop_s(work[1], total), top.gb_s, top.tflop_s),
         percent=100 * floor / total,
     )
-    covered = Profile(1.0, 100 * busy, whole, floor, total - floor)
+    covered = Profile(1.0, 100 * (1 - between[image] / whole), whole, floor, total - floor)
     of_step = _with(base, STEP, "", times, rates, covered)
-    if min(between) > 0:
-        ms = statistics.median(between)
+    if between[image] > 0:
+        ms = between[image]
         idle = Profile(1.0, 100 * ms / whole, whole, 0.0, ms)
         nothing = Rates(0, 0, 0.0, 0.0, percent=0.0)
         parts.append(_with(base, BETWEEN, "", between, nothing, idle))
@@ -347,15 +348,22 @@ def _add(group: _Group, call: Call, top: Ceilings) -> None:
 
 
 def _part(
-    base: Row, key: tuple[str, str], g: _Group, whole: float, steps: int, top: Ceilings
+    base: Row,
+    key: tuple[str, str],
+    g: _Group,
+    image: int,
+    whole: float,
+    steps: int,
+    top: Ceilings,
 ) -> Row:
-    ms, floor = statistics.median(g.ms), g.floor_ms / steps
+    ms, floor = g.ms[image], g.floor_ms / steps
+    usual = statistics.median(filter(None, g.ms))
     moved, flops = round(g.bytes / steps), round(g.flops / steps)
     rates = Rates(
-        *(moved, flops, gb_s(moved, ms), tflop_s(flops, ms)),
+        *(moved, flops, gb_s(moved, usual), tflop_s(flops, usual)),
         *(top.gb_s, top.tflop_s * g.speed),
         bound="memory" if g.memory_ms >= g.floor_ms else "compute",
-        percent=100 * floor / ms,
+        percent=100 * floor / usual,
     )
     kernels = [Kernel(n, len(v) / steps, sum(v) / steps) for n, v in g.launches.items()]
     kernels.sort(key=lambda k: -k.ms)
@@ -368,7 +376,7 @@ def _with(
 ) -> Row:
     row = Row(**vars(base))
     row.name, row.site = name, f"{base.site}/{site}" if site else base.site
-    row.timing, row.rates, row.profile = summarise(times), rates, found
+    row.timing, row.rates, row.profile = summarise([*filter(None, times)]), rates, found
     return row
 
 

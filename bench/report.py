@@ -319,7 +319,7 @@ def _profile_cells(r: Row) -> tuple[str, ...]:
         f"`{show.short(r.name, 48)}`",
         shapes,
         f"{p.calls:.4g}",
-        number(r.timing.median_ms),
+        number(p.ms),
         f"{p.share:.1f} %",
         number(p.floor_ms),
         number(p.gap_ms),

@@ -127,8 +127,8 @@ class Kernel:
 class Profile:
     """A group of calls in a step, or the step itself (`share` is then what its kernels cover).
 
-    `share` is percent of `step_ms`, the step as it was under the profiler; `floor_ms` is the sum of
-    the floors of the calls, `gap_ms` what the time is beyond it.
+    `share` is percent of `step_ms`, the step of the median image as it was under the profiler;
+    `floor_ms` is the sum of the floors of the calls, `gap_ms` what the time is beyond it.
     """
 
     calls: float
@@ -137,6 +137,11 @@ class Profile:
     floor_ms: float
     gap_ms: float
     kernels: list[Kernel] = field(default_factory=list)
+
+    @property
+    def ms(self) -> float:
+        """Of the group in that step."""
+        return self.share * self.step_ms / 100
 
 
 @dataclass

@@ -134,13 +134,13 @@ def profiles(rows: list[Row]) -> None:
 
 
 def profile_cells(row: Row) -> tuple[str, ...]:
-    t, p = row.timing, row.profile
+    p = row.profile
     _, _, shapes = row.site.partition("/")
     return (
         short(row.name, 28),
         short(shapes, 40),
         f"{p.calls:.4g}",
-        number(t.median_ms),
+        number(row.timing.median_ms if row.name == "step" else p.ms),
         f"{p.share:.1f}",
         number(p.floor_ms),
         number(p.gap_ms),

@@ -1,4 +1,4 @@
-"""What PyTorch's profiler saw of a step: its kernels, which call launched each, and the time between.
+"""What PyTorch's profiler saw of a step: its kernels, which call launched each, and the time left.
 
 Read from the trace in Chrome's format, which names for every kernel the launch it came from. Steps
 and calls are found by the annotations of `Calls` and `step`.

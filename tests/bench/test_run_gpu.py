@@ -1,5 +1,5 @@
-"""bench/run_gpu.sh on a CPU: every part with programs that only say how they were called, each of its
-commands parsed as its own; a rehearsal; limits, resuming, and what is kept."""
+"""bench/run_gpu.sh on a CPU: every part with programs that only say how they were called, each
+command parsed as its own; a rehearsal; limits, resuming, and what is kept."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_what_parts_measure(said):
 def test_compute_sanitizer(said):
     said("--sanitize")
     said("--cuda")
-    for name, tool, names in (
+    for name, tool, kernels in (
         ("memcheck-bf16", "memcheck", "_kernel"),
         ("racecheck-fp32", "racecheck", "_kernel"),
         ("synccheck-cuda", "synccheck", "pixeldiff"),
@@ -176,7 +176,7 @@ def test_compute_sanitizer(said):
         assert "called compute-sanitizer" in log
         words = command(said.out / f"sanitize-{name}.log")
         assert words[:4] == ["--tool", tool, "--error-exitcode", "9"]
-        assert f"kns={names}" in words
+        assert f"kns={kernels}" in words
 
 
 def test_what_came_to_its_end_is_left_out(said):
@@ -189,7 +189,7 @@ def test_what_came_to_its_end_is_left_out(said):
     assert table(done)["kernels-short"] == "- done before"
     # Another command is another measurement.
     assert "decode-short" in limits(said("--resume", ONLY=only, BACKEND="triton"))
-    assert limits(said("--resume", ONLY=only)).keys() == {*"environment build decode-short".split()}
+    assert limits(said("--resume", ONLY=only)).keys() == {"environment", "build", "decode-short"}
     assert limits(said(ONLY=only)).keys() == {*only.split()}
 
 
