@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -131,13 +132,23 @@ def run(plan: Plan) -> Iterator[list[Row]]:
 
 
 def _measure(plan: Plan, target: Target, top: Ceilings) -> Iterator[list[Row]]:
-    device, cuda = plan.device, plan.device.type == "cuda"
-    for graphs in (False, True)[: 1 + cuda]:
-        for _ in range(3):  # kernel by kernel, captured, replayed
-            target.run(graphs, lambda step: step())
+    device, replayed = plan.device, _row(plan, target, WITH)
+    for _ in range(3):
+        target.run(False, lambda step: step())
+    if device.type != "cuda":
+        replayed.status, replayed.reason = "skipped", "CUDA graphs want a CUDA device"
+    else:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", ".*could not be captured", RuntimeWarning)
+                for _ in range(3):  # kernel by kernel, captured, replayed
+                    target.run(True, lambda step: step())
+        except RuntimeWarning as e:
+            _fail(replayed, e)
+    ways = (False, True) if replayed.status == "measured" else (False,)
     clock = Clock(device)
     for _ in range(plan.images):
-        for graphs in (False, True)[: 1 + cuda]:
+        for graphs in ways:
             clock.image(graphs)
             target.run(graphs, clock)
 
@@ -157,20 +168,20 @@ def _measure(plan: Plan, target: Target, top: Ceilings) -> Iterator[list[Row]]:
         record(False, 1)  # the profiler's own start
         steps = record(False, plan.images)
     except trace.TraceError as e:
-        yield [_failed(_row(plan, target, WITHOUT), e)]
+        if replayed.status == "measured":
+            replayed.status, replayed.reason = "skipped", "it is told by the kernels without graphs"
+        yield [_fail(_row(plan, target, WITHOUT), e), replayed]
         return
     yield rows_of(_row(plan, target, WITHOUT), clock.of(False), steps, made, top)
-    if not cuda:
-        lost = _row(plan, target, WITH)
-        lost.status, lost.reason = "skipped", "CUDA graphs want a CUDA device"
-        yield [lost]
+    if True not in ways:
+        yield [replayed]
         return
     try:
         told = told_by(record(True, plan.images), steps, made, len(steps) // plan.images)
     except trace.TraceError as e:
-        yield [_failed(_row(plan, target, WITH), e)]
+        yield [_fail(replayed, e)]
         return
-    yield rows_of(_row(plan, target, WITH), clock.of(True), told, made, top)
+    yield rows_of(replayed, clock.of(True), told, made, top)
 
 
 def _inside(device: torch.device, *contexts: Callable) -> Around:
@@ -184,7 +195,7 @@ def _inside(device: torch.device, *contexts: Callable) -> Around:
     return around
 
 
-def _failed(row: Row, error: Exception) -> Row:
+def _fail(row: Row, error: Exception) -> Row:
     row.status, row.reason = "failed", reason(error)
     return row
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 from click.testing import CliRunner
 from rows import MACHINE, kernel_row
 
-from bench import schema, trace
+from bench import profile, schema, trace
 from bench.__main__ import main
 from bench.calls import VIEWS, Call, Calls, Numbers
 from bench.ceilings import Ceilings
@@ -150,6 +151,84 @@ def test_time_between_kernels_is_a_part():
     (between,) = (r for r in rows if r.name == BETWEEN)
     assert (between.timing.median_ms, between.profile.share) == (2.0, 50.0)
     assert rows[0].profile.share == 50.0
+
+
+class Pretended:
+    """A target whose step is one operator, on a device that is not there."""
+
+    side = 64
+
+    def __init__(self, capture: bool = True) -> None:
+        self.capture, self.ran = capture, []
+
+    def run(self, graphs, around) -> None:
+        if graphs and not self.capture:
+            warnings.warn("a decode could not be captured", RuntimeWarning, 2)
+        self.ran.append(graphs)
+        around(lambda: torch.ones(2).mul(2))
+
+
+@pytest.fixture
+def on_a_pretended_gpu(monkeypatch):
+    """on_a_pretended_gpu(target, *traces): its rows, where the profiler gives these traces."""
+
+    def run(target: Pretended, *traces):
+        left = list(traces)
+
+        def record(work, device):
+            work()
+            found = left.pop(0)
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        class NoClock(profile.Clock):
+            def __call__(self, step):
+                self._now.append(2.0)
+                return step()
+
+        monkeypatch.setattr(profile.trace, "record", record)
+        monkeypatch.setattr(profile, "Clock", NoClock)
+        monkeypatch.setattr(profile, "spin", lambda device: None)
+        monkeypatch.setattr(profile, "machine", lambda device: MACHINE)
+        plan = profile.Plan("demo", 64, torch.device("cuda"), "bf16", images=3)
+        rows = [rows[0] for rows in profile._measure(plan, target, TOP)]
+        schema.validate(schema.to_dict(rows, "command"))
+        return rows
+
+    return run
+
+
+ONE = step(("ones", 0, 1, 0), ("mul", 1, 2, 1))
+REPLAY = step(("ones", 0, 0.5, None), ("mul", 0.5, 1, None))
+
+
+def test_with_graphs_and_without(on_a_pretended_gpu):
+    target = Pretended()
+    plain, replayed = on_a_pretended_gpu(target, [ONE], [ONE] * 3, [REPLAY] * 3)
+    assert (plain.backend, plain.profile.step_ms) == ("pixeldiff-no-graphs", 2.0)
+    assert (replayed.backend, replayed.profile.step_ms) == ("pixeldiff", 1.0)
+    assert plain.timing.median_ms == replayed.timing.median_ms == 2.0
+    # Warm, in turn, the calls noted; then recorded: once to start the profiler, and each way.
+    warm, turns = [False] * 3 + [True] * 3, [False, True] * 3
+    assert target.ran == [*warm, *turns, False, False, *[False] * 3, *[True] * 3]
+
+
+def test_a_step_that_cannot_be_captured(on_a_pretended_gpu):
+    target = Pretended(capture=False)
+    plain, replayed = on_a_pretended_gpu(target, [ONE], [ONE] * 3)
+    assert plain.status == "measured"
+    assert replayed.status == "failed"
+    assert "could not be captured" in replayed.reason
+    assert not any(target.ran)
+
+
+def test_a_trace_that_is_empty(on_a_pretended_gpu):
+    lost = TraceError("the profiler saw no kernel in 3 steps")
+    plain, replayed = on_a_pretended_gpu(Pretended(), [ONE], [ONE] * 3, lost)
+    assert (plain.status, replayed.status) == ("measured", "failed")
+    (plain,) = on_a_pretended_gpu(Pretended(), lost)
+    assert (plain.status, plain.reason) == ("failed", f"TraceError: {lost}")
 
 
 def test_calls_and_their_work():
