@@ -102,8 +102,8 @@ def test_rows_of_faked_workers(fake):
 
 def test_tiles_are_the_decoders_own(fake):
     whole = Loaded(SPEC).image(128)[2]
-    for variant in ("pixeldiff", "reference"):
-        loaded = Loaded(dataclasses.replace(SPEC, variant=variant, tile=2))  # cells of 32 pixels
+    for name in ("pixeldiff", "reference"):
+        loaded = Loaded(dataclasses.replace(SPEC, variant=name, tile=2))  # cells of 32 pixels
         _, spans, image = loaded.image(128)
         assert len(spans["step"]) > SPEC.steps  # a call for each tile
         assert image.shape == whole.shape
