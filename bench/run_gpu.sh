@@ -20,7 +20,8 @@
 #
 #   --dry-run    the stages of the part on a CPU at tiny sizes, to rehearse it; tests are only
 #                collected, and nothing is compiled
-#   --resume     leaves out the stages that came to their end before, by the same command
+#   --resume     leaves out the stages that came to their end before without a failure, by the same
+#                command at the same PIXELDIFF_COMMIT
 #
 # Every stage has a time limit of its own and a log; a stage that fails or hangs costs its own
 # results only, and those it had measured so far are kept. PYTHON chooses the interpreter, BACKEND
@@ -61,11 +62,12 @@ SUMMARY=()
 
 # stage NAME SECONDS COMMAND...: runs it under its limit, or what is left of the whole.
 stage() {
-  local name="$1" limit="$2" left=$((TOTAL - SECONDS)) started=$SECONDS code keep=1
+  local name="$1" limit="$2" left=$((TOTAL - SECONDS)) started=$SECONDS code keep=1 what
   shift 2
+  what="${PIXELDIFF_COMMIT:-} $*"
   case "$name" in environment | build | report) keep=0 ;; esac # each machine's own
   if [ -n "${ONLY:-}" ] && [[ " $ONLY " != *" $name "* ]]; then return 0; fi
-  if [ "$RESUME$keep" = 11 ] && [ "$(cat "$OUT/$name.done" 2>/dev/null)" = "$*" ]; then
+  if [ "$RESUME$keep" = 11 ] && [ "$(cat "$OUT/$name.done" 2>/dev/null)" = "$what" ]; then
     SUMMARY+=("$(printf '%-22s %6s  done before' "$name" -)")
     return 0
   fi
@@ -82,7 +84,7 @@ stage() {
   code=$?
   local took=$((SECONDS - started)) state=ok
   case $code in
-    0) [ "$keep" -eq 0 ] || echo "$*" >"$OUT/$name.done" ;;
+    0) [ "$keep" -eq 0 ] || echo "$what" >"$OUT/$name.done" ;;
     124 | 130 | 137 | 143) state="stopped at $limit s (code $code)" ;;
     *) state="failed, code $code" ;;
   esac
