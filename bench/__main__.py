@@ -111,6 +111,7 @@ def kernels(
 )
 @click.option("--steps", type=click.IntRange(1), help="network calls of an image")
 @click.option("--batch", default=1, show_default=True)
+@click.option("--tile", default=0, help="pixels of a side of tiles; default: in one piece")
 @click.option(
     "--compare",
     "variants",
@@ -197,6 +198,47 @@ def forward(device: str | None, precision: str | None, path: Path | None, **opti
         **options,
     )
     _finish(Recorder(path), run(plan), show.forwards)
+
+
+@main.command()
+@click.option("--config", default="demo", show_default=True, help="a network of decode or forward")
+@click.option("--size", "side", type=int, help="pixels of a side; default 512, or L2P's own")
+@click.option("--device", help="cpu or cuda; default: cuda where there is one")
+@click.option("--precision", type=click.Choice(tuple(PRECISIONS)), help="default: bf16 on CUDA")
+@click.option("--images", type=click.IntRange(3), default=5, show_default=True)
+@click.option("--quick", is_flag=True, help="small matrices: only that it runs")
+@threads_option
+@json_option
+@clean_errors
+def profile(
+    config: str,
+    side: int | None,
+    device: str | None,
+    precision: str | None,
+    images: int,
+    quick: bool,
+    threads: int | None,
+    path: Path | None,
+) -> None:
+    """One step of a network, kernel by kernel, each beside its floor, the largest gap first.
+
+    Random weights, warm, with CUDA graphs and without. What share of the step's time the kernels
+    account for is said.
+    """
+    from .forward import NETWORKS
+    from .profile import Plan, run
+
+    where = check_device(device)
+    plan = Plan(
+        config=config,
+        side=side if side is not None else 0 if config in NETWORKS else 512,
+        device=where,
+        precision=precision or ("bf16" if where.type == "cuda" else "fp32"),
+        images=images,
+        threads=threads,
+        matrix=256 if quick else None,
+    )
+    _finish(Recorder(path), run(plan), show.profiles)
 
 
 @main.command()

@@ -37,6 +37,7 @@ class Plan:
         side: pixels of a side of the square output.
         variants: of `VARIANTS`; "pixeldiff" comes first whether named or not.
         images: timed images of each variant, after the first.
+        tile: pixels of a side of the tiles it is decoded in; 0 is in one piece.
         new_side: the size of "first call in a new size"; 0 leaves it out.
         seconds: after which no further image starts, once each variant has one.
         timeout: seconds for any single answer of a worker.
@@ -51,6 +52,7 @@ class Plan:
     steps: int | None = None
     batch: int = 1
     threads: int | None = None
+    tile: int = 0
     images: int = 5
     new_side: int = 0
     seconds: float = 300.0
@@ -94,9 +96,11 @@ def run(plan: Plan) -> Iterator[list[Row]]:
         ValueError: an unknown config or a size it cannot decode.
     """
     config = _config(plan.config)
-    for side in (plan.side, plan.new_side):
+    for side in (plan.side, plan.new_side, plan.tile):
         if side:
             models.inputs(config, side, 1, torch.device("cpu"))
+    if plan.tile >= plan.side:
+        raise ValueError(f"tile must be smaller than the image's side {plan.side}, got {plan.tile}")
     _check_host_memory(plan, config)
     runs = [_Run(v, _row(plan, v)) for v in dict.fromkeys((FIRST, *plan.variants)) if v in VARIANTS]
     try:
@@ -133,6 +137,7 @@ def _measure(plan: Plan, runs: list[_Run]) -> None:
             batch=plan.batch,
             backends=plan.backends,
             threads=plan.threads,
+            tile=plan.tile // _config(plan.config).pixels_per_latent_cell,
         )
         r.loaded = r.ask("load", **dataclasses.asdict(spec)) or {}
     with tempfile.TemporaryDirectory() as folder:
@@ -234,7 +239,8 @@ def _finish(r: _Run) -> Row:
 
 
 def compare(rows: list[Row]) -> None:
-    """Speedups over the rows of the plain network, eager and compiled, where they are there."""
+    """Speedups over the rows of the plain network, eager and compiled, and over those of the
+    original, where they are there."""
     base = {r.backend: r.timing.median_ms for r in rows if r.timing is not None}
     for row in rows:
         if row.timing is not None:
@@ -242,6 +248,10 @@ def compare(rows: list[Row]) -> None:
                 row.speedup_eager = base["reference"] / row.timing.median_ms
             if "compile" in base:
                 row.speedup_compiled = base["compile"] / row.timing.median_ms
+            if "upstream" in base:
+                row.speedup_upstream = base["upstream"] / row.timing.median_ms
+            if "upstream+compile" in base:
+                row.speedup_upstream_compiled = base["upstream+compile"] / row.timing.median_ms
 
 
 def _row(plan: Plan, variant: str) -> Row:
@@ -250,6 +260,8 @@ def _row(plan: Plan, variant: str) -> Row:
     shape = {"height": plan.side, "width": plan.side, "batch": plan.batch}
     if plan.new_side:
         shape["new_size"] = plan.new_side
+    if plan.tile:
+        shape["tile"] = plan.tile
     site = ",".join(plan.backends) if VARIANTS[variant][0] == "pixeldiff" else ""
     return Row(
         kind="decode",

@@ -92,8 +92,8 @@ def run(plan: Plan) -> Iterator[list[Row]]:
     if plan.threads:
         torch.set_num_threads(plan.threads)
     plan = dataclasses.replace(plan, side=plan.side or NETWORKS[plan.config][0])
-    L2PNet(_geometry(plan, FIRST), device="meta").prepare(_captions(plan, "meta"), _size(plan))
-    found: list[_Variant] = []
+    L2PNet(geometry_of(plan, FIRST), device="meta").prepare(_captions(plan, "meta"), _size(plan))
+    found: list[Variant] = []
     with torch.no_grad():
         try:
             _measure(plan, found)
@@ -104,7 +104,7 @@ def run(plan: Plan) -> Iterator[list[Row]]:
 
 
 @dataclass
-class _Variant:
+class Variant:
     """A way of making the call, and what came of it."""
 
     row: Row
@@ -118,7 +118,7 @@ class _Variant:
         return Candidate(self.row.backend, lambda x: self.call(x), self.around)
 
 
-def _measure(plan: Plan, found: list[_Variant]) -> None:
+def _measure(plan: Plan, found: list[Variant]) -> None:
     clock = clock_for(plan.device)
     nets: dict[L2PConfig, L2PNet] = {}
     reference: Tensor | None = None
@@ -126,14 +126,14 @@ def _measure(plan: Plan, found: list[_Variant]) -> None:
     # would show in the peaks of those that follow.
     names = {FIRST, *plan.variants}
     for name in sorted(names, key=lambda name: (name != "reference", name == FIRST, name)):
-        v = _Variant(_row(plan, name))
+        v = Variant(row_of(plan, name))
         found.append(v)
         try:
-            geometry = _geometry(plan, name)
+            geometry = geometry_of(plan, name)
             if geometry not in nets:
                 nets[geometry] = network(geometry, plan.device, PRECISIONS[plan.precision])
             v.net = nets[geometry]
-            _prepare(plan, v)
+            prepare(plan, v)
             u = _alone(plan, v, clock)
         except Exception as e:  # every failure of a variant is a row
             text = (str(e).strip() or type(e).__name__).splitlines()[0]
@@ -152,9 +152,9 @@ def _measure(plan: Plan, found: list[_Variant]) -> None:
             _take_turns(plan, same, clock)
 
 
-def _alone(plan: Plan, v: _Variant, clock: Clock) -> Tensor:
+def _alone(plan: Plan, v: Variant, clock: Clock) -> Tensor:
     """The result; the first call's time and the peak of memory go to the variant."""
-    meter, x = Meter(plan.device), _image(plan, v.net.config)
+    meter, x = Meter(plan.device), image_of(plan, v.net.config)
     clock.synchronize()
     before, rotation = meter.now(), Rotation((x,), 0)
     v.first_ms = first_call(v.candidate(), rotation, clock)
@@ -180,10 +180,10 @@ def _alone(plan: Plan, v: _Variant, clock: Clock) -> Tensor:
     return u
 
 
-def _take_turns(plan: Plan, variants: list[_Variant], clock: Clock) -> None:
+def _take_turns(plan: Plan, variants: list[Variant], clock: Clock) -> None:
     times = interleave(
         [v.candidate() for v in variants],
-        Rotation((_image(plan, variants[0].net.config),), 0),
+        Rotation((image_of(plan, variants[0].net.config),), 0),
         clock,
         rounds=plan.rounds,
         seconds=plan.seconds,
@@ -193,7 +193,7 @@ def _take_turns(plan: Plan, variants: list[_Variant], clock: Clock) -> None:
         v.row.rates = _rates(plan, v)
 
 
-def _finished(found: list[_Variant]) -> list[Row]:
+def _finished(found: list[Variant]) -> list[Row]:
     rows = sorted((v.row for v in found), key=lambda row: CHOICES.index(row.backend))
     for row in rows:
         if row.status == "measured" and row.timing is None:
@@ -202,13 +202,13 @@ def _finished(found: list[_Variant]) -> list[Row]:
     return rows
 
 
-def _prepare(plan: Plan, v: _Variant) -> None:
+def prepare(plan: Plan, v: Variant) -> None:
     """What the variant calls, and the context it does so in."""
     net, name, t = v.net, v.row.backend, 0.5
     prediction = _prediction(plan, net, t)
     if name == FIRST:
         graphs: Graphs[Steps] = Graphs(1)
-        trajectory = Trajectory(prediction, tuple(_image(plan, net.config, "meta").shape))
+        trajectory = Trajectory(prediction, tuple(image_of(plan, net.config, "meta").shape))
         running: list[Steps] = []
 
         @contextlib.contextmanager
@@ -242,7 +242,7 @@ def network(config: L2PConfig, device: torch.device, dtype: torch.dtype) -> L2PN
     return net.pack_() if device.type == "cuda" else net
 
 
-def _geometry(plan: Plan, name: str) -> L2PConfig:
+def geometry_of(plan: Plan, name: str) -> L2PConfig:
     config = NETWORKS[plan.config][1]
     if name != SOURCE:
         return config
@@ -278,7 +278,7 @@ def _prediction(plan: Plan, net: L2PNet, t: float) -> Prediction:
     )
 
 
-def _image(plan: Plan, config: L2PConfig, device: torch.device | str | None = None) -> Tensor:
+def image_of(plan: Plan, config: L2PConfig, device: torch.device | str | None = None) -> Tensor:
     """The noisy image, or the source's noisy latent."""
     shape = (plan.batch, config.in_channels, *_size(plan, config))
     if device is not None:
@@ -299,8 +299,8 @@ def _check(row: Row, u: Tensor, reference: Tensor | None, near: float) -> None:
             row.reason = f"its result differs from the reference's by {error:.2g} of its RMS"
 
 
-def _row(plan: Plan, name: str) -> Row:
-    config = _geometry(plan, name)
+def row_of(plan: Plan, name: str) -> Row:
+    config = geometry_of(plan, name)
     tokens = (_size(plan, config)[0] // config.patch_size) ** 2
     return Row(
         kind="forward",
@@ -320,10 +320,10 @@ def _row(plan: Plan, name: str) -> Row:
     )
 
 
-def _rates(plan: Plan, v: _Variant) -> Rates:
+def _rates(plan: Plan, v: Variant) -> Rates:
     config = v.net.config
     work = flops(config, _size(plan, config), plan.caption, plan.batch, guided=plan.guided)
-    x = _image(plan, config, "meta")
+    x = image_of(plan, config, "meta")
     moved = v.row.memory.weight_bytes if v.row.memory else 0
     moved += 2 * x.numel() * x.element_size()
     seconds = v.row.timing.median_ms / 1e3

@@ -24,6 +24,7 @@ STYLES = {
     "reference-fp32": ("#555555", "o"),
     "compiled": ("#0072B2", "s"),
     "compile": ("#0072B2", "s"),
+    "compile-max-autotune": ("#332288", "s"),
     "cpu": ("#D55E00", "^"),
     "cuda": ("#D55E00", "^"),
     "triton": ("#009E73", "v"),
@@ -139,7 +140,7 @@ def bars(rows: Sequence[Row]) -> Figure:
 def memory(rows: Sequence[Row]) -> Figure:
     """Peak bytes against the side of the image, and the weights."""
     figure, axes = _figure(6, 4)
-    with_memory = [r for r in rows if r.memory is not None]
+    with_memory = [r for r in rows if r.memory is not None and "tile" not in r.shape]
     for name, dtype, variant in dict.fromkeys((r.name, r.dtype, r.backend) for r in with_memory):
         own = sorted(
             (r for r in with_memory if (r.name, r.dtype, r.backend) == (name, dtype, variant)),
@@ -183,7 +184,8 @@ def _title(rows: Sequence[Row]) -> str:
 
 
 def _model(r: Row) -> str:
-    return f"{r.name}\n{r.shape['width']}x{r.shape['height']} {r.dtype}"
+    tiles = f"\nin tiles of {r.shape['tile']}" if "tile" in r.shape else ""
+    return f"{r.name}\n{r.shape['width']}x{r.shape['height']} {r.dtype}{tiles}"
 
 
 def _file(*words: str) -> str:

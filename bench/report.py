@@ -8,6 +8,7 @@ from pathlib import Path
 from pixeldiff.out_files import written_whole
 
 from . import plots, schema, show
+from .growth import growth
 from .kernels import COMPILED, EAGER
 from .schema import Machine, Row
 from .show import gigabytes, number, times
@@ -61,6 +62,8 @@ def page(rows: Sequence[Row], files: Iterable[Path], figures: Sequence[str]) -> 
         lines += _kernel_tables([r for r in own if r.kind == "kernel"])
         lines += _decode_tables([r for r in own if r.kind == "decode"])
         lines += _forward_tables([r for r in own if r.kind == "forward"])
+        lines += _growth_table(own)
+        lines += _profile_tables([r for r in own if r.kind == "profile"])
     lines += [line for name in figures for line in (f"![{Path(name).stem}]({name})", "")]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -200,7 +203,7 @@ def _decode_tables(rows: Sequence[Row], *, heading: bool = True) -> list[str]:
     columns = (
         *("network", "size", "", "variant", "image ms", "step ms", "first ms"),
         *("new size, first / tenth ms", "peak", "weights", "activations", "J", "x eager"),
-        *("x compiled", "PSNR to reference"),
+        *("x compiled", "x original", "x original compiled", "PSNR to reference"),
     )
     lines = ["### Whole decodes", ""] if heading else []
     lines += _table(columns, [_decode_cells(r) for r in rows if r.status == "measured"])
@@ -213,7 +216,8 @@ def _decode_cells(r: Row) -> tuple[str, ...]:
     psnr = "" if d.psnr_reference_db is None else f"{d.psnr_reference_db:.1f} dB"
     return (
         r.name,
-        f"{r.shape['width']}x{r.shape['height']}",
+        f"{r.shape['width']}x{r.shape['height']}"
+        + (f" in tiles of {r.shape['tile']}" if "tile" in r.shape else ""),
         r.dtype,
         r.backend + (f" ({r.site})" if r.site else ""),
         number(t.median_ms),
@@ -224,6 +228,8 @@ def _decode_cells(r: Row) -> tuple[str, ...]:
         "" if d.joules_per_image is None else number(d.joules_per_image),
         times(r.speedup_eager),
         times(r.speedup_compiled),
+        times(r.speedup_upstream),
+        times(r.speedup_upstream_compiled),
         psnr,
     )
 
@@ -253,6 +259,71 @@ def _forward_cells(r: Row) -> tuple[str, ...]:
         *(("", "", "") if m is None else _memory_cells(r)),
         times(r.speedup_eager),
         times(r.speedup_compiled),
+    )
+
+
+def _growth_table(rows: Sequence[Row]) -> list[str]:
+    found = growth(rows)
+    if not found:
+        return []
+    sides = sorted({side for g in found for side in g.ms})
+    columns = ("network", "", "variant", *(f"{side} ms" for side in sides), "pixels^")
+    lines = ["### Time against size", ""]
+    lines += ["The exponent fits the logarithms of a variant's times over those of its pixels.", ""]
+    return lines + _table(
+        columns,
+        [
+            (
+                g.name,
+                g.dtype,
+                g.backend + (f" ({g.site})" if g.site else ""),
+                *(number(g.ms[side]) if side in g.ms else "" for side in sides),
+                f"{g.exponent:.2f}",
+            )
+            for g in found
+        ],
+    )
+
+
+def _profile_tables(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["### A step, part by part", ""]
+    columns = ("part", "shapes", "calls", "ms", "share", "floor ms", "gap ms", "kernels")
+    steps: dict[tuple, list[Row]] = {}
+    for r in rows:
+        key = (show.network(r), r.shape["height"], r.dtype, r.backend, r.machine.commit)
+        steps.setdefault(key, []).append(r)
+    for own in (rows for rows in steps.values() if rows[0].status == "measured"):
+        step, *parts = own
+        lines += [
+            f"**{show.network(step)} {step.shape['height']}x{step.shape['width']}, {step.dtype}, "
+            f"{step.backend}**: {show.accounted(step)}; the floors add up to "
+            f"{number(step.profile.floor_ms)} ms.",
+            "",
+        ]
+        large = [r for r in parts if r.profile.share >= show.LEAST_SHARE]
+        lines += _table(columns, [_profile_cells(r) for r in large])
+        left = [r for r in parts if r.profile.share < show.LEAST_SHARE]
+        if left:
+            share = sum(r.profile.share for r in left)
+            lines += [f"And {len(left)} parts of less, {share:.1f} % in all.", ""]
+    return lines + _others(rows)
+
+
+def _profile_cells(r: Row) -> tuple[str, ...]:
+    p = r.profile
+    _, _, shapes = r.site.partition("/")
+    kernels = ", ".join(f"`{show.short(k.name, 48)}` {number(k.ms)}" for k in p.kernels[:2])
+    return (
+        f"`{show.short(r.name, 48)}`",
+        shapes,
+        f"{p.calls:.4g}",
+        number(p.ms),
+        f"{p.share:.1f} %",
+        number(p.floor_ms),
+        number(p.gap_ms),
+        kernels + (", ..." if len(p.kernels) > 2 else ""),
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from pixeldiff.out_files import written_whole
 
 VERSION = 1
-KINDS = ("ceiling", "kernel", "decode", "forward", "tile")
+KINDS = ("ceiling", "kernel", "decode", "forward", "tile", "profile")
 # refused: the implementation says it cannot take the call; failed: it raised; skipped: not tried.
 STATUSES = ("measured", "refused", "failed", "skipped")
 DTYPES = ("fp32", "bf16", "fp16", "fp8")
@@ -116,6 +116,36 @@ class Decode:
 
 
 @dataclass
+class Kernel:
+    """A kernel of a group of calls: how often a step launches it, and ms of all its launches."""
+
+    name: str
+    calls: float
+    ms: float
+
+
+@dataclass
+class Profile:
+    """A group of calls in a step, or the step itself (`share` is then what its kernels cover).
+
+    `share` is percent of `step_ms`, the step of the median image as it was under the profiler;
+    `floor_ms` is the sum of the floors of the calls, `gap_ms` what the time is beyond it.
+    """
+
+    calls: float
+    share: float
+    step_ms: float
+    floor_ms: float
+    gap_ms: float
+    kernels: list[Kernel] = field(default_factory=list)
+
+    @property
+    def ms(self) -> float:
+        """Of the group in that step."""
+        return self.share * self.step_ms / 100
+
+
+@dataclass
 class Row:
     kind: str
     name: str
@@ -131,8 +161,11 @@ class Row:
     accuracy: Accuracy | None = None
     memory: Memory | None = None
     decode: Decode | None = None
+    profile: Profile | None = None
     speedup_eager: float | None = None
     speedup_compiled: float | None = None
+    speedup_upstream: float | None = None
+    speedup_upstream_compiled: float | None = None
     reference_error: float | None = None
 
 
@@ -251,6 +284,8 @@ def _check_row(row: Row, where: str) -> None:
         raise SchemaError(f"{where}.rates must not be null for a measured {row.kind}")
     if row.kind == "decode" and row.decode is None:
         raise SchemaError(f"{where}.decode must not be null for a measured decode")
+    if row.kind == "profile" and row.profile is None:
+        raise SchemaError(f"{where}.profile must not be null for a measured profile")
     if row.rates is not None and row.rates.bound is not None:
         _one_of(f"{where}.rates.bound", row.rates.bound, BOUNDS)
     if row.accuracy is not None:

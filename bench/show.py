@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .schema import Row
 
+LEAST_SHARE = 0.2  # percent of a step, of the parts of it that are shown
 console = Console(highlight=False)
 if not console.is_terminal:  # a log: as wide as its tables
     console = Console(highlight=False, width=120)
@@ -113,6 +114,57 @@ def forward_cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def profiles(rows: list[Row]) -> None:
+    """Parts of a step, the largest gap first."""
+    for row in (r for r in rows if r.kind == "ceiling"):
+        console.print(f"ceiling, {row.dtype}: {row.name} {best_rate(row)}", markup=False)
+    rows = [r for r in rows if r.kind == "profile"]
+    if rows:
+        side = rows[0].shape["height"]
+        title = f"one step of {network(rows[0])}, {side}x{side}, {rows[0].dtype}, {rows[0].backend}"
+        if rows[0].profile is not None:
+            title += f": {accounted(rows[0])}"
+        columns = ("part", "shapes", "calls", "ms", "share %", "floor ms", "gap ms", "% of floor")
+        few = [r for r in rows if r.profile is None or r.profile.share >= LEAST_SHARE]
+        _table(title, columns, few, profile_cells)
+        if len(few) < len(rows):
+            left = sum(r.profile.share for r in rows if r not in few)
+            left = f"and {len(rows) - len(few)} parts below {LEAST_SHARE} %, {left:.1f} % in all"
+            console.print(left, markup=False)
+
+
+def profile_cells(row: Row) -> tuple[str, ...]:
+    p = row.profile
+    _, _, shapes = row.site.partition("/")
+    return (
+        short(row.name, 28),
+        short(shapes, 40),
+        f"{p.calls:.4g}",
+        number(row.timing.median_ms if row.name == "step" else p.ms),
+        f"{p.share:.1f}",
+        number(p.floor_ms),
+        number(p.gap_ms),
+        f"{row.rates.percent:.0f}" if p.floor_ms else "",
+    )
+
+
+def network(row: Row) -> str:
+    return row.site.split("/")[0]
+
+
+def accounted(row: Row) -> str:
+    """Of the row of a step: how much of it its kernels are."""
+    p = row.profile
+    return (
+        f"{number(row.timing.median_ms)} ms, {number(p.step_ms)} under the profiler, "
+        f"{p.share:.1f} % of that in kernels"
+    )
+
+
+def short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 def decode_cells(row: Row) -> tuple[str, ...]:
     t, m, d = row.timing, row.memory, row.decode
     return (
@@ -134,6 +186,8 @@ def summary(rows: list[Row]) -> None:
         table.add_column(name, justify="right" if i > 3 else "left", no_wrap=True)
     for r in rows:
         if r.timing is None or r.kind in ("ceiling", "tile"):
+            continue
+        if r.kind == "profile" and r.name != "step":
             continue
         if r.kind == "kernel" and r.backend in ("eager", "compiled"):
             continue

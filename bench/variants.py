@@ -22,27 +22,30 @@ from pixeldiff.ops.registry import OPS
 
 from . import models, upstream
 
-# Name -> (what runs, whether under torch.compile). "compile" is the plain network compiled,
+# Name -> (what runs, the mode of torch.compile or None). "compile" is the plain network compiled,
 # "reference-fp32" the plain network in fp32 whatever precision is asked for, "pixeldiff-no-graphs"
-# what pixeldiff does for the first image of a size, "upstream+accelerate" the original, handed to
-# `pixeldiff.accelerate` as it is.
+# what pixeldiff does for the first image of a size, "upstream+compile" the original as its own
+# switch --compile has it, "upstream+accelerate" the original, handed to `pixeldiff.accelerate` as
+# it is.
 VARIANTS = {
-    "pixeldiff": ("pixeldiff", False),
-    "pixeldiff+compile": ("pixeldiff", True),
-    "pixeldiff-no-graphs": ("pixeldiff", False),
-    "reference": ("reference", False),
-    "reference-fp32": ("reference", False),
-    "compile": ("reference", True),
-    "upstream": ("upstream", False),
-    "upstream+compile": ("upstream", True),
-    "upstream+accelerate": ("upstream", False),
+    "pixeldiff": ("pixeldiff", None),
+    "pixeldiff+compile": ("pixeldiff", "default"),
+    "pixeldiff-no-graphs": ("pixeldiff", None),
+    "reference": ("reference", None),
+    "reference-fp32": ("reference", None),
+    "compile": ("reference", "default"),
+    "compile-max-autotune": ("reference", "max-autotune"),
+    "upstream": ("upstream", None),
+    "upstream+compile": ("upstream", "default"),
+    "upstream+accelerate": ("upstream", None),
 }
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a worker loads. `backends` as the option --backend gives them."""
+    """What a worker loads. `backends` as the option --backend gives them; `tile` is latent cells
+    along a side of a tile, 0 for an image in one piece."""
 
     variant: str
     config: str
@@ -52,6 +55,7 @@ class Spec:
     batch: int
     backends: tuple[str, ...] = ()
     threads: int | None = None
+    tile: int = 0
 
 
 def precision(variant: str, asked: str) -> str:
@@ -143,14 +147,16 @@ class Loaded:
         self.spec = spec
         self.device = torch.device(spec.device)
         self.marks = Marks(self.device)
-        self.base, compiled = VARIANTS[spec.variant]
+        self.base, mode = VARIANTS[spec.variant]
+        if spec.tile and (self.base == "upstream" or mode):
+            raise ValueError("decodes in tiles are pixeldiff's own and the reference's")
         if self.base == "upstream":
-            self._load_upstream(compiled)
+            self._load_upstream(mode)
         else:
-            self._load(compiled)
+            self._load(mode)
         self._inputs: dict[int, models.Inputs] = {}
 
-    def _load(self, compiled: bool) -> None:
+    def _load(self, mode: str | None) -> None:
         spec = self.spec
         self.decoder = models.decoder(spec.config, self.device, spec.precision)
         if spec.variant == "pixeldiff-no-graphs":
@@ -158,9 +164,13 @@ class Loaded:
         self.net = net = self.decoder.net
         self.config = net.config
         self.steps = spec.steps or self.decoder.sampling.steps
-        if compiled:
-            net.step = _compiled_step(net)
-        if self.decoder.distilled and not compiled:
+        if mode:
+            net.step = _compiled_step(net, mode)
+        if spec.tile:
+            net.step = self.marks.wrap("step", net.step)  # a call for each tile
+            self._decode = self._by_decoder
+            return
+        if self.decoder.distilled and not mode:
             # Around what the decoder runs, captured or not: its methods are what graphs replay.
             self.decoder.graphs.run = self.marks.around(self.decoder.graphs.run)
             self._decode = self._by_decoder
@@ -170,7 +180,7 @@ class Loaded:
         # A decoder fuses its sampler's update into the step; the compiled graph is the step.
         self._decode = self._by_step if self.decoder.distilled else self._by_decoder
 
-    def _load_upstream(self, compiled: bool) -> None:
+    def _load_upstream(self, mode: str | None) -> None:
         spec, found = self.spec, models.resolve(self.spec.config)
         if found is not None and found.kind != "distilled":
             raise ValueError("upstream is run with the distilled networks' sampler only")
@@ -186,7 +196,7 @@ class Loaded:
         if spec.variant == "upstream+accelerate":
             pixeldiff.accelerate(self.net)
         self.steps = spec.steps or 4
-        step = upstream.Step(self.net, spec.precision, compiled=compiled)
+        step = upstream.Step(self.net, spec.precision, compiled=mode is not None)
         self._step = self.marks.wrap("step", step)
         self._decode = self._by_original
 
@@ -221,16 +231,18 @@ class Loaded:
         return pixeldiff.backend(**choice(self.spec.backends))
 
     def _by_decoder(self, inputs: models.Inputs, side: int) -> Tensor:
-        guided = {}
+        options: dict[str, Any] = {}
         if not self.decoder.distilled:
-            guided = {"negative_caption": -inputs.caption}
+            options["negative_caption"] = -inputs.caption
+        if self.spec.tile:
+            options["tile"] = (self.spec.tile, self.spec.tile)
         return self.decoder.decode(
             inputs.latent,
             caption=inputs.caption,
             steps=self.steps,
             seed=SEED,
             output="pt",
-            **guided,
+            **options,
         ).images
 
     @torch.no_grad()
@@ -260,15 +272,17 @@ class Loaded:
         return sample_student(velocity, noise, student_times(self.steps), draw).clamp(-1, 1)
 
 
-def _compiled_step(net) -> Callable:
+def _compiled_step(net, mode: str = "default") -> Callable:
     """`net.step` as one compiled graph for all steps."""
-    step = torch.compile(net.step, dynamic=False, fullgraph=True)
+    step = torch.compile(net.step, dynamic=False, fullgraph=True, mode=mode)
 
     def run(x: Tensor, tau: float, condition) -> Tensor:
         # Under the same key in every step: the time would be a constant of the graph otherwise.
         modulation = condition.modulations.get(tau)
         if modulation is None:
             modulation = net.modulation(torch.tensor([network_time(tau / 1000)], device=net.device))
+        # Where the mode makes CUDA graphs, the result of the step before was used by now.
+        torch.compiler.cudagraph_mark_step_begin()
         return step(x, 0.0, dataclasses.replace(condition, modulations={0.0: modulation}))
 
     return run

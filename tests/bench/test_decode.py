@@ -100,6 +100,42 @@ def test_rows_of_faked_workers(fake):
     assert turns[8:] == ["pixeldiff 64", "reference 64"] * 10
 
 
+def test_tiles_are_the_decoders_own(fake):
+    whole = Loaded(SPEC).image(128)[2]
+    for name in ("pixeldiff", "reference"):
+        loaded = Loaded(dataclasses.replace(SPEC, variant=name, tile=2))  # cells of 32 pixels
+        _, spans, image = loaded.image(128)
+        assert len(spans["step"]) > SPEC.steps  # a call for each tile
+        assert image.shape == whole.shape
+        assert not torch.equal(image, whole)
+    with pytest.raises(ValueError, match="in tiles are pixeldiff's own"):
+        Loaded(dataclasses.replace(SPEC, variant="compile", tile=2))
+    (rows,) = run(Plan("demo", 128, CPU, "fp32", ("reference",), images=2, tile=64))
+    assert all(r.shape["tile"] == 64 for r in rows)
+    with pytest.raises(ValueError, match="tile must be smaller than the image's side 64, got 64"):
+        list(run(Plan("demo", 64, CPU, "fp32", tile=64)))
+    with pytest.raises(ValueError, match="multiple of 32"):
+        list(run(Plan("demo", 128, CPU, "fp32", tile=40)))
+
+
+@pytest.mark.parametrize(
+    ("variant", "mode"), [("compile", "default"), ("compile-max-autotune", "max-autotune")]
+)
+def test_the_mode_of_compilation(monkeypatch, variant, mode):
+    modes = []
+
+    def compiled(step, **options):
+        modes.append(options)
+        return step
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    image = Loaded(dataclasses.replace(SPEC, variant=variant)).image(64)[2]
+    assert modes == [{"dynamic": False, "fullgraph": True, "mode": mode}]
+    plain = Loaded(dataclasses.replace(SPEC, variant="reference")).image(64)[2]
+    value = psnr(image.numpy(), plain.numpy().astype(np.float64))
+    assert value is None or value > 80
+
+
 def test_psnr():
     assert psnr(np.zeros(8), np.zeros(8)) is None
     assert psnr(np.ones(8), -np.ones(8)) == pytest.approx(0.0)

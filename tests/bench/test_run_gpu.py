@@ -1,4 +1,5 @@
-"""bench/run_gpu.sh on a CPU: every stage of its rehearsal runs, within its limit, and is kept."""
+"""bench/run_gpu.sh on a CPU: every part with programs that only say how they were called, each
+command parsed as its own; a rehearsal; limits, resuming, and what is kept."""
 
 from __future__ import annotations
 
@@ -7,40 +8,219 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import click
 import pytest
 
 from bench import schema
+from bench.__main__ import main
 from bench.forward import NETWORKS
+from bench.models import names
+from bench.variants import VARIANTS
 from pixeldiff.ops.registry import OPS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "run_gpu.sh"
+ROOT = SCRIPT.parents[1]
+PARTS = ("", "--tests", "--sanitize", "--cuda", "--compare", "--compile", "--more", "--l2p")
+PARTS += ("--tune",)
+TOOLS = ("python", "compute-sanitizer")
 
 
 def start(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OUT": str(out), "PYTHON": sys.executable, **environment}
     return subprocess.run(
-        ["bash", str(SCRIPT), *arguments], env=env, capture_output=True, text=True, check=False
+        ["bash", str(SCRIPT), *filter(None, arguments)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
-@pytest.mark.slow
+@pytest.fixture
+def said(tmp_path):
+    """said(*arguments): the script run with programs that print their arguments, one a line."""
+    for name in TOOLS:
+        program = tmp_path / name
+        program.write_text(
+            f'#!/bin/sh\necho "called {name}"\nfor a in "$@"; do echo "| $a"; done\n'
+            '[ -z "$FAILS" ] || case "$*" in *"$FAILS"*) exit 1 ;; esac\n'
+        )
+        program.chmod(0o755)
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        found = {"PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        return start(tmp_path / "out", *arguments, **{**found, **environment})
+
+    run.out = tmp_path / "out"
+    return run
+
+
+def limits(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    """Stage -> seconds; the programs take none, so that none is cut to what is left."""
+    return {n: int(s) for n, s in re.findall(r"^== (\S+) \(at most (\d+) s\)", done.stdout, re.M)}
+
+
+def table(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """Stage -> what the last lines say of it."""
+    lines = done.stdout.split("stages,")[1].strip().splitlines()[1:]
+    return {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+
+
+def command(log: Path) -> list[str]:
+    """The arguments of the last program that a stage started."""
+    last = log.read_text().split("called ")[-1].splitlines()[1:]
+    return [line.removeprefix("| ") for line in last if line.startswith("| ")]
+
+
+def parsed(words: list[str]) -> tuple[str, dict]:
+    assert words[:2] == ["-m", "bench"]
+    made = main.commands[words[2]].make_context(words[2], words[3:])
+    return words[2], made.params
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_part(said, part):
+    """Its stages one after the other, within nine minutes, each a command that exists."""
+    done = said(part)
+    assert done.returncode == 0, done.stderr
+    stages = limits(done)
+    own = {n: s for n, s in stages.items() if n not in ("environment", "report")}
+    assert sum(own.values()) <= 530
+    states = table(done)
+    assert all(states[name].endswith("s ok") for name in stages), states
+    for name in own:
+        words = command(said.out / f"{name}.log")
+        if "pytest" in words:
+            assert "gpu" in words
+            files = [w for w in words if w.startswith("tests")]
+            assert files
+            assert all((ROOT / f).exists() for f in files), files
+        elif name != "build":
+            kind, params = parsed(words)
+            assert Path(params["path"]).name == f"{name}.json"
+            # What was measured is kept where a stage ends by itself.
+            for limit in ("limit", "timeout"):
+                assert (params.get(limit) or 0) < own[name], name
+            if kind in ("decode", "profile", "forward"):
+                assert params["config"] in {*NETWORKS, *names()}
+            assert set(params.get("ops", ())) <= OPS.keys(), name
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_rehearsal_of_a_part(said, part):
+    """The same stages; every command on a CPU, and nothing compiled."""
+    done = said("--dry-run", part)
+    assert done.returncode == 0, done.stderr
+    rehearsed = limits(done)
+    assert "build" not in rehearsed
+    assert all(state.endswith("s ok") for state in table(done).values())
+    real = limits(said(part))
+    assert rehearsed.keys() == real.keys() - {"build"}
+    said("--dry-run", part)  # the logs of the rehearsal once more
+    for name in rehearsed.keys() - {"environment", "report"}:
+        words = command(said.out / f"{name}.log")
+        if "pytest" in words:
+            assert "--collect-only" in words
+            continue
+        kind, params = parsed(words)
+        assert params["device"] == "cpu"
+        assert not any("compile" in v for v in params.get("variants", ()))
+        assert not params.get("compiled")
+        if kind in ("decode", "forward", "profile"):
+            assert params["config"] in ("demo", "tiny")
+            assert (params["side"] or 0) <= 256
+
+
+def test_what_parts_measure(said):
+    """Every variant of a decode, every network call of L2P, and a race for every CUDA kernel."""
+    decodes, forwards, raced = set(), set(), set()
+    for part in PARTS:
+        for name in limits(said(part)):
+            words = command(said.out / f"{name}.log")
+            if words[1:2] != ["bench"]:
+                continue
+            kind, params = parsed(words)
+            if kind == "decode":
+                sizes = {params["side"], params["new_side"] or params["side"]}
+                decodes |= {(params["config"], s, v) for s in sizes for v in params["variants"]}
+            elif kind == "forward":
+                forwards |= {(params["config"], v) for v in params["variants"]}
+            elif kind == "kernels" and part == "--cuda":
+                raced |= set(params["ops"])
+    for config in ("flux-2k", "flux2-v1.5"):
+        for size in (1024, 2048, 4096):
+            assert {(config, size, v) for v in ("reference", "upstream")} <= decodes
+    assert {v for _, _, v in decodes} == VARIANTS.keys() - {
+        *("pixeldiff", "pixeldiff+compile", "reference-fp32", "upstream+accelerate")
+    }
+    assert {("1k", "reference"), ("4k", "reference"), ("8k", "reference")} <= forwards
+    assert ("4k", "source") in forwards
+    # PyTorch's own, and two without products, which the first part races with everything else.
+    having = {o.name for o in OPS.values() if any(b.name == "cuda" for b in o.backends)}
+    assert having - raced == {"fp8_linear", "rms_norm_modulate", "gated_residual_norm"}
+    assert raced <= having
+
+
+def test_compute_sanitizer(said):
+    said("--sanitize")
+    said("--cuda")
+    for name, tool, kernels in (
+        ("memcheck-bf16", "memcheck", "_kernel"),
+        ("racecheck-fp32", "racecheck", "_kernel"),
+        ("synccheck-cuda", "synccheck", "pixeldiff"),
+    ):
+        log = (said.out / f"sanitize-{name}.log").read_text()
+        assert "called compute-sanitizer" in log
+        words = command(said.out / f"sanitize-{name}.log")
+        assert words[:4] == ["--tool", tool, "--error-exitcode", "9"]
+        assert f"kns={kernels}" in words
+
+
+def test_what_came_to_its_end_is_left_out(said):
+    only = "environment build kernels-short decode-short tests-models"
+    done = said(ONLY=only, FAILS="bench decode")
+    assert limits(done).keys() == {*only.split()}
+    assert table(done)["decode-short"].endswith("failed, code 1")
+    done = said("--resume", ONLY=only)
+    assert limits(done).keys() == {"environment", "build", "decode-short"}  # on a new machine
+    assert table(done)["kernels-short"] == "- done before"
+    # Another command is another measurement.
+    assert "decode-short" in limits(said("--resume", ONLY=only, BACKEND="triton"))
+    assert "decode-short" in limits(said("--resume", ONLY=only))
+    assert limits(said("--resume", ONLY=only)).keys() == {"environment", "build"}
+    # So are other sources.
+    assert "kernels-short" in limits(said("--resume", ONLY=only, PIXELDIFF_COMMIT="abc"))
+    assert limits(said(ONLY=only)).keys() == {*only.split()}
+
+
+def test_everything_in_one_file(said, tmp_path):
+    archive = tmp_path / "results.tar.gz"
+    only = {"ONLY": "kernels-short tests-once", "ARCHIVE": str(archive)}
+    said(**only)
+    with tarfile.open(archive) as f:
+        kept = {Path(n).name for n in f.getnames()}
+    assert {"kernels-short.log", "kernels-short.done", "tests-once.log"} <= kept
+    assert not list(tmp_path.glob("*.part"))
+    for file in said.out.iterdir():
+        file.unlink()
+    done = said("--resume", **only)
+    assert limits(done) == {}
+    assert (said.out / "kernels-short.log").exists()
+
+
 @pytest.mark.timeout(600)
 def test_dry_run(tmp_path):
-    done = start(tmp_path, "--dry-run")
+    """One stage of a rehearsal as it is, and what becomes of its result."""
+    done = start(tmp_path, "--dry-run", ONLY="environment kernels-short", DRY_LIMIT="1")
     assert done.returncode == 0, done.stderr
-    for stage in ("environment", "tests", "kernels-short", "kernels-full", "decode-short"):
-        assert (tmp_path / f"{stage}.log").exists()
-    for name in (
-        *("kernels-short", "kernels-full", "kernels-cuda-rehearsal"),
-        *("decode-short", "decode-full", "forward-tiny"),
-    ):
-        rows = schema.load(tmp_path / f"{name}.json")
-        assert any(r.status == "measured" for r in rows), name
+    assert "torch present" in (tmp_path / "environment.log").read_text()
+    rows = schema.load(tmp_path / "kernels-short.json")
+    assert any(r.status == "measured" for r in rows)
     assert "summary" in done.stdout
-    assert done.stdout.rstrip().splitlines()[-1].strip().startswith(("report", "forward-tiny"))
-    assert "failed" not in done.stdout.split("stages,")[1], done.stdout
+    assert all(state.endswith("s ok") for state in table(done).values()), done.stdout
 
 
 def test_a_stage_that_hangs_costs_only_itself(tmp_path):
@@ -48,71 +228,15 @@ def test_a_stage_that_hangs_costs_only_itself(tmp_path):
     slow = tmp_path / "python"
     slow.write_text("#!/bin/sh\nsleep 60\n")
     slow.chmod(0o755)
-    done = start(tmp_path / "out", "--dry-run", PYTHON=str(slow), TOTAL="14")
+    done = start(tmp_path / "out", "--dry-run", PYTHON=str(slow), TOTAL="3", LEAST="1", ONLY=_FIRST)
     assert done.returncode == 0, done.stderr
-    table = done.stdout.split("stages,")[1]
-    assert "environment" in table
-    assert "stopped at 14 s" in table
-    assert "skipped: the whole limit of 14 s is used up" in table
+    states = table(done)
+    assert states["environment"] == "3 s stopped at 3 s (code 124)"
+    assert states["tests-once"] == "- skipped: the whole limit of 3 s is used up"
     assert "no stage measured anything" in done.stdout
 
 
-def test_every_part_asks_for_commands_that_exist():
-    """What only a GPU runs: its options are parsed here, and rejected if they are misspelt."""
-    from bench.__main__ import main
-
-    lines = SCRIPT.read_text().replace("\\\n", " ").splitlines()
-    calls = [shlex.split(line) for line in lines if line.startswith("  forward ")]
-    assert len(calls) == 8
-    command = main.commands["forward"]
-    for _, name, seconds, *options in calls:
-        assert 0 < int(seconds) <= 240, name
-        context = command.make_context("forward", options)
-        assert context.params["config"] in NETWORKS
-    calls = [shlex.split(line) for line in lines if line.startswith("  kernels ")]
-    assert len(calls) == 11
-    for _, name, seconds, *options in calls:
-        params = main.commands["kernels"].make_context("kernels", options).params
-        assert set(params["ops"]) <= OPS.keys(), name
-        # What was measured is kept where a stage ends by itself.
-        assert params["limit"] is None or params["limit"] < int(seconds), name
-    words = [word for line in lines for word in line.split() if word.startswith("tests/")]
-    assert words
-    assert all((SCRIPT.parents[1] / word).exists() for word in words)
-
-
-def test_every_cuda_kernel_has_a_race():
-    """Of the part for them; and what it takes together ends within nine minutes."""
-    lines = SCRIPT.read_text().replace("\\\n", " ").split('elif [ "$CUDA"')[1].split("elif")[0]
-    having = {o.name for o in OPS.values() if any(b.name == "cuda" for b in o.backends)}
-    raced = set(re.findall(r"--op (\w+)", lines))
-    # PyTorch's own, and two without products, which the first part races with everything else.
-    assert having - raced == {"fp8_linear", "rms_norm_modulate", "gated_residual_norm"}
-    assert raced <= having
-    stages = re.findall(r"^ +(?:stage|kernels) \S+ (\d+)", lines, re.M)
-    tools = len(re.search(r"for tool in (.*);", lines)[1].split())
-    assert sum(map(int, stages)) + (tools - 1) * int(stages[-1]) < 530
-
-
-def test_cuda_part(tmp_path):
-    """Its stages one after the other, with programs that only say how they were called."""
-    for name in ("python", "compute-sanitizer"):
-        program = tmp_path / name
-        program.write_text(f'#!/bin/sh\necho {name} "$@"\n')
-        program.chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    done = start(tmp_path / "out", "--cuda", PYTHON=str(tmp_path / "python"), PATH=path)
-    assert done.returncode == 0, done.stderr
-    table = done.stdout.split("stages,")[1].strip().splitlines()[1:]
-    assert all(row.endswith("ok") for row in table), table
-    logs = {f.stem: f.read_text() for f in (tmp_path / "out").glob("*.log")}
-    for name in ("attention", "attention-fp8", "qkv", "mlp", "compress", "up"):
-        assert f"kernels-cuda-{name}.json" in logs[f"kernels-cuda-{name}"]
-    for tool in ("memcheck", "racecheck", "synccheck"):
-        said = logs[f"sanitize-{tool}"]
-        assert said.startswith(f"compute-sanitizer --tool {tool} --error-exitcode 9 --kernel-name")
-        assert "-m pytest" in said
-        assert "tests/kernels/test_local_decoder_up_cuda.py" in said
+_FIRST = "environment tests-once kernels-short"
 
 
 def test_races_of_this_run_choose_the_backends(tmp_path):
@@ -134,9 +258,24 @@ def test_races_of_this_run_choose_the_backends(tmp_path):
         *("-m", "bench", "choose", str(out / "kernels-short.json")),
         *("--tables", str(out / "tables" / "measured")),
     ]
+    # One that goes on takes those that it leaves out, too.
+    os.utime(out / "kernels-short.json", (1, 1))
+    done = start(out, "--resume", PYTHON=str(program))
+    assert "done before" in done.stdout
+    assert (out / "choose.log").read_text().split() == said
 
 
 def test_wrong_usage(tmp_path):
-    done = start(tmp_path, "--fast")
-    assert done.returncode == 2
-    assert "usage" in done.stderr
+    for arguments in (["--fast"], ["--l2p", "--tune"]):
+        done = start(tmp_path, *arguments)
+        assert done.returncode == 2
+        assert "usage" in done.stderr or "one part at a time" in done.stderr
+
+
+def test_page_names_every_part():
+    page = (ROOT / "bench" / "README.md").read_text()
+    for part in PARTS:
+        assert not part or f"`{part}`" in page, part
+    usage = shlex.split(start(ROOT / "unused", "--help").stderr)
+    assert {w.strip("[]") for w in usage} >= {*PARTS[1:], "--resume", "--dry-run"}
+    assert isinstance(main, click.Group)
