@@ -19,6 +19,7 @@ from pixeldiff.out_files import check_out_path
 from . import show
 from .estimates import SITES
 from .forward import CHOICES
+from .huge_command import huge
 from .kill_command import kill
 from .l2p_commands import convert, local_decoder
 from .machine import DTYPES
@@ -417,6 +418,7 @@ main.add_command(local_decoder)
 main.add_command(convert)
 main.add_command(tiles)
 main.add_command(kill)
+main.add_command(huge)
 main.add_command(memory)
 main.add_command(plans)
 
