@@ -22,20 +22,25 @@ from . import tiff_stream
 from .row_bands import checked
 
 LEVEL = 6  # zlib's own choice
+OLDEST = (8, 15)  # libvips: it can leave EXIF out
 _PER_MM = 72 / 25.4  # libvips always says a density; this is what readers take for none
 
 
 def why_not() -> str | None:
     """Why no PNG can be written here row by row, or None."""
     try:
-        import pyvips  # noqa: F401
+        import pyvips
         import tifffile  # noqa: F401
-    except (ImportError, OSError) as error:  # OSError: pyvips without a libvips
-        return (
-            f"writing a PNG row by row needs pyvips, libvips and tifffile ({error}); install the "
-            f"extra pixeldiff[png], or write a .tif"
-        )
-    return None
+
+        if pyvips.at_least_libvips(*OLDEST):
+            return None
+        error = f"this libvips is {pyvips.version(0)}.{pyvips.version(1)}"
+    except (ImportError, OSError) as e:  # OSError: pyvips without a libvips
+        error = str(e)
+    return (
+        f"writing a PNG row by row needs pyvips, libvips {'.'.join(map(str, OLDEST))} and tifffile "
+        f"({error}); install the extra pixeldiff[png], or write a .tif"
+    )
 
 
 def write_png(

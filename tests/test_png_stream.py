@@ -192,6 +192,13 @@ def test_few_rows_are_held(tmp_path):
     assert peak() - before < 16e6 < 8192 * 2048 * 3 / 3
 
 
+def test_an_old_libvips(monkeypatch):
+    pyvips = pytest.importorskip("pyvips")
+    monkeypatch.setattr(pyvips, "at_least_libvips", lambda *version: version < (8, 14))
+    monkeypatch.setattr(pyvips, "version", lambda part: (8, 14, 0)[part])
+    assert "needs pyvips, libvips 8.15 and tifffile (this libvips is 8.14)" in png_stream.why_not()
+
+
 def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyvips", None)
     reason = png_stream.why_not()

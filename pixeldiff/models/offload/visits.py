@@ -143,9 +143,9 @@ class Offload:
 
     def as_running(self, net: nn.Module) -> dict[str, nn.Module]:
         """The network's modules by name; those of the block that is being run, as they are run."""
-        modules = dict(net.named_modules())
-        if self._running is not None:
-            own, block = self._running
+        modules, running = dict(net.named_modules()), self._running  # others may end theirs
+        if running is not None:
+            own, block = running
             name = next(name for name, module in modules.items() if module is own)
             modules |= {f"{name}.{part}".rstrip("."): m for part, m in block.named_modules()}
         return modules
