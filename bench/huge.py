@@ -186,7 +186,7 @@ def _process(plan: Plan, latent: Path, out: Path, share: float | None) -> Proces
         enough = None if share is None else math.ceil(share * tiles)
         start, peak = time.perf_counter(), before
         while child.poll() is None and (enough is None or kept < enough):
-            time.sleep(0.1)
+            time.sleep(0.02)
             peak = max(peak, resident_peak(child.pid) or 0)
             kept = max(kept, _kept(out))
         seconds = time.perf_counter() - start
