@@ -20,8 +20,10 @@ from . import show
 from .choose_command import choose
 from .estimates import SITES
 from .forward import CHOICES
+from .huge_command import huge
 from .kill_command import kill
 from .l2p_commands import convert, local_decoder
+from .large_files_command import files
 from .machine import DTYPES
 from .memory_command import memory, plans
 from .options import comma, json_option, threads_option
@@ -461,6 +463,8 @@ main.add_command(local_decoder)
 main.add_command(convert)
 main.add_command(tiles)
 main.add_command(kill)
+main.add_command(huge)
+main.add_command(files)
 main.add_command(memory)
 main.add_command(plans)
 

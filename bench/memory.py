@@ -50,10 +50,18 @@ def _graphs_own(device: torch.device) -> int:
     )
 
 
-def _status(key: str) -> int | None:
-    if not STATUS.exists():
+def resident_peak(pid: int) -> int | None:
+    """The most bytes that were resident in another process; None where that cannot be known."""
+    try:
+        return _status("VmHWM", STATUS.parents[1] / str(pid) / "status")
+    except OSError:  # it has ended
         return None
-    for line in STATUS.read_text().splitlines():
+
+
+def _status(key: str, path: Path = STATUS) -> int | None:
+    if not path.exists():
+        return None
+    for line in path.read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,8 +18,8 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
-from . import jpeg_file, tiff_stream
-from .images import band_rows, picture_bands, to_picture, to_rgb, uint8_bands
+from . import jpeg_file, png_stream, tiff_stream
+from .images import band_rows, picture_bands, to_rgb, uint8_bands
 from .jpeg_file import write_jpeg
 from .json_text import loads
 from .out_files import check_out_path, written_whole
@@ -30,6 +31,9 @@ KEY = "pixeldiff"
 _OURS = f'{{"{KEY}": '  # how the descriptions begin that were written here
 PNG, JPEG, TIFF = (".png",), (".jpg", ".jpeg"), (".tif", ".tiff")
 SUFFIXES = PNG + JPEG + TIFF
+# Pixels of a PNG that Pillow writes, which holds four bytes of each: so many in any case, no more
+# than bands of rows take; and without libvips so many.
+_SMALL, _LARGEST_WHOLE = 1 << 20, 16384 * 16384
 
 
 def save_picture(
@@ -49,7 +53,8 @@ def save_picture(
         path: ends in .png, .jpg, .jpeg, .tif (or .tiff), which decides; its directory must exist.
         image: a picture, or (3, H, W) in [-1, 1] on any device, of which PNG and TIFF convert only
             bands of rows at a time. JPEG needs the whole picture in 8 bits: 315 MB at
-            10240 x 10240, which are 420 MB in Pillow, at four bytes a pixel.
+            10240 x 10240, which are 420 MB in Pillow, at four bytes a pixel. So does PNG without
+            the extra pixeldiff[png], where libvips writes it by way of a scratch file.
         metadata: JSON-able. In a PNG the text entry "pixeldiff", elsewhere the ImageDescription
             (of EXIF in a JPEG, where it has at most 65000 characters) {"pixeldiff": metadata}.
         rounded: of a tensor; see `images.to_uint8`.
@@ -57,7 +62,8 @@ def save_picture(
 
     Raises:
         ValueError: another suffix, or more than a JPEG can hold. ImportError: a TIFF, without the
-        extra pixeldiff[tiff]. OSError: the file cannot be written. Nothing is left behind.
+        extra pixeldiff[tiff]; a PNG of more than 16384 x 16384 pixels, without pixeldiff[png].
+        OSError: the file cannot be written. Nothing is left behind.
     """
     return save_pictures([(path, image, metadata)], rounded=rounded, by_way_of=by_way_of)[0]
 
@@ -74,7 +80,7 @@ def save_pictures(
         for path, target, (_, image, metadata) in zip(paths, partial, files, strict=True):
             text = None if metadata is None else json.dumps(metadata)
             with target.open("wb") as file:
-                _write(file, path.suffix.lower(), image, text, rounded)
+                _write(file, target, path.suffix.lower(), image, text, rounded)
     return paths
 
 
@@ -90,8 +96,8 @@ def save_rows(
     """As `save_picture`, and to the same bytes, for a picture that comes from top to bottom.
 
     Args:
-        path, metadata, rounded, by_way_of: as for `save_picture`. PNG and TIFF hold a few bands of
-            rows, JPEG the whole picture in 8 bits.
+        path, metadata, rounded, by_way_of: as for `save_picture`. TIFF, and PNG with the extra
+            pixeldiff[png], hold a few bands of rows, JPEG the whole picture in 8 bits.
         size: (H, W).
         rows: (3, rows, W) in [-1, 1], H rows in all. What it raises leaves no file.
     """
@@ -100,14 +106,11 @@ def save_rows(
     pixels = (band for part in rows for band in uint8_bands(part, rounded=rounded))
     with written_whole([path], by_way_of=by_way_of) as (partial,), partial.open("wb") as file:
         suffix = path.suffix.lower()
-        if suffix in JPEG:
-            picture, first = Image.new("RGB", size[::-1]), 0
-            for band in checked("write_jpeg", size, pixels):
-                picture.paste(Image.fromarray(band), (0, first))
-                first += len(band)
-            write_jpeg(file, picture, _description(text))
+        if _held_whole(suffix, size):
+            _write_whole(file, suffix, _picture_of(path.name, size, pixels), text)
         else:
-            _write_bands(file, suffix, size, rebanded(pixels, band_rows(size[1])), text)
+            bands = rebanded(pixels, band_rows(size[1]))
+            _write_bands(file, partial, suffix, size, bands, text)
     return path
 
 
@@ -115,10 +118,13 @@ def check_space(path: str | os.PathLike[str], size: tuple[int, int]) -> None:
     """Raises OSError where a picture might not fit on its disk; call it before long work starts.
 
     What is asked for is what noise takes, 3 bytes a pixel and 1%: how far a picture shrinks is not
-    known before. Nothing is asked for a JPEG, which is a fraction of that.
+    known before; and as much again for the scratch file of a large PNG. Nothing is asked for a
+    JPEG, which is a fraction of that.
     """
     path = Path(path)
-    needed = 0 if path.suffix.lower() in JPEG else int(size[0] * size[1] * 3 * 1.01)
+    suffix = path.suffix.lower()
+    files = 0 if suffix in JPEG else 2 if suffix in PNG and not _held_whole(suffix, size) else 1
+    needed = int(files * size[0] * size[1] * 3 * 1.01)
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise OSError(
@@ -144,6 +150,13 @@ def check_picture_path(path: str | os.PathLike[str], size: tuple[int, int] | Non
     reason = tiff_stream.why_not() if suffix in TIFF else None
     if reason is not None:
         raise ImportError(f"{path.name}: {reason}")
+    if size is not None and suffix in PNG and size[0] * size[1] > _LARGEST_WHOLE:
+        reason = png_stream.why_not()
+        if reason is not None:
+            raise ImportError(
+                f"{path.name}: {size[0]} x {size[1]} pixels are more than are written at once; "
+                f"{reason}"
+            )
     if size is not None and suffix in JPEG:
         reason = jpeg_file.why_not_size(size)
         if reason is not None:
@@ -200,35 +213,64 @@ def _opened(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def _write(
-    file: BinaryIO, suffix: str, image: Image.Image | Tensor, text: str | None, rounded: bool
+    file: BinaryIO,
+    target: Path,
+    suffix: str,
+    image: Image.Image | Tensor,
+    text: str | None,
+    rounded: bool,
 ) -> None:
-    is_tensor = isinstance(image, Tensor)
-    if suffix in TIFF or (suffix in PNG and is_tensor):
+    """Into `target`, which is open as `file`."""
+    is_tensor, size = isinstance(image, Tensor), _size(image)
+    if suffix in TIFF or (is_tensor and not _held_whole(suffix, size)):
         bands = uint8_bands(image, rounded=rounded) if is_tensor else picture_bands(image)
-        _write_bands(file, suffix, _size(image), bands, text)
-        return
-    if suffix in PNG:
-        info = PngInfo()
-        if text is not None:
-            info.add_text(KEY, text)
-        image.save(file, "PNG", pnginfo=info)
+        _write_bands(file, target, suffix, size, bands, text)
         return
     if is_tensor:
-        image = to_picture(image, rounded=rounded)
-    elif image.mode != "RGB":
+        image = _picture_of(target.name, size, uint8_bands(image, rounded=rounded))
+    elif suffix in JPEG and image.mode != "RGB":
         image = to_rgb(image)
-    write_jpeg(file, image, _description(text))
+    _write_whole(file, suffix, image, text)
+
+
+def _held_whole(suffix: str, size: tuple[int, int]) -> bool:
+    """Whether the whole picture is held in 8 bits while a file of it is written."""
+    if suffix not in PNG:
+        return suffix in JPEG
+    pixels = size[0] * size[1]
+    return pixels <= _SMALL or (pixels <= _LARGEST_WHOLE and png_stream.why_not() is not None)
+
+
+def _picture_of(name: str, size: tuple[int, int], bands: Iterable[np.ndarray]) -> Image.Image:
+    picture, first = Image.new("RGB", size[::-1]), 0
+    for band in checked(name, size, bands):
+        picture.paste(Image.fromarray(band), (0, first))
+        first += len(band)
+    return picture
+
+
+def _write_whole(file: BinaryIO, suffix: str, image: Image.Image, text: str | None) -> None:
+    if suffix in JPEG:
+        write_jpeg(file, image, _description(text))
+        return
+    info = PngInfo()
+    if text is not None:
+        info.add_text(KEY, text)
+    image.save(file, "PNG", pnginfo=info)
 
 
 def _write_bands(
     file: BinaryIO,
+    target: Path,
     suffix: str,
     size: tuple[int, int],
     bands: Iterable[np.ndarray],
     text: str | None,
 ) -> None:
     if suffix in PNG:
-        write_png(file, size, bands, {} if text is None else {KEY: text})
+        texts = {} if text is None else {KEY: text}
+        scratch = target.with_name(f".{secrets.token_hex(8)}.part")
+        write_png(file, size, bands, texts, scratch=scratch)
     else:
         write_tiff(file, size, bands, _description(text))
 

@@ -1,90 +1,122 @@
-"""A PNG written row band by row band: what is held is a band, not the picture.
+"""A PNG written by libvips: what is held are bands of rows, not the picture.
 
-Pillow's encoder wants the whole picture, four bytes a pixel. Here zlib compresses what comes.
+Pillow's encoder wants the whole picture, four bytes a pixel. libvips does not, but it fetches its
+pixels and takes none that are handed to it. So they pass through a file, a TIFF without
+compression, 3 bytes a pixel on the disk for as long as the writing lasts. (Of raw pixels, the other
+form that libvips reads row by row, all that was read stays mapped: 780 MB of 805 MB.)
+
+At zlib's level 6 a decode of 4096 x 4096 takes 18.7 MB; Pillow makes 18.9 of it, and pypng, which
+has none of the filters, 32.5. What is held does not grow with the height: docs/resume.md.
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from .row_bands import CHANNELS, checked
+from . import tiff_stream
+from .row_bands import checked
 
 LEVEL = 6  # zlib's own choice
+OLDEST = (8, 15)  # libvips: it can leave EXIF out
+_PER_MM = 72 / 25.4  # libvips always says a density; this is what readers take for none
+
+
+def why_not() -> str | None:
+    """Why no PNG can be written here row by row, or None."""
+    try:
+        import pyvips
+        import tifffile  # noqa: F401
+
+        if pyvips.at_least_libvips(*OLDEST):
+            return None
+        error = f"this libvips is {pyvips.version(0)}.{pyvips.version(1)}"
+    except (ImportError, OSError) as e:  # OSError: pyvips without a libvips
+        error = str(e)
+    return (
+        f"writing a PNG row by row needs pyvips, libvips {'.'.join(map(str, OLDEST))} and tifffile "
+        f"({error}); install the extra pixeldiff[png], or write a .tif"
+    )
 
 
 def write_png(
-    file: BinaryIO, size: tuple[int, int], bands: Iterable[np.ndarray], texts: dict[str, str]
+    file: BinaryIO,
+    size: tuple[int, int],
+    bands: Iterable[np.ndarray],
+    texts: dict[str, str],
+    *,
+    scratch: Path,
 ) -> None:
     """Write an 8-bit RGB picture.
 
     Args:
         file: open for writing.
         size: (H, W).
-        bands: (rows, W, 3) uint8 from top to bottom, H rows in all, any number at once.
+        bands: (rows, W, 3) uint8 from top to bottom, H rows in all, all with the same number of
+            rows, except that the last may have fewer.
         texts: text entries, in ASCII.
+        scratch: a file that does not exist, for 3 bytes a pixel; it is made and removed.
 
     Raises:
-        ValueError: other rows than `size` says. What `bands` and `file` raise passes through; the
-        file is then incomplete.
+        ValueError: other rows than `size` says. ImportError: no libvips. OSError: libvips failed.
+        What `bands` and `file` raise passes through; the file is then incomplete.
     """
-    height, width = size
-    file.write(b"\x89PNG\r\n\x1a\n")
-    _chunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    for key, text in texts.items():
-        _chunk(file, b"tEXt", key.encode("ascii") + b"\0" + text.encode("ascii"))
-    pack = zlib.compressobj(LEVEL, zlib.DEFLATED, 15, 9, zlib.Z_FILTERED)  # Pillow's settings
-    above = np.zeros(width * CHANNELS, np.uint8)
-    for band in checked("write_png", size, bands):
-        rows = np.ascontiguousarray(band).reshape(len(band), -1)
-        if len(rows):
-            _chunk(file, b"IDAT", pack.compress(_filtered(rows, above)))
-            above = rows[-1].copy()
-    _chunk(file, b"IDAT", pack.flush())
-    _chunk(file, b"IEND", b"")
+    reason = why_not()
+    if reason is not None:
+        raise ImportError(f"write_png: {reason}")
+    try:
+        with scratch.open("wb") as pixels:
+            rows = checked("write_png", size, bands)
+            tiff_stream.write_tiff(pixels, size, rows, None, compressed=False)
+        output = _Output(file)
+        # On a thread of its own: libvips would keep an interruption waiting until it is done.
+        with ThreadPoolExecutor(1, thread_name_prefix="pixeldiff-png") as thread:
+            writing = thread.submit(_convert, scratch, texts, output)
+            try:
+                writing.result()
+            except BaseException as error:
+                output.error = output.error or error
+                raise
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
-def _chunk(file: BinaryIO, kind: bytes, data: bytes) -> None:
-    if kind == b"IDAT" and not data:
-        return  # zlib keeps it for later
-    file.write(struct.pack(">I", len(data)) + kind)
-    file.write(data)
-    file.write(struct.pack(">I", zlib.crc32(data, zlib.crc32(kind))))
+class _Output:
+    """Where libvips writes. It knows no exceptions: one is kept, and libvips told to stop."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: BaseException | None = None
+
+    def write(self, data: bytes) -> int:
+        if self.error is not None:
+            return -1
+        try:
+            self._file.write(data)
+        except BaseException as error:
+            self.error = error
+            return -1
+        return len(data)
 
 
-def _filtered(rows: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """Each row behind the number of the filter whose result is smallest: the usual rule of thumb.
+def _convert(source: Path, texts: dict[str, str], output: _Output) -> None:
+    import pyvips
 
-    Args:
-        rows: (n, bytes) uint8. above: the row before the first, zeros at the top.
-    """
-    up = np.concatenate((above[None], rows[:-1]))
-    left, corner = (np.pad(a[:, :-CHANNELS], ((0, 0), (CHANNELS, 0))) for a in (rows, up))
-    out = np.empty((len(rows), 1 + rows.shape[1]), np.uint8)
-    least = np.full(len(rows), np.iinfo(np.int64).max)
-    for number, predicted in enumerate((None, left, up, None, None)):
-        if number == 3:
-            predicted = ((left.astype(np.uint16) + up) >> 1).astype(np.uint8)
-        elif number == 4:
-            predicted = _nearest(left, up, corner)
-        residual = rows if predicted is None else rows - predicted
-        # Residuals wrap: as signed numbers they are small either side of zero.
-        cost = np.abs(residual.view(np.int8).astype(np.int16)).sum(1, dtype=np.int64)
-        better = cost < least
-        least[better] = cost[better]
-        out[better, 0] = number
-        out[better, 1:] = residual[better]
-    return out
-
-
-def _nearest(left: np.ndarray, up: np.ndarray, corner: np.ndarray) -> np.ndarray:
-    """Paeth's predictor: of the three neighbours the one nearest to left + up - corner."""
-    from_left = np.abs(up.astype(np.int16) - corner)
-    from_up = np.abs(left.astype(np.int16) - corner)
-    from_corner = np.abs(left.astype(np.int16) + up - 2 * corner.astype(np.int16))
-    near_left = (from_left <= from_up) & (from_left <= from_corner)
-    return np.where(near_left, left, np.where(from_up <= from_corner, up, corner))
+    try:
+        picture = pyvips.Image.new_from_file(str(source), access="sequential", fail_on="truncated")
+        picture = picture.copy(xres=_PER_MM, yres=_PER_MM)
+        for number, (key, text) in enumerate(texts.items()):
+            picture.set_type(pyvips.GValue.gstr_type, f"png-comment-{number}-{key}", text)
+        target = pyvips.TargetCustom()
+        target.on_write(output.write)
+        picture.write_to_target(target, ".png", compression=LEVEL, filter="all", keep="other")
+    except pyvips.Error as error:
+        if output.error is not None:
+            raise output.error from None
+        raise OSError(f"write_png: libvips failed: {error}") from error
+    if output.error is not None:
+        raise output.error

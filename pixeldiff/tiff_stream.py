@@ -34,7 +34,12 @@ def why_not() -> str | None:
 
 
 def write_tiff(
-    file: BinaryIO, size: tuple[int, int], bands: Iterable[np.ndarray], description: str | None
+    file: BinaryIO,
+    size: tuple[int, int],
+    bands: Iterable[np.ndarray],
+    description: str | None,
+    *,
+    compressed: bool = True,
 ) -> None:
     """Write an 8-bit RGB picture, compressed with deflate after a horizontal difference.
 
@@ -44,6 +49,7 @@ def write_tiff(
         bands: (rows, W, 3) uint8 from top to bottom, H rows in all. Each is a strip, so all have
             the same number of rows, except that the last may have fewer.
         description: the ImageDescription, in ASCII.
+        compressed: False leaves the pixels as they are.
 
     Raises:
         ValueError: other rows than `size` says. ImportError: no tifffile. What `bands` and `file`
@@ -57,7 +63,7 @@ def write_tiff(
     height, width = size
     rest = checked("write_tiff", size, bands)
     first = next(rest)
-    strips = _strips(itertools.chain((first,), rest), len(first))
+    strips = _strips(itertools.chain((first,), rest), len(first), compressed)
     with TiffWriter(file, bigtiff=height * width * CHANNELS > _CLASSIC) as tiff:
         tiff.write(
             strips,
@@ -65,8 +71,8 @@ def write_tiff(
             dtype=np.uint8,
             photometric="rgb",
             rowsperstrip=len(first),
-            compression="zlib",
-            predictor=True,
+            compression="zlib" if compressed else None,
+            predictor=compressed,
             description=description,
             metadata=None,  # else tifffile writes a description of its own
             software="pixeldiff",
@@ -74,7 +80,7 @@ def write_tiff(
         next(strips, None)  # tifffile takes what it needs: a band too many shows here
 
 
-def _strips(bands: Iterable[np.ndarray], rows: int) -> Iterator[bytes]:
+def _strips(bands: Iterable[np.ndarray], rows: int, compressed: bool) -> Iterator[bytes]:
     whole = True
     for band in bands:
         if not whole or not 0 < len(band) <= rows:
@@ -83,6 +89,9 @@ def _strips(bands: Iterable[np.ndarray], rows: int) -> Iterator[bytes]:
                 f"got {len(band)}"
             )
         whole = len(band) == rows
+        if not compressed:
+            yield band.tobytes()
+            continue
         difference = band.copy()
         difference[:, 1:] -= band[:, :-1]  # wraps, and so do readers
         yield zlib.compress(difference.tobytes(), LEVEL)

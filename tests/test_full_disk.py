@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_pid import save_net, tiny_latent, tiny_net
 
-from pixeldiff import cli
+from pixeldiff import cli, picture_files, png_stream, tiff_stream
 from pixeldiff.errors import ResumeError
 from pixeldiff.images import to_picture
 from pixeldiff.jobs import JobStore
@@ -46,6 +47,11 @@ def two_pictures(folder: Path) -> None:
     save_pictures([(folder / f"a-{i}.png", NOISE, METADATA) for i in range(2)])
 
 
+def a_png_in_bands(folder: Path) -> None:
+    with mock.patch.object(picture_files, "_SMALL", 0):
+        save_picture(folder / "a.png", NOISE, METADATA)
+
+
 def a_job(folder: Path) -> None:
     with JobStore(folder / "job") as store:
         store.begin({"job": "test"})
@@ -55,6 +61,7 @@ def a_job(folder: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], object]] = {
     "png": lambda folder: save_picture(folder / "a.png", NOISE, METADATA),
+    "png in bands": a_png_in_bands,
     "png of a picture": lambda folder: save_picture(folder / "a.png", to_picture(NOISE)),
     "jpeg": lambda folder: save_picture(folder / "a.jpg", NOISE, METADATA),
     "tiff": lambda folder: save_picture(folder / "a.tif", NOISE, METADATA),
@@ -67,6 +74,12 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "store": a_job,
 }
 every_writer = pytest.mark.parametrize("writer", WRITERS)
+
+
+def needs_its_library(writer: str) -> None:
+    stream = {"tiff": tiff_stream, "png in bands": png_stream}.get(writer)
+    if stream is not None and stream.why_not() is not None:
+        pytest.skip(stream.why_not())
 
 
 class Fault:
@@ -133,8 +146,7 @@ def one_after_the_other(
 
 @every_writer
 def test_no_space_at_any_write(tmp_path, monkeypatch, writer):
-    if writer == "tiff":
-        pytest.importorskip("tifffile")
+    needs_its_library(writer)
     opened = pathlib.Path.open
 
     @contextlib.contextmanager
@@ -158,8 +170,7 @@ def test_no_space_at_any_write(tmp_path, monkeypatch, writer):
 @every_writer
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_an_error_where_it_is_made_to_last(tmp_path, monkeypatch, writer, call):
-    if writer == "tiff":
-        pytest.importorskip("tifffile")
+    needs_its_library(writer)
     if writer == "two pictures" and call == "replace":
         pytest.skip("two names cannot change at once")
 
@@ -183,8 +194,7 @@ def test_an_error_where_it_is_made_to_last(tmp_path, monkeypatch, writer, call):
 @every_writer
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 0.99])
 def test_files_may_not_grow(tmp_path, writer, share):
-    if writer == "tiff":
-        pytest.importorskip("tifffile")
+    needs_its_library(writer)
     resource = pytest.importorskip("resource", reason="no limits on files here")
     with contextlib.suppress(KeyboardInterrupt):
         WRITERS[writer](tmp_path)
@@ -214,8 +224,7 @@ def small_disk(tmp_path):
 
 @every_writer
 def test_a_disk_that_is_full(small_disk, writer):
-    if writer == "tiff":
-        pytest.importorskip("tifffile")
+    needs_its_library(writer)
     with contextlib.suppress(KeyboardInterrupt, OSError):
         WRITERS[writer](small_disk)
     before = contents(small_disk)

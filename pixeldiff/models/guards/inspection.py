@@ -132,7 +132,12 @@ class _Parameters:
     """The names of a network's parameters by their place in memory, views of them included."""
 
     def __init__(self, net: nn.Module) -> None:
-        self._held = dict([*net.named_parameters(), *net.named_buffers()])
+        self._held = {
+            f"{path}.{name}".lstrip("."): t
+            for path, module in _modules(net).items()
+            for name, t in (*module._parameters.items(), *module._buffers.items())
+            if t is not None and not t.is_meta
+        }
         spans = [(t.data_ptr(), t.nbytes, name, t.device) for name, t in self._held.items()]
         self._spans = sorted(spans, key=lambda span: span[0])
         self._starts = [start for start, *_ in self._spans]
@@ -146,6 +151,12 @@ class _Parameters:
             return None
         start, length, name, device = self._spans[at]
         return name if t.data_ptr() < start + length and t.device == device else None
+
+
+def _modules(net: nn.Module) -> dict[str, nn.Module]:
+    """By name; of blocks whose weights visit the device, the one that has them."""
+    offload = getattr(net, "offload", None)
+    return dict(net.named_modules()) if offload is None else offload.as_running(net)
 
 
 def _common(names: Sequence[str | None]) -> str | None:
@@ -162,7 +173,7 @@ def _common(names: Sequence[str | None]) -> str | None:
 
 def _calling(net: nn.Module) -> str | None:
     """The module of the network whose code is running: the innermost one on the call stack."""
-    names = {id(module): name for name, module in net.named_modules()}
+    names = {id(module): name for name, module in _modules(net).items()}
     frame = sys._getframe()
     while frame is not None:
         for local in list(frame.f_locals.values()):

@@ -96,6 +96,7 @@ class Offload:
         self._lane, self._count, self._dtype, self._adjacent = lane, slots, dtype, adjacent
         self._lock = threading.Lock()
         self._slots: list[Slot] = []
+        self._running: tuple[nn.Module, nn.Module] | None = None
         self._pieces: dict[str, list[Piece]] = {part.name: [] for part in parts}
         files = MappedFiles()
         every = {id(b): b for part in parts for b in part.blocks}
@@ -140,6 +141,15 @@ class Offload:
                     held = block.state_dict()
                     yield piece.block, {e.name: held[e.name] for e in piece.layout.entries}
 
+    def as_running(self, net: nn.Module) -> dict[str, nn.Module]:
+        """The network's modules by name; those of the block that is being run, as they are run."""
+        modules, running = dict(net.named_modules()), self._running  # others may end theirs
+        if running is not None:
+            own, block = running
+            name = next(name for name, module in modules.items() if module is own)
+            modules |= {f"{name}.{part}".rstrip("."): m for part, m in block.named_modules()}
+        return modules
+
     def release(self) -> None:
         """Free the buffers on the device until the next run. Waits for one that is running."""
         with self._lock:
@@ -154,9 +164,12 @@ class Offload:
             slot = self._filled(piece, keep=())
             self._send_ahead(slot)
             self._lane.wait(slot.sent, slot.buffer)
+            block = slot.block(piece)
+            self._running = (piece.block, block)
             try:
-                yield slot.block(piece)
+                yield block
             finally:
+                self._running = None
                 order, mark = self._lane.mark()
                 slot.uses[order] = mark
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, linear, pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import interpolate, linear, pixel_shuffle, pixel_unshuffle, silu
 
 from ... import ops
 from ...ops.registry import upcast
+from . import large_stack
 from .config import PiDConfig
 from .residual import Stream
 
@@ -26,6 +27,13 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.block(x)
+
+    def add_(self, x: Tensor) -> Tensor:
+        """`forward` in the memory of x, with one tensor more of its size."""
+        norm1, _, conv1, norm2, _, conv2 = self.block
+        h = large_stack.normed(x, norm1, torch.empty_like(x))
+        large_stack.normed(large_stack.convolve_(h, conv1), norm2, h)
+        return large_stack.add_convolved_(x, h, conv2)
 
 
 class SigmaGate(nn.Module):
@@ -116,7 +124,17 @@ class LQProjection(nn.Module):
 
     def features(self, latent: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, Q, h, w], the output of the conv stack."""
-        return self.latent_proj(self.align(latent, grid))
+        latent, dim = self.align(latent, grid), self.config.lq_hidden_dim
+        large = large_stack.is_large(latent.shape[0], dim, grid, latent.dtype)
+        if torch.is_grad_enabled() or not large:
+            return self.latent_proj(latent)
+        first, _, second, *blocks = self.latent_proj
+        x = large_stack.convolved(latent, first)
+        del latent
+        large_stack.convolve_(silu(x, inplace=True), second)
+        for block in blocks:
+            block.add_(x)
+        return x
 
     def tokens(self, features: Tensor) -> Tensor:
         """[B, Q, h, w] -> [B, N, Q], what every head reads."""

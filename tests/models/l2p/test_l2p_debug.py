@@ -61,6 +61,15 @@ def test_debug_changes_no_pixel(way, dtype):
     assert torch.equal(generate(pipe, **WAYS[way]), generate(pipe, debug=True, **WAYS[way]))
 
 
+@pytest.mark.parametrize(("name", "module", "step"), PLANTS, ids=[p[0] for p in PLANTS])
+def test_one_bad_weight_is_found_where_weights_visit(name, module, step):
+    pipe = planted(name)
+    pipe.net.requires_grad_(False).offload_()
+    error = failure(pipe, debug=True)
+    assert (error.step, error.module) == (step, module)
+    assert f"its parameter {name} holds 1 infinite of" in str(error)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("name", "module", "step"), PLANTS, ids=[p[0] for p in PLANTS])
 def test_one_bad_weight_is_found(name, module, step, way):

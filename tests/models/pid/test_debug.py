@@ -57,6 +57,12 @@ def failure(decoder, **options) -> NonFiniteError:
     return caught.value
 
 
+def visiting(net) -> PiDDecoder:
+    """The blocks' weights are elsewhere but while they are run."""
+    net.requires_grad_(False).offload_()
+    return PiDDecoder(net)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_debug_changes_no_pixel(way, dtype):
@@ -86,6 +92,33 @@ def test_one_bad_weight_is_found(name, module, step, way):
     assert f"its parameter {name} holds 1 infinite of" in str(error)
     if step and way != "whole":
         assert "tile 1 of 4" in str(error)
+
+
+@pytest.mark.parametrize("way", ["whole", "pairs"])
+@pytest.mark.parametrize(("name", "module", "step"), PLANTS, ids=[p[0] for p in PLANTS])
+def test_one_bad_weight_is_found_where_weights_visit(name, module, step, way):
+    decoder = visiting(planted(name).net)
+    assert decoder.net.offload is not None
+    error = failure(decoder, debug=True, **WAYS[way])
+    assert (error.step, error.module) == (step, module)
+    assert f"its parameter {name} holds 1 infinite of" in str(error)
+
+
+def test_an_overflow_where_weights_visit():
+    net = tiny_net()
+    for layer in ("w1", "w3"):
+        getattr(net.patch_blocks[1].mlp_x, layer).weight.fill_(1e20)
+    decoder = visiting(net)
+    for _ in range(2):  # nothing is left of the first
+        error = failure(decoder, debug=True)
+        assert error.module == "patch_blocks.1.mlp_x"
+        assert "(swiglu) made" in str(error)
+        assert decoder.net.offload.as_running(decoder.net) == dict(decoder.net.named_modules())
+
+
+def test_debug_changes_no_pixel_where_weights_visit():
+    decoder = visiting(tiny_net())
+    assert torch.equal(decode(decoder), decode(decoder, debug=True))
 
 
 @pytest.mark.parametrize("way", WAYS)

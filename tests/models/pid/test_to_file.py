@@ -43,7 +43,11 @@ def decoder():
 
 @every_format
 @pytest.mark.parametrize("together", [1, 3])
-def test_the_bytes_are_those_of_the_picture_at_once(decoder, tmp_path, suffix, together):
+@pytest.mark.parametrize("small", [1 << 20, 0], ids=["small", "large"])
+def test_the_bytes_are_those_of_the_picture_at_once(
+    decoder, tmp_path, monkeypatch, suffix, together, small
+):
+    monkeypatch.setattr(picture_files, "_SMALL", small)  # with libvips a PNG is written in bands
     latent, options = tiny_latent(1, 13, 9), {**TILES, "tile_batch": together}
     whole = decoder.decode(latent, output="pt", **options)
     expected = save_picture(tmp_path / f"a{suffix}", whole.images[0], whole.metadata)
@@ -66,7 +70,9 @@ def test_other_decodes_are_written_too(decoder, tmp_path, options):
     assert (tmp_path / "b.png").read_bytes() == expected.read_bytes()
 
 
-def test_it_goes_on_after_an_interruption(decoder, tmp_path):
+@pytest.mark.parametrize("small", [1 << 20, 0], ids=["small", "large"])
+def test_it_goes_on_after_an_interruption(decoder, tmp_path, monkeypatch, small):
+    monkeypatch.setattr(picture_files, "_SMALL", small)
     latent, folder = tiny_latent(1, 13, 9), tmp_path / "job"
     expected = decoder.decode(latent, output=tmp_path / "a.png", **TILES).images[0].read_bytes()
     for after in (1, 3, 7, 8):
