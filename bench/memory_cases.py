@@ -1,13 +1,14 @@
 """Peak memory of decodes and of L2P images beside what was estimated for them.
 
-Every case runs in a process of its own, whose resident set before anything was loaded is the zero
-of all figures: weights count, PyTorch's import does not.
+Every run has a process of its own, whose resident set before anything was loaded is the zero of all
+figures: weights count, PyTorch's import does not. The peak of a case is the median of its runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from .memory import Meter
 from .models import fill, inputs
 from .own_process import measured_alone
 
-VERSION = 1
+VERSION = 2
 PID = {
     "narrow": PiDConfig(
         hidden_size=384, num_groups=6, patch_depth=4, pixel_attn_hidden_size=288,
@@ -57,11 +58,13 @@ class Case:
     Args:
         system: "pid" or "l2p".
         net: "demo", or one of the networks with random weights above.
-        side: pixels of a side of the square image.
+        side: pixels of a side of the square image, or its height.
+        width: pixels, where it is another.
         precision, backend, batch, steps: as of `estimate_pid`.
         options: of the decoder, the decode or the pipeline's call, and of the estimate.
         device: "cpu" or "cuda".
         threads: of PyTorch.
+        held_out: whether no constant of the estimate was ever chosen by it.
     """
 
     system: str
@@ -74,11 +77,19 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     threads: int = 1
+    width: int | None = None
+    held_out: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return self.side, self.width or self.side
 
     @property
     def name(self) -> str:
         """In words."""
-        words = [self.system, self.net, str(self.side), self.precision]
+        size = f"{self.side}x{self.width}" if self.width else str(self.side)
+        words = [self.system, self.net, size, self.precision]
         words += [f"batch {self.batch}"] if self.batch > 1 else []
         words += [self.backend] if self.backend else []
         return " ".join(words + [f"{k}={v}" for k, v in self.options.items()])
@@ -86,6 +97,11 @@ class Case:
 
 def grid(threads: int = 1) -> list[Case]:
     """What the command measures: 1 to 15 s each on two cores."""
+    return [*_chosen_by(threads), *_held_out(threads)]
+
+
+def _chosen_by(threads: int) -> list[Case]:
+    """What the estimate's constants were chosen by."""
 
     def pid(net: str, side: int, **more: Any) -> Case:
         return Case("pid", net, side, threads=threads, **more)
@@ -130,16 +146,58 @@ def grid(threads: int = 1) -> list[Case]:
     ]
 
 
+def _held_out(threads: int) -> list[Case]:
+    """Of other sizes, shapes, batches, pieces and tiles: what the estimate never saw."""
+
+    def pid(net: str, *size: int, **more: Any) -> Case:
+        return _of_size("pid", net, size, threads, more)
+
+    def l2p(net: str, *size: int, **more: Any) -> Case:
+        return _of_size("l2p", net, size, threads, more)
+
+    alone = {"tile": [12, 12], "tile_mode": "independent"}
+    return [
+        pid("demo", 768),
+        pid("demo", 640, 1024, precision="bf16"),
+        pid("demo", 512, precision="bf16", batch=2),
+        pid("demo", 256, backend="reference"),
+        pid("demo", 768, options={"low_memory": True, "pixel_chunk": 128}),
+        pid("demo", 512, 1024, options={"tile": [12, 12]}),
+        pid("demo", 768, options={"tile": [10, 12], "tile_batch": 2}, precision="bf16"),
+        pid("demo", 768, options=alone, precision="bf16"),
+        pid("narrow", 768),
+        pid("narrow", 512, 1024, precision="bf16", options={"pixel_chunk": 512}),
+        pid("middle", 768, precision="bf16", options={"low_memory": True}),
+        l2p("demo", 768),
+        l2p("demo", 384, 640, precision="bf16"),
+        l2p("demo", 512, precision="bf16", batch=2),
+        l2p("demo", 768, options={"decoder_memory": 30_000_000}),
+        l2p("demo", 768, 1024, options={"tile": [384, 384]}),
+        l2p("narrow", 384),
+        l2p("narrow", 768, precision="bf16"),
+        l2p("middle", 384, precision="bf16"),
+    ]
+
+
+def _of_size(
+    system: str, net: str, size: tuple[int, ...], threads: int, more: dict[str, Any]
+) -> Case:
+    width = size[1] if len(size) > 1 else None
+    return Case(system, net, size[0], width=width, threads=threads, held_out=True, **more)
+
+
 @dataclass
 class Peak:
     """Bytes above what the process held before; `off` is estimate / peak - 1.
 
     Args:
-        peak: the most of several runs, each a process of its own: the heap's gaps differ.
+        held_out: whether no constant of the estimate was ever chosen by it.
+        peak: the median of several runs, each a process of its own: the heap's gaps differ.
         peaks: of all of them.
     """
 
     case: str
+    held_out: bool
     peak: int
     peaks: list[int]
     estimate: dict[str, Any]
@@ -171,11 +229,11 @@ def run(cases: Sequence[Case], command: str, runs: int = 1) -> Iterator[Report]:
 
 
 def measured(case: Case, runs: int = 1) -> Peak:
-    """The most of several runs, in processes of their own."""
+    """The median of an odd number of runs, in processes of their own."""
     found = [Peak(**measured_alone(__name__, case, case.name)) for _ in range(runs)]
     peaks = [f.peak for f in found]
-    worst = max(found, key=lambda f: f.peak)
-    return dataclasses.replace(worst, peaks=peaks)
+    median = statistics.median_low(peaks)
+    return dataclasses.replace(next(f for f in found if f.peak == median), peaks=peaks)
 
 
 def measure(case: Case) -> Peak:
@@ -189,7 +247,8 @@ def measure(case: Case) -> Peak:
     seconds, peak = time.perf_counter() - start, (meter.peak() or 0) - before
     found = estimate()
     off = found.peak / peak - 1
-    return Peak(case.name, peak, [peak], found.to_dict(), off, before, seconds)
+    told = found.to_dict()
+    return Peak(case.name, case.held_out, peak, [peak], told, off, before, seconds)
 
 
 def _pid(case: Case, meter: Meter):
@@ -204,10 +263,12 @@ def _pid(case: Case, meter: Meter):
         decoder = PiDDecoder(ready(net, case.precision), cuda_graphs=False, **how)
     config, sampling = decoder.net.config, decoder.sampling
     given = inputs(config, case.side, case.batch, torch.device(case.device))
+    cells = [n // config.pixels_per_latent_cell for n in case.size]
+    latent = given.latent if case.width is None else torch.randn(*given.latent.shape[:2], *cells)
     steps = min(case.steps, sampling.steps)
-    decoder.decode(given.latent, caption=given.caption, seed=0, steps=steps, **options)
+    decoder.decode(latent.to(case.device), caption=given.caption, seed=0, steps=steps, **options)
     common = _common(case, steps)
-    return lambda: estimate_pid(config, case.side, sampling=sampling, **common, **how, **options)
+    return lambda: estimate_pid(config, case.size, sampling=sampling, **common, **how, **options)
 
 
 def _l2p(case: Case, meter: Meter):
@@ -224,8 +285,8 @@ def _l2p(case: Case, meter: Meter):
     pipeline(
         prompt_embeds=[prompts[0]] * case.batch,
         negative_prompt_embeds=[prompts[1]] * case.batch,
-        height=case.side,
-        width=case.side,
+        height=case.size[0],
+        width=case.size[1],
         num_inference_steps=case.steps,
         guidance_scale=2.0,
         seed=0,
@@ -233,7 +294,7 @@ def _l2p(case: Case, meter: Meter):
     )
     common = {**_common(case, case.steps), "guided": True}
     common |= dict(zip(("prompt_tokens", "negative_tokens"), TOKENS, strict=True))
-    return lambda: estimate_l2p(config, case.side, **common, **options)
+    return lambda: estimate_l2p(config, case.size, **common, **options)
 
 
 def _common(case: Case, steps: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .live import Allocation
 from .op_memory import OpMemory
 
 META = torch.device("meta")
-BAND = 7_000_000  # of `images.uint8_bands`: 2^18 pixels in fp32 twice, and in 8 bits
+BAND = (3 << 20, 3 << 20, 3 << 18)  # of `images.uint8_bands`: 2^18 pixels in fp32 twice, in 8 bits
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Counts:
 
     @classmethod
     def of(cls, weights: int, memory: OpMemory) -> Counts:
-        return cls(weights, dict(memory.phases), memory.resident, tuple(memory.at_peak))
+        resident = 0 if memory.blocks is None else memory.blocks.resident
+        return cls(weights, dict(memory.phases), resident, tuple(memory.at_peak))
 
     def extended(self, next_one: Counts, times: int) -> Counts:
         """Of a run with so many more pieces, where `next_one` is of a run with one more."""
@@ -59,7 +60,8 @@ class Counts:
             name: count + times * (next_one.phases[name] - count)
             for name, count in self.phases.items()
         }
-        resident = self.resident + times * (next_one.resident - self.resident)
+        gaps = next_one.resident and next_one.resident - next_one.peak
+        resident = next_one.resident and max(phases.values()) + gaps
         return Counts(self.weights, phases, resident, next_one.at_peak)
 
 
@@ -109,12 +111,12 @@ def visiting_weights(
     return storage_bytes(net) - away + SLOTS * largest
 
 
-def converted(x: Tensor, output: str, device: str) -> int:
+def converted(x: Tensor, output: str, device: str) -> tuple[int, ...]:
     """What the form that the caller asked for takes beside the result (B, 3, H, W), in the same
-    memory: pictures lie on the host."""
+    memory, in blocks: pictures lie on the host."""
     if output == "pt":
-        return 0
+        return ()
     if output == "np":
-        return 2 * x.nbytes
-    pictures = 4 * x.shape[0] * x.shape[2] * x.shape[3] if device == "cpu" else 0
-    return BAND + pictures
+        return x.nbytes, x.nbytes
+    pictures = x.shape[0] if device == "cpu" else 0
+    return (*(4 * x.shape[2] * x.shape[3],) * pictures, *BAND)

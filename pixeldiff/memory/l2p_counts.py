@@ -14,7 +14,6 @@ import torch
 
 from ..jobs import Stages
 from ..models.devices import standing_for
-from ..models.l2p import bands
 from ..models.l2p.config import L2PConfig
 from ..models.l2p.network import L2PNet
 from ..models.l2p.sampler import guided, sample
@@ -22,7 +21,6 @@ from ..models.l2p.scheduler import schedule
 from ..models.l2p.tiling import TiledPrediction
 from ..models.tiles import Layout
 from ..ops.registry import backend as forced
-from . import heap
 from .counts import META, Counts, Watched, converted, storage_bytes, visiting_weights
 from .op_memory import OpMemory
 
@@ -71,7 +69,7 @@ def counted(image: Image, device: str, backend: str | None) -> Counts:
         if layout is not None:  # the tiles hold nothing: two are as many
             layout = Layout(layout.size, layout.tile, layout.overlap, layout.step, layout.pixels)
             vars(layout)["tiles"] = layout.tiles[:2]
-        with OpMemory(device, backend, _gaps(image, backend)) as memory, memory.phase("prepare"):
+        with OpMemory(device, backend) as memory, memory.phase("prepare"):
             _made(Watched(net, memory, PHASES), image, layout, memory)
         return Counts.of(storage_bytes(net), memory)
 
@@ -91,19 +89,6 @@ def resident_weights(config: L2PConfig, dtype: torch.dtype, device: str, offload
 def _network(config: L2PConfig, dtype: torch.dtype, device: str) -> L2PNet:
     net = L2PNet(config, device=META, dtype=dtype).requires_grad_(False).eval()
     return net.pack_() if device == "cuda" else net
-
-
-def _gaps(image: Image, backend: str | None) -> float:
-    if backend == "reference":
-        return heap.REFERENCE
-    if image.layout is not None:
-        return heap.L2P_TILES
-    if image.decoder_memory is None:
-        return heap.L2P_WHOLE
-    batch = image.batch * len(image.text_rows)
-    sizes = (image.config.in_channels, image.size, image.batch, batch, image.dtype.itemsize)
-    cut = bands.plan(bands.Load(image.config.local_decoder, *sizes), image.decoder_memory)
-    return heap.L2P_BANDS if cut.levels else heap.L2P_WHOLE
 
 
 def _made(net: Any, image: Image, layout: Layout | None, memory: OpMemory) -> None:
@@ -136,7 +121,7 @@ def _made(net: Any, image: Image, layout: Layout | None, memory: OpMemory) -> No
         )
     del predict, prediction
     with memory.phase("result"):
-        memory.moment(converted(x.clamp_(-1, 1), image.output, memory.device), "result")
+        memory.moment("result", *converted(x.clamp_(-1, 1), image.output, memory.device))
 
 
 def _keep_nothing(info: Any) -> None:

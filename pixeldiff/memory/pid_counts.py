@@ -24,7 +24,6 @@ from ..models.pid.samplers import network_time
 from ..models.pid.tiling import Tiles, sample_independent
 from ..models.tiles import Layout
 from ..ops.registry import backend as forced
-from . import heap
 from .counts import META, Counts, Watched, converted, storage_bytes, visiting_weights
 from .op_memory import OpMemory
 
@@ -144,7 +143,7 @@ def _recorded(
     net: PiDNet, decode: Decode, layout: Layout | None, device: str, backend: str | None
 ) -> OpMemory:
     c, times = decode.config, decode.times
-    with OpMemory(device, backend, _gaps(decode, backend)) as memory, memory.phase("prepare"):
+    with OpMemory(device, backend) as memory, memory.phase("prepare"):
         own = decode.size if layout is None else layout.tile_pixels
         taus = tuple(network_time(t) for t in times[:-1])
         tables = net.tables(own, min(decode.text_rows, c.txt_max_length), taus)
@@ -175,20 +174,8 @@ def _recorded(
         del what, tables
         with memory.phase("result"):
             torch.isnan(x)
-            memory.moment(converted(x, decode.output, device), f"result as {decode.output}")
+            memory.moment(f"result as {decode.output}", *converted(x, decode.output, device))
     return memory
-
-
-def _gaps(decode: Decode, backend: str | None) -> float:
-    if backend == "reference":
-        return heap.REFERENCE
-    if decode.layout is not None and decode.tile_mode == "independent":
-        return heap.PID_INDEPENDENT
-    if decode.layout is not None:
-        return heap.PID_SYNC if decode.pixel_chunk is None else heap.PID_SYNC_CHUNKS
-    if decode.pixel_chunk is not None:
-        return heap.PID_CHUNKS
-    return heap.PID_WHOLE if decode.dtype == torch.float32 else heap.PID_WHOLE_16_BITS
 
 
 def _sampled(net: Any, what: Decoding, callback: Any) -> Tensor:

@@ -14,7 +14,6 @@ from bench.memory_command import OVER, UNDER
 from pixeldiff.errors import SizeError
 from pixeldiff.memory import estimate_l2p, estimate_memory, estimate_pid, pid_counts
 from pixeldiff.memory.counts import visiting_weights
-from pixeldiff.memory.heap import LARGE, Heap
 from pixeldiff.memory.op_memory import OpMemory
 from pixeldiff.models.l2p import L2PNet
 from pixeldiff.models.pid import PiDNet, variant
@@ -199,7 +198,7 @@ def test_refusals(model, size, options, error, words):
         estimate_memory(model, size, **options)
 
 
-# ---- Ops and the heap --------------------------------------------------------------------------
+# ---- Ops --------------------------------------------------------------------------------------
 
 
 def test_what_runs_an_op_decides_what_it_holds():
@@ -237,16 +236,6 @@ def test_attention_holds_no_logits():
     with OpMemory("cpu", "reference") as memory:
         joint_attention(q, q, q, key_mask=mask)
     assert memory.peak > 3 * q.nbytes
-
-
-def test_the_heap_keeps_its_largest_and_large_blocks_go():
-    heap = Heap(1.5)
-    heap.allocate("a", 1000)
-    heap.allocate("b", LARGE)
-    assert heap.resident == LARGE + 1500
-    heap.release("a")
-    heap.release("b")
-    assert heap.resident == 1500
 
 
 def test_the_network_is_the_one_that_is_run():
