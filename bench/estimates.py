@@ -37,8 +37,8 @@ BEGIN, END = "<!-- counted: {} -->", "<!-- end -->"
 SITES = {
     "pixel_adaln_mlp": ("pid", (2048, 4096), (0,)),
     "pixel_adaln_compress": ("pid", (2048, 4096), (0,)),
-    "local_decoder_up": ("l2p", (4096, 8192), (0, 1)),
-    "local_decoder_down": ("l2p", (4096, 8192), (0, 1)),
+    "local_decoder_up": ("l2p", (4096, 8192, 10240), (0, 1)),
+    "local_decoder_down": ("l2p", (4096, 8192, 10240), (0, 1)),
 }
 
 
@@ -65,10 +65,8 @@ def cases(ops: Sequence[str] = ()) -> Iterator[Case]:
         name, sizes, levels = SITES[op]
         system = SYSTEMS[name]
         for size in sizes:
-            patch = system.patches.get(size, 16)
-            side = size // patch
             for level in levels:
-                geometry = replace(system.geometry, grid=(side, side), patch=patch, level=level)
+                geometry = replace(system.at(size), level=level)
                 site = f"level {level}" if name == "l2p" else "image"
                 yield Case(op, name, site, size, 1, geometry)
 

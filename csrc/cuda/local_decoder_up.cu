@@ -4,8 +4,9 @@
 // Bytes: H*W*(B*Ci/4 + S*Cs + B*Co)*2; FLOPs: 18*H*W*Co*(B*Ci + S*Cs), as one convolution of x. L2P
 // at 4096, level 0 (16 channels): 1.21 GB, 0.40 ms at 3.0 TB/s, 0.15 TFLOP, 0.31 ms at what
 // mma.sync has of 798 TFLOP/s; level 1 (32): 0.47 GB, 0.16 ms, 0.08 TFLOP, 0.16 ms. Together 0.6 of
-// a step's 77 ms. Predicted 0.49 and 0.22 ms; not yet measured. docs/kernels/estimates.md counts
-// the other units and says what else was weighed.
+// a step's 77 ms. Predicted 0.49 and 0.22 ms; not yet measured. At 8192, level 0 (x 16, skip 3):
+// 3.09 GB, 1.03 ms, 0.37 TFLOP, 0.83 ms in products of 16 values for nine; predicted 1.35 ms.
+// docs/kernels/estimates.md counts the other units and says what else was weighed.
 #include "local_decoder_up.h"
 
 #include "ampere/device.cuh"
@@ -72,10 +73,13 @@ void local_decoder_up(const LocalDecoderUpArgs& a, int device, void* stream) {
       compose);
   check(cudaGetLastError(), kOp);
   const Weights layout = weights_of(a.Ci, a.Cs);
-  if (layout.x_blocks == 1)
-    (layout.skip_blocks == 1 ? launch<1, 1> : launch<1, 2>)(a, multiprocessors, on);
-  else
-    (layout.skip_blocks == 1 ? launch<2, 1> : launch<2, 2>)(a, multiprocessors, on);
+  const auto run = layout.x_blocks == 1 ? (layout.skip_blocks == 0   ? launch<1, 0>
+                                           : layout.skip_blocks == 1 ? launch<1, 1>
+                                                                     : launch<1, 2>)
+                                        : (layout.skip_blocks == 0   ? launch<2, 0>
+                                           : layout.skip_blocks == 1 ? launch<2, 1>
+                                                                     : launch<2, 2>);
+  run(a, multiprocessors, on);
 }
 
 }  // namespace pixeldiff::cuda

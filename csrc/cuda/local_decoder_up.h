@@ -23,7 +23,7 @@ struct LocalDecoderUpArgs {
   int64_t B, S, rows, columns;  // of x; skip and out have twice as many rows and columns
   int64_t Ci, Cu, Cs, Co;
   Picture x;            // B images of Ci
-  Picture skip;         // S images of Cs; image b reads b % S
+  Picture skip;         // S images of Cs; image b reads b % S. Pixels of 3 are side by side
   Taps up_weight;       // (Cu, Ci, 3, 3)
   const void* up_bias;  // (Cu,) contiguous
   Taps weight;          // (Co, Cu + Cs, 3, 3)
@@ -40,12 +40,15 @@ inline void check_args(const LocalDecoderUpArgs& a) {
   // Strips and rows are counted in 32 bits.
   if (wrong(a.rows, 1 << 28) || wrong(a.columns, 1 << 28) || a.B * (a.columns / 16 + 1) > 1 << 20)
     refuse("sizes must be positive, and at most 2^20 strips of 16 columns of x");
-  for (const int64_t channels : {a.Ci, a.Cs})
-    if (wrong(channels, 32) || channels % 8)
-      refuse("x and skip must have a multiple of 8 channels up to 32");
+  const bool packed = a.Cs == 3;
+  if (wrong(a.Ci, 32) || a.Ci % 8 || (!packed && (wrong(a.Cs, 32) || a.Cs % 8)))
+    refuse("x must have a multiple of 8 channels up to 32, skip too or 3");
   if (wrong(a.Cu, 32) || a.Co != 16) refuse("up_weight must have 1 to 32 rows, weight 16");
+  if (packed && (a.skip.stride_w != 3 || a.columns % 4))
+    refuse("pixels of 3 channels of skip must be side by side, and their columns a multiple of 8");
   for (const Picture* t : {&a.x, &a.skip}) {
-    if (t->stride_b % 8 || t->stride_h % 8 || t->stride_w % 8)
+    const bool apart = packed && t == &a.skip;  // pixels of it are not
+    if (t->stride_b % 8 || t->stride_h % 8 || (!apart && t->stride_w % 8))
       refuse("strides of x and skip must be multiples of 16 bytes");
     if (t->data == nullptr || reinterpret_cast<uintptr_t>(t->data) % 16)
       refuse("x and skip must start at a multiple of 16 bytes");

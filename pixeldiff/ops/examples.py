@@ -29,8 +29,10 @@ class Geometry:
         attn: A, width of the attention over compressed patches.
         guided: two pictures for `local_decoder_pixels` to mix, instead of one.
         shift: whether `rms_norm_modulate` shifts as well as scales.
-        level: of the local decoder, whose level 0 is at full resolution and `pixel` channels wide;
-            each further one halves the image's sides and doubles the channels.
+        decoder: channels of the local decoder's levels, that at full resolution first: of the skip,
+            of what is upsampled and of the result. Each further one halves the image's sides.
+        bottleneck: channels of what the deepest of them upsamples.
+        level: the one that an op of the local decoder stands at.
     """
 
     grid: tuple[int, int] = (2, 2)
@@ -45,6 +47,8 @@ class Geometry:
     attn: int = 144
     guided: bool = False
     shift: bool = True
+    decoder: tuple[tuple[int, int, int], ...] = ((16, 16, 16), (32, 32, 16))
+    bottleneck: int = 64
     level: int = 0
 
     @property
@@ -169,32 +173,34 @@ def _convolution(t: Draw, before: int, after: int) -> tuple[Tensor, Tensor]:
     return t(after, before, 3, 3).mul_((9 * before) ** -0.5), t(after)
 
 
-def _level(g: Geometry) -> tuple[int, int, int]:
-    """Rows, columns and channels of a level of the local decoder."""
+def _level(g: Geometry) -> tuple[int, int]:
+    """Rows and columns of the image at a level of the local decoder."""
     rows, columns = (side * g.patch >> g.level for side in g.grid)
-    return rows, columns, g.pixel << g.level
+    return rows, columns
 
 
 def _local_decoder_down(t: Draw, g: Geometry) -> tuple[Any, ...]:
-    height, width, channels = _level(g)
     if g.level:
-        x = t(1, height, width, channels // 2)
+        x = t(1, *_level(g), g.decoder[g.level - 1][0])
     else:
-        x = t(1, 3, height, width, dtype=torch.float32).permute(0, 2, 3, 1)
-    return (x, *_convolution(t, x.shape[3], channels))
+        x = t(1, 3, *_level(g), dtype=torch.float32).permute(0, 2, 3, 1)
+    return (x, *_convolution(t, x.shape[3], g.decoder[g.level][0]))
 
 
 def _local_decoder_up(t: Draw, g: Geometry) -> tuple[Any, ...]:
-    height, width, channels = _level(g)
-    x, skip = t(1, height // 2, width // 2, channels), t(1, height, width, channels)
-    out = channels // 2 if g.level else channels
-    return (x, skip, *_convolution(t, channels, channels), *_convolution(t, 2 * channels, out))
+    height, width = _level(g)
+    beside, up, out = g.decoder[g.level]
+    deeper = g.decoder[g.level + 1 :]
+    below = deeper[0][2] if deeper else g.bottleneck
+    x, skip = t(1, height // 2, width // 2, below), t(1, height, width, beside)
+    return (x, skip, *_convolution(t, below, up), *_convolution(t, up + beside, out))
 
 
 def _local_decoder_pixels(t: Draw, g: Geometry) -> tuple[Any, ...]:
     height, width = (side * g.patch for side in g.grid)
+    channels = g.decoder[0][2]
     guidance = t(dtype=torch.float32) if g.guided else None
-    return (t(1 + g.guided, height, width, g.pixel), _matrix(t, 3, g.pixel), t(3), guidance)
+    return (t(1 + g.guided, height, width, channels), _matrix(t, 3, channels), t(3), guidance)
 
 
 def _rows(t: Draw, g: Geometry) -> Tensor:

@@ -122,6 +122,16 @@ def test_the_local_decoder_at_its_outermost_level():
     assert up[0] == pytest.approx(4096**2 * 16 * 2 * 2.25, rel=1e-4)
 
 
+def test_the_local_decoder_beyond_4096():
+    """8K: enc 3 -> 3 reads the image and leaves three channels, up takes them beside the 16 that it
+    doubles. Below it is what 4K is."""
+    down, up = at("local_decoder_down", "full", 8192), at("local_decoder_up", "full", 8192)
+    assert down[0] == pytest.approx(8192**2 * (3 * 4 + 1.25 * 3 * 2), rel=1e-4)
+    assert up[0] == pytest.approx(8192**2 * 2 * (16 / 4 + 3 + 16), rel=1e-4)
+    assert up[1] == pytest.approx(8192**2 * 2 * 16 * (4 * 16 + 9 * 19), rel=1e-4)
+    assert at("local_decoder_up", "half", 8192) == at("local_decoder_up", "full", 4096)
+
+
 @pytest.mark.parametrize(("site", "side", "dec"), [("half", 2048, 77.3), ("quarter", 1024, 77.3)])
 def test_the_local_decoder_further_in(site, side, dec):
     """4K: enc0b and enc1 take 38.7 GFLOP, up0b and up1 4/9 of 77.3, dec0b and dec1 77.3."""
@@ -136,7 +146,7 @@ def test_the_local_decoder_further_in(site, side, dec):
 def test_the_trunk_is_measured_once_for_all_sizes():
     assert [c.site for c in cases("gated_norm_residual")] == ["trunk"]
     sites = ["full", "half", "quarter", "sixteenth"]
-    assert [c.site for c in cases("local_decoder_up")] == sites * 2
+    assert [c.site for c in cases("local_decoder_up")] == [*sites[:3], *sites]
 
 
 def test_shapes_agree_with_the_l2p_configuration():
@@ -145,19 +155,39 @@ def test_shapes_agree_with_the_l2p_configuration():
     c, system = VARIANTS["4k"].config, SYSTEMS["l2p"]
     g = system.geometry
     assert (g.width, g.heads, g.head_dim) == (c.dim, c.n_heads, c.head_dim)
-    assert (g.hidden, g.pixel) == (c.ffn_hidden, c.local_decoder.levels[0].skip)
-    for site in system.sites["local_decoder_up"].values():
-        level = site.get("level", 0)
-        (x, skip, up, _, dec, _) = arguments(
-            "local_decoder_up", "meta", geometry=replace(g, **site)
-        )
-        stands = c.local_decoder.levels[level]
-        channels = (x.shape[3], skip.shape[3], up.shape[0], dec.shape[0])
-        assert channels == (g.pixel << level, stands.skip, stands.up, stands.out)
+    assert g.hidden == c.ffn_hidden
     released = {
         v.native_size: v.config.patch_size for v in VARIANTS.values() if v.name != "z-image"
     }
     assert system.patches == released
+
+
+@pytest.mark.parametrize("form", ["1k", "4k", "8k", "10k"])
+def test_levels_of_the_local_decoder_are_the_released_ones(form):
+    from pixeldiff.models.l2p import VARIANTS
+    from pixeldiff.models.l2p.local_decoder import LocalDecoder
+
+    variant = VARIANTS[form]
+    config = variant.config.local_decoder
+    decoder = LocalDecoder(config, 8, device="meta")
+    g = SYSTEMS["l2p"].at(variant.native_size)
+    assert g.bottleneck == config.bottleneck
+    assert len(g.decoder) == len(config.levels)
+    for i, level in enumerate(config.levels):
+        side, here = variant.native_size >> i, replace(g, level=i)
+        x, *down = arguments("local_decoder_down", "meta", geometry=here)
+        below, skip, *up = arguments("local_decoder_up", "meta", geometry=here)
+        enc = getattr(decoder, f"enc{level.name}")[0]
+        doubled = getattr(decoder, f"up{level.name}")[1]
+        joined = getattr(decoder, f"dec{level.name}")[0]
+        want = (enc, doubled, joined)
+        given = (down[0], up[0], up[2])
+        assert [t.shape for t in given] == [conv.weight.shape for conv in want]
+        assert x.shape == (1, side, side, enc.in_channels)
+        assert skip.shape == (1, side, side, enc.out_channels)
+        assert below.shape == (1, side // 2, side // 2, doubled.in_channels)
+    (pixels, weight, *_) = arguments("local_decoder_pixels", "meta", geometry=g)
+    assert (pixels.shape[3], weight.shape) == (weight.shape[1], decoder.out_conv.weight.shape[:2])
 
 
 def test_scale_divides_the_side_and_is_kept():

@@ -1,6 +1,7 @@
 """local_decoder_down against fp64: a 3x3 convolution written tap by tap, SiLU, 2x2 maximum."""
 
 import re
+from dataclasses import replace
 from importlib import import_module
 
 import aot
@@ -41,8 +42,10 @@ from taps import convolved
 from torch.nn.functional import conv2d, max_pool2d, silu
 
 import pixeldiff
+from bench.shapes import SYSTEMS
 from pixeldiff import native
 from pixeldiff.ops import local_decoder_down
+from pixeldiff.ops.examples import arguments as arguments_of
 
 OP = "local_decoder_down"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -472,11 +475,13 @@ def test_triton_compiles_ahead_of_time(level, target):
         assert "ld.global.v4.b32" in kernel.ptx
 
 
+@pytest.mark.parametrize("level", [0, 1])
 @pytest.mark.parametrize("target", aot.TARGETS)
-def test_triton_compiles_three_channels(target):
-    """The outermost level at 8192 x 8192."""
+def test_triton_compiles_three_channels(target, level):
+    """At 8192 x 8192: the image to three channels, and those to sixteen."""
     module = pytest.importorskip("pixeldiff.triton_kernels.local_decoder_down")
-    args = aot.released(OP, system="l2p", patch=128, pixel=3)
+    args = arguments_of(OP, "meta", torch.bfloat16, replace(SYSTEMS["l2p"].at(8192), level=level))
+    assert (args[0].shape[3], args[1].shape[0]) == (3, 16 if level else 3)
     (kernel,) = aot.compile_launch(lambda: module.launch(*args), target)
     aot.assert_lean(kernel, tensor_cores=True)
 

@@ -222,7 +222,7 @@ def test_offsets_past_two_to_the_31(backend):
 @each_dtype
 def test_released_size_on_the_gpu(dtype, guided):
     launch, device = launcher(OP, "triton-gpu")
-    geometry = Geometry(grid=(64, 64), patch=64, pixel=16, guided=guided)
+    geometry = Geometry(grid=(64, 64), patch=64, guided=guided)
     args = arguments_of(OP, device, dtype, geometry)
     u = launch(*args)
     x, weight, bias, g = args
@@ -249,7 +249,8 @@ def test_triton_compiles_ahead_of_time(target):
         (torch.float32, 16, True),
         (torch.bfloat16, 64, True),
     ):
-        args = aot.released(OP, dtype, system="l2p", patch=64, pixel=pixel, guided=guided)
+        decoder = ((pixel, pixel, pixel),)
+        args = aot.released(OP, dtype, system="l2p", patch=64, decoder=decoder, guided=guided)
         (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
         aot.assert_lean(kernel)
         assert kernel.registers <= 128

@@ -41,8 +41,10 @@ from taps import convolved
 from torch.nn.functional import conv2d, interpolate, silu
 
 import pixeldiff
+from bench.shapes import SYSTEMS
 from pixeldiff import native
 from pixeldiff.ops import local_decoder_up
+from pixeldiff.ops.examples import arguments as arguments_of
 
 OP = "local_decoder_up"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -509,9 +511,8 @@ def test_triton_compiles_ahead_of_time(level, target):
 def test_triton_compiles_three_channels_of_skip(target):
     """The outermost level at 8192 x 8192."""
     module = pytest.importorskip("pixeldiff.triton_kernels.local_decoder_up")
-    x, _, *up, weight, bias = aot.released(OP, system="l2p", patch=128)
-    skip = x.new_empty((1, 8192, 8192, 3))
-    args = (x, skip, *up, weight[:, :19], bias)
+    args = arguments_of(OP, "meta", bf16, SYSTEMS["l2p"].at(8192))
+    assert args[1].shape == (1, 8192, 8192, 3)
     for kernel in aot.compile_launch(lambda: module.launch(*args), target):
         aot.assert_lean(kernel, tensor_cores=kernel.name != "sum_taps_kernel")
 

@@ -44,8 +44,12 @@ SHAPES = {
     "two-by-two": (1, 1, 2, 2, 24, 5, 16, 16),
     "round-the-ring": (1, 1, 19, 16, 16, 4, 24, 16),
     "skips": (4, 2, 2, 17, 8, 1, 8, 16),
+    "8k-outermost": (2, 1, 4, 36, 16, 16, 3, 16),
+    "packed-of-32": (1, 1, 11, 20, 32, 5, 3, 16),
+    "packed-least": (2, 2, 1, 4, 8, 3, 3, 16),
 }
-each_tile = pytest.mark.parametrize("blocks", list(product((1, 2), (1, 2))))
+TILES = list(product((1, 2), (0, 1, 2)))  # blocks of 16 channels; of skip 0 are three, packed
+each_tile = pytest.mark.parametrize("blocks", TILES)
 
 
 def run(where, args, **how):
@@ -78,23 +82,27 @@ def test_matches_oracle(shape, std, where):
     assert_within_twice_eager_or_spacing(y, eager(*args), oracle(*args))
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 40)),
-    st.tuples(st.integers(1, 4), st.integers(1, 32), st.integers(1, 4)),
+    st.tuples(st.integers(1, 4), st.integers(1, 32), st.integers(0, 4)),
     st.integers(1, 7),
     st.integers(0, 2**63 - 1),
 )
 def test_random_sizes_in_random_orders(size, channels, slots, seed):
     """Segments of one row and of many, neighbours in the same strip and in others."""
     (images, rows, columns), (before, up, beside) = size, channels
-    args = arguments(bf16, (images, images, rows, columns, 8 * before, up, 8 * beside, 16))
+    if beside == 0:
+        columns = -(-columns // 4) * 4
+    shape = (images, images, rows, columns, 8 * before, up, 8 * beside or 3, 16)
+    args = arguments(bf16, shape)
     y = run("emulated", args, slots=slots, seed=seed)
     assert_within_twice_eager_or_spacing(y, eager(*args), oracle(*args))
 
 
-def test_neither_order_nor_division_changes_a_bit():
-    call = Up(*arguments(bf16, (1, 1, 11, 20, 16, 6, 16, 16)))
+@pytest.mark.parametrize("beside", [16, 3])
+def test_neither_order_nor_division_changes_a_bit(beside):
+    call = Up(*arguments(bf16, (1, 1, 11, 20, 16, 6, beside, 16)))
     weights = call.compose().clone()
     want = call.multiply().clone()
     for seed, slots in ((1, 1), (2, 6), (3, 30)):
@@ -129,8 +137,22 @@ def test_strided(where):
 
 
 @each_backend
-def test_image_b_reads_skip_b_modulo_s(where):
-    x, skip, *rest = arguments(bf16, (4, 2, 2, 3, 8, 6, 8, 16))
+def test_strided_packed(where):
+    """Part of larger images, one image for two."""
+    x, skip, *rest = args = arguments(bf16, (2, 2, 3, 20, 8, 6, 3, 16))
+    want = run(where, args)
+    wide = torch.full((2, 13, 56, 3), torch.nan).to(bf16)
+    for column in (0, 8):
+        wide[:, 1:13:2, column : column + 40] = skip
+        assert_bitwise(run(where, (x, wide[:, 1:13:2, column : column + 40], *rest)), want)
+    both = run(where, (x[:1].expand(2, -1, -1, -1), skip[:1].expand(2, -1, -1, -1), *rest))
+    assert_bitwise(both, want[:1].repeat(2, 1, 1, 1))
+
+
+@each_backend
+@pytest.mark.parametrize("beside", [8, 3])
+def test_image_b_reads_skip_b_modulo_s(beside, where):
+    x, skip, *rest = arguments(bf16, (4, 2, 2, 4, 8, 6, beside, 16))
     y = run(where, (x, skip, *rest))
     for b in range(4):
         alone = run(where, (x[b : b + 1], skip[b % 2 : b % 2 + 1], *rest))
@@ -152,6 +174,26 @@ def test_not_finite(at, where):
         assert want.isfinite().any()
         if which or value != torch.inf:
             assert torch.equal(y.isnan(), want.isnan())
+
+
+@each_backend
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_not_finite_packed(value, where):
+    """Each channel of pixels everywhere in a strip and at its borders: in nine pixels, and not in
+    those that find it in a word of theirs."""
+    args = arguments(bf16, (1, 1, 6, 20, 8, 3, 3, 16))
+    skip, places = args[1], ((0, 0), (3, 7), (6, 14), (1, 31), (4, 32), (9, 39), (11, 18))
+    for i, (row, column) in enumerate(places):
+        skip[0, row, column, i % 3] = value
+    y, want = run(where, args), eager(*(a.float() for a in args))
+    assert torch.equal(y.isfinite(), want.isfinite())
+    assert torch.equal(y.isnan(), want.isnan())
+    assert 4 < (~want.isfinite()).any(-1).sum() <= 9 * len(places)
+    for channel, column in product(range(3), range(8, 16)):
+        args[1].nan_to_num_(0, 0, 0)
+        args[1][0, 5, column, channel] = value
+        y, want = run(where, args), eager(*(a.float() for a in args))
+        assert torch.equal(y.isfinite(), want.isfinite())
 
 
 @pytest.mark.parametrize(
@@ -303,6 +345,53 @@ def test_fragments_are_b():
 # --- shared memory, and who does what
 
 
+def test_packed_words():
+    """The nine values of a pixel are from the word on where it starts; two words a lane of a
+    product are where 8 lanes of four neighbours read 25 words side by side. Of those that only the
+    first of four lanes needs, none is read outside of the stage."""
+    lib = library(SOURCE)
+    for square, b in product(range(16), range(2)):
+        at = lib.up_packed_at(square, b)
+        assert at % 4 == 0
+        # The row starts 16 bytes before the strip's first pixel.
+        pixel = 16 + 6 * (2 * square + b)
+        places = {lib.up_packed_value(b, k): at + 2 * k for k in range(16)}
+        assert [places[i] for i in range(9)] == [pixel - 6 + 2 * i for i in range(9)]
+        outside = {k for k in range(16) if not 0 <= lib.up_packed_value(b, k) < 9}
+        assert outside == ({0, *range(10, 16)} if b == 0 else set(range(9, 16)))
+        assert places[8] + 2 <= lib.up_packed_row()
+        assert at + 32 <= lib.up_packed_row() + 16
+    for b in range(2):
+        words = {lib.up_packed_at(s, b) // 4 + t for s in range(8) for t in range(4)}
+        assert len({word % 32 for word in words}) == len(words)
+
+
+@pytest.mark.parametrize("channels", [(16, 16), (24, 5), (8, 32)], ids=str)
+def test_packed_weights(channels):
+    """The second convolution's, nine of a row side by side, zero beyond them; then the biases."""
+    before, middle = channels
+    args = arguments(bf16, (1, 1, 1, 4, before, middle, 3, 16))
+    weights = Up(*args).compose().view(torch.int16)
+    lib, dec = library(SOURCE), args[4]
+    at = [lib.up_fragment_at(k, c) for k, c in product(range(16), range(16))]
+    for b, row in product(range(2), range(3)):
+        first = lib.up_packed(before, b, row) // 2
+        got = weights[first : first + 256][at].view(bf16).reshape(16, 16)
+        want = torch.zeros(16, 16).to(bf16)
+        for tap, c in product(range(3), range(3)):
+            (k,) = (k for k in range(16) if lib.up_packed_value(b, k) == 3 * tap + c)
+            want[k] = dec[:, middle + c, row, tap]
+        assert_bitwise(got, want)
+    _, biases = model_of(*args[2:])
+    for parity, edge_y, edge_x in product(range(4), range(2), range(2)):
+        kind = 2 * edge_y + edge_x
+        *_, first = integers(lib.up_weights, before, 3, parity, kind, 0, count=3)
+        got = f64(weights[first // 2 : first // 2 + 32].view(torch.float32))
+        a, b = divmod(parity, 2)
+        want = biases[square_of(edge_y, a), square_of(edge_x, b), a, b]
+        assert np.abs(got - want).max() <= 1e-5 * np.abs(biases).max()
+
+
 @each_tile
 def test_copies(blocks):
     """Every piece of a stage once, to a place of its own; neighbours in at most two to a bank."""
@@ -318,6 +407,8 @@ def test_copies(blocks):
     assert all(row[0] == row[6] for row in real)
     x_pieces, skip_pieces = (2 * n for n in blocks)
     want = [(0, *at) for at in product(range(2), range(2 * columns + 2), range(skip_pieces))]
+    if skip_pieces == 0:  # 32 pixels of 6 bytes, and what is beside them
+        want = [(0, row, 0, piece) for row, piece in product(range(2), range(14))]
     want += [(1, 0, *at) for at in product(range(columns + 2), range(x_pieces))]
     assert [tuple(row[:4]) for row in real] == want
     places = [row[4] for row in real]
@@ -372,13 +463,13 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("channels", [(16, 16), (32, 32)], ids=str)
+@pytest.mark.parametrize("channels", [(16, 16), (32, 32), (16, 3)], ids=str)
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_faults_are_noticed(fault, channels):
     """In some order of a few: by the emulator, or because the result is wrong."""
     kind, which = fault
     before, beside = channels
-    args = arguments(bf16, (1, 1, 20, 5, before, 4, beside, 16))
+    args = arguments(bf16, (1, 1, 20, 4 if beside == 3 else 5, before, 4, beside, 16))
     call = Up(*args)
     call.compose()
     want, near = oracle(*args), eager(*args)
@@ -453,13 +544,15 @@ def test_other_biases_are_noticed(parity, kind):
 
 
 def test_why_not():
+    text_of_strides = "side by side and its other strides multiples of 16 bytes, got"
     x, skip, up_weight, _, weight, _ = args = arguments(bf16, (2, 1, 3, 4, 16, 6, 24, 16))
     assert refusal(args) is None
     assert refusal(arguments(torch.float16, SHAPES["one"])) == "takes bfloat16, got torch.float16"
-    for channels in (3, 12, 40):
+    for channels in (4, 12, 40):
         assert refusal(arguments(bf16, (1, 1, 1, 1, 16, 4, channels, 16))) == (
-            f"takes a multiple of 8 channels of skip, at most 32, got {channels}"
+            f"takes a multiple of 8 channels of skip, at most 32, or 3, got {channels}"
         )
+    for channels in (3, 12, 40):
         assert refusal(arguments(bf16, (1, 1, 1, 1, channels, 4, 16, 16))) == (
             f"takes a multiple of 8 channels of x, at most 32, got {channels}"
         )
@@ -473,13 +566,28 @@ def test_why_not():
     def other(x=x, skip=skip):
         return backend.why_not_call(x, skip, up_weight, weight)
 
+    packed = torch.zeros(1, 6, 16, 6).to(bf16)
+    less, three = x[:, :, :2], weight[:, : 6 + 3]
+    words = "needs pixels of 3 channels of skip side by side, in a multiple of 8 columns, got "
+    for picture, pixels in (
+        (packed[:, :, :4, :3].contiguous(), less),
+        (packed[:, :, :8, :3], x),
+    ):
+        assert backend.why_not_call(pixels, picture, up_weight, three) == words + (
+            f"{tuple(picture.shape)} at {picture.stride()} elements"
+        )
+    rows = torch.zeros(1, 6, 12, 3).to(bf16)
+    assert text_of_strides in backend.why_not_call(x, rows[:, :, :8], up_weight, three)
+    assert backend.why_not_call(x, rows[:, :, 4:], up_weight, three) == (
+        "needs skip to start at a multiple of 16 bytes"
+    )
+    assert backend.why_not_call(x, rows[:, ::2, :8][:, :3], up_weight, three) is None
     wide = torch.zeros(1, 6, 8, 28).to(bf16)
-    text = "side by side and its other strides multiples of 16 bytes, got"
-    assert text in other(skip=wide[..., :24])
+    assert text_of_strides in other(skip=wide[..., :24])
     assert other(skip=wide[..., 4:]) == "needs skip to start at a multiple of 16 bytes"
     first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    assert other(x=first) == f"needs the channels of x {text} (192, 4, 1, 12) elements; call " + (
-        ".contiguous()"
+    assert other(x=first) == (
+        f"needs the channels of x {text_of_strides} (192, 4, 1, 12) elements; call .contiguous()"
     )
     assert other(x=x[:1].expand(2, -1, -1, -1)) is None
     huge = torch.empty(2**17, 1, 2**8, 16, dtype=bf16, device="meta")
@@ -493,8 +601,10 @@ REFUSED = {
     "no skip": ({"S": 0}, "S must divide B"),
     "no rows": ({"rows": 0}, "sizes must be positive, and at most 2^20 strips of 16 columns of x"),
     "strips": ({"columns": 1 << 26}, "sizes must be positive, and at most 2^20 strips of 16"),
-    "x": ({"Ci": 12}, "x and skip must have a multiple of 8 channels up to 32"),
-    "skip": ({"Cs": 40}, "x and skip must have a multiple of 8 channels up to 32"),
+    "x": ({"Ci": 12}, "x must have a multiple of 8 channels up to 32, skip too or 3"),
+    "three of x": ({"Ci": 3}, "x must have a multiple of 8 channels up to 32, skip too or 3"),
+    "skip": ({"Cs": 40}, "x must have a multiple of 8 channels up to 32, skip too or 3"),
+    "packed": ({"Cs": 3, "columns": 4}, "pixels of 3 channels of skip must be side by side, and "),
     "u": ({"Cu": 33}, "up_weight must have 1 to 32 rows, weight 16"),
     "out": ({"Co": 8}, "up_weight must have 1 to 32 rows, weight 16"),
     "workspace": ({"workspace": 4096 + 8}, "out and workspace must start at a multiple of 16"),
@@ -526,6 +636,22 @@ def test_launch_refuses_pictures(which, field, value, message):
         call.compose()
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("columns", 6, "pixels of 3 channels of skip must be side by side, and their columns a"),
+        ("stride_w", 6, "pixels of 3 channels of skip must be side by side, and their columns a"),
+        ("stride_h", 20, "strides of x and skip must be multiples of 16 bytes"),
+        ("data", 4104, "x and skip must start at a multiple of 16 bytes"),
+    ],
+)
+def test_launch_refuses_packed(field, value, message):
+    call = Up(*arguments(bf16, (1, 1, 2, 4, 16, 4, 3, 16)))
+    setattr(call.args if field == "columns" else call.args.skip, field, value)
+    with pytest.raises(EmulatorError, match=f"^{message}"):
+        call.compose()
+
+
 def test_on_request_only():
     args = arguments(bf16, SHAPES["one"])
     assert ("cuda", None) not in explain(OP, *args)[:1]
@@ -540,23 +666,25 @@ def test_machine_code(arch):
     """No spills; the registers of the blocks that share a multiprocessor; every product, fragment
     and copy of a step by its own instruction, three times: for each turn of the sums."""
     kernels, _ = compiled_for(arch, "local_decoder_up.cu")
-    tiles = list(product((1, 2), (1, 2)))
-    names = [f"local_decoder_up_kernel<{x}, {skip}>" for x, skip in tiles]
+    names = [f"local_decoder_up_kernel<{x}, {skip}>" for x, skip in TILES]
     assert [kernel.name for kernel in kernels] == ["local_decoder_up_compose_kernel", *names]
     for kernel in kernels:
         assert (kernel.stack, kernel.spills) == (0, 0)
-    for kernel, (x, skip) in zip(kernels[1:], tiles, strict=True):
+    for kernel, (x, skip) in zip(kernels[1:], TILES, strict=True):
         _, _, _, threads, blocks = integers(library(SOURCE).up_tile, x, skip, count=5)
         assert kernel.registers * threads * blocks <= 65536
-        assert blocks == (3 if x + skip == 2 else 2)
+        assert blocks == {(1, 0): 4, (1, 1): 3}.get((x, skip), 2)
 
         def count(pattern, code=kernel.sass):
             return len(re.findall(rf"\b{pattern}", code))
 
         # 9 taps of x for 3 rows of squares and those of an edge, 9 of skip, two products each.
-        products = 3 * 2 * (9 * x + 3 * x + 9 * skip)
+        products = 3 * 2 * (9 * x + 3 * x + (9 * skip or 3))
         assert count(r"HMMA\.16816\.F32\.BF16") == count("HMMA") == products
-        assert count(r"LDSM\.16\.M88\.4") == count("LDSM") == 3 * (3 * x + 2 * 3 * skip)
+        # Those of the edge's column are read again.
+        assert count(r"LDSM\.16\.M88\.4") == count("LDSM") == 3 * (4 * x + 2 * 3 * skip)
+        if skip == 0:  # four words of two rows
+            assert count(r"LDS R\d") == 3 * 2 * 4
         assert count(r"LDGSTS\.E\.BYPASS[.A-Z0-9]*\.128") == count("LDGSTS") > 0
         assert count("BAR") == 3
         # Of 8 values: 2^x and 1 / x.
@@ -569,8 +697,11 @@ def test_machine_code(arch):
 
 # --- on a GPU
 
-# (h, w, channels of x and u, of skip) of levels 0 and 1 at 4096 x 4096, and of the former at 8192.
-RELEASED = [(2048, 2048, 16, 16), (1024, 1024, 32, 32), (4096, 4096, 16, 16)]
+# (h, w, channels of x and u, of skip) of levels 0 and 1 at 4096 x 4096, and of level 0 beyond it.
+RELEASED = [
+    *((2048, 2048, 16, 16), (1024, 1024, 32, 32)),
+    *((4096, 4096, 16, 3), (5120, 5120, 16, 3)),
+]
 
 
 @pytest.mark.gpu
@@ -606,8 +737,14 @@ def test_like_triton_on_gpu():
     """Everywhere, at a size that is no multiple of anything."""
     launch, device = launcher(OP, "cuda")
     triton, _ = launcher(OP, "triton-gpu")
-    for channels in ((16, 16, 16, 16), (32, 32, 32, 16), (8, 5, 24, 16)):
-        args = on(device, arguments(bf16, (2, 1, 333, 517, *channels)))
+    for width, *channels in (
+        (517, 16, 16, 16, 16),
+        (517, 32, 32, 32, 16),
+        (517, 8, 5, 24, 16),
+        (516, 16, 16, 3, 16),
+        (516, 32, 7, 3, 16),
+    ):
+        args = on(device, arguments(bf16, (2, 1, 333, width, *channels)))
         if reason := backend.why_not(*args):
             pytest.skip(reason)
         with guarded_outputs():
@@ -618,7 +755,7 @@ def test_like_triton_on_gpu():
 @pytest.mark.gpu
 def test_captured_on_gpu():
     launch, device = launcher(OP, "cuda")
-    for channels in ((16, 16, 16, 16), (32, 32, 32, 16)):
+    for channels in ((16, 16, 16, 16), (32, 32, 32, 16), (16, 16, 3, 16)):
         args = on(device, arguments(bf16, (2, 1, 32, 48, *channels)))
         if reason := backend.why_not(*args):
             pytest.skip(reason)

@@ -17,6 +17,11 @@ class Device : public hopper::Device {
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
     return index;
   }
+  __device__ __forceinline__ int thread_again() const {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+  }
 
   // --- copies. 16 bytes from global to shared memory, or 16 zeros where they are not `there`.
   __device__ __forceinline__ void copy16(uint32_t to, const char* from, bool there) const {
@@ -55,6 +60,11 @@ class Device : public hopper::Device {
   __device__ __forceinline__ float get(uint32_t from) const {
     float x;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address(from)) : "memory");
+    return x;
+  }
+  __device__ __forceinline__ uint32_t get_word(uint32_t from) const {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address(from)) : "memory");
     return x;
   }
 };

@@ -23,7 +23,7 @@ struct ComposeParams {
     return kParities * kSlots * layout.x_blocks;
   }
   PIXELDIFF_HOST_DEVICE constexpr int fragments() const {
-    return x_fragments() + 9 * layout.skip_blocks;
+    return x_fragments() + layout.skip_fragments();
   }
   PIXELDIFF_HOST_DEVICE constexpr int blocks() const { return fragments() + 1; }
 };
@@ -44,7 +44,11 @@ struct Compose {
       compose(i / p.layout.x_blocks / kSlots, i / p.layout.x_blocks % kSlots,
               i % p.layout.x_blocks);
     } else if (i < p.fragments()) {
-      copy(i - p.x_fragments());
+      const int fragment = i - p.x_fragments();
+      if (p.layout.skip_blocks == 0)
+        pack(fragment / 3, fragment % 3);
+      else
+        copy(fragment);
     } else {
       add_biases();
     }
@@ -111,6 +115,20 @@ struct Compose {
     for (int i = 0; i < 2; ++i)
       both[i] = cs + i < p.Cs ? load(p.weight, channel, p.Cu + cs + i, tap / 3, tap % 3) : 0.0f;
     store(p.layout.skip(tap, block), k, channel, both[0], both[1]);
+  }
+
+  PIXELDIFF_DEVICE void pack(int b, int row) {
+    const int k = m.thread() / 16 * 2, channel = m.thread() % 16;
+    float both[2];
+    PIXELDIFF_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int value = packed_value(b, k + i);
+      both[i] = value >= 0 && value < 3 * kPackedChannels
+                    ? load(p.weight, channel, p.Cu + value % kPackedChannels, row,
+                           value / kPackedChannels)
+                    : 0.0f;
+    }
+    store(p.layout.packed(b, row), k, channel, both[0], both[1]);
   }
 
   PIXELDIFF_DEVICE void store(int fragment, int k, int channel, float low, float high) {

@@ -17,6 +17,9 @@ constexpr int kBlock = 16;    // channels that one product sums over
 constexpr int kParities = 4;  // 2 a + b
 constexpr int kFragmentBytes = kBlock * kOut * 2;
 constexpr int kMaxMiddle = 32;  // channels of u
+// Channels of a skip that is not padded to blocks: the three taps of a row of it are neighbours in
+// memory, and one product sums over all nine values.
+constexpr int kPackedChannels = 3;
 
 // A tap of x: at which edges, and where.
 struct Slot {
@@ -57,9 +60,14 @@ PIXELDIFF_HOST_DEVICE constexpr int fragment_at(int k, int channel) {
 // The channel of accumulator i, of 8, is 4 (lane % 4) + this; its pixel's half is i / 2 % 2.
 PIXELDIFF_HOST_DEVICE constexpr int accumulator_channel(int i) { return i / 4 * 2 + i % 2; }
 
+// Which of the nine values of a row of packed taps, 3 tap + channel, the k-th of a product of
+// pixels of column parity b is; negative or beyond: none. Words of 4 bytes start at every other
+// value: the first value of a pixel in an even column is the second of its word.
+PIXELDIFF_HOST_DEVICE constexpr int packed_value(int b, int k) { return k - (1 - b); }
+
 // Bytes from the workspace's start.
 struct Weights {
-  int x_blocks, skip_blocks;  // of 16 channels
+  int x_blocks, skip_blocks;  // of 16 channels; of skip 0 where it is packed
 
   PIXELDIFF_HOST_DEVICE constexpr int x(int parity, int slot, int block) const {
     return ((parity * kSlots + slot) * x_blocks + block) * kFragmentBytes;
@@ -67,15 +75,23 @@ struct Weights {
   PIXELDIFF_HOST_DEVICE constexpr int skip(int tap, int block) const {
     return x(kParities, 0, 0) + (tap * skip_blocks + block) * kFragmentBytes;
   }
+  // Of a row of packed taps, for pixels of column parity b.
+  PIXELDIFF_HOST_DEVICE constexpr int packed(int b, int row) const {
+    return x(kParities, 0, 0) + (3 * b + row) * kFragmentBytes;
+  }
+  PIXELDIFF_HOST_DEVICE constexpr int skip_fragments() const {
+    return skip_blocks == 0 ? 6 : 9 * skip_blocks;
+  }
   // The sum of both biases, 16 of fp32.
   PIXELDIFF_HOST_DEVICE constexpr int shift(int parity, bool edge_y, bool edge_x) const {
-    return skip(9, 0) + (parity * 4 + edge_y * 2 + edge_x) * kOut * 4;
+    return x(kParities, 0, 0) + skip_fragments() * kFragmentBytes +
+           (parity * 4 + edge_y * 2 + edge_x) * kOut * 4;
   }
   PIXELDIFF_HOST_DEVICE constexpr int bytes() const { return shift(kParities, false, false); }
 };
 PIXELDIFF_HOST_DEVICE constexpr Weights weights_of(int64_t Ci, int64_t Cs) {
   return {static_cast<int>((Ci + kBlock - 1) / kBlock),
-          static_cast<int>((Cs + kBlock - 1) / kBlock)};
+          Cs == kPackedChannels ? 0 : static_cast<int>((Cs + kBlock - 1) / kBlock)};
 }
 
 }  // namespace pixeldiff::local_decoder

@@ -13,6 +13,7 @@ from .joint_attention import why_not_capability
 
 # Of x and skip, of u, and of the result.
 MAX_CHANNELS, MAX_MIDDLE, OUT = 32, 32, 16
+PACKED = 3  # channels of a skip that is read as rows of bytes
 ALIGNMENT = 16  # bytes: of addresses and strides, for cp.async
 STRIP = 16  # columns of x that a block has
 MAX_STRIPS = 1 << 20
@@ -40,10 +41,13 @@ def why_not_call(x: Tensor, skip: Tensor, up_weight: Tensor, weight: Tensor) -> 
     if x.dtype != torch.bfloat16:
         return f"takes bfloat16, got {x.dtype}"
     for name, t in (("x", x), ("skip", skip)):
-        channels = t.shape[3]
+        channels, other = t.shape[3], f", or {PACKED}" if name == "skip" else ""
+        if name == "skip" and channels == PACKED:
+            continue
         if channels % 8 or not 8 <= channels <= MAX_CHANNELS:
             return (
-                f"takes a multiple of 8 channels of {name}, at most {MAX_CHANNELS}, got {channels}"
+                f"takes a multiple of 8 channels of {name}, at most {MAX_CHANNELS}{other}, "
+                f"got {channels}"
             )
     if not 1 <= up_weight.shape[0] <= MAX_MIDDLE:
         return f"takes 1 to {MAX_MIDDLE} channels of u, got {up_weight.shape[0]}"
@@ -55,7 +59,15 @@ def why_not_call(x: Tensor, skip: Tensor, up_weight: Tensor, weight: Tensor) -> 
     for name, t in (("x", x), ("skip", skip)):
         if t.numel() and t.data_ptr() % ALIGNMENT:
             return f"needs {name} to start at a multiple of {ALIGNMENT} bytes"
-        if t.stride(3) != 1 or any(stride * t.element_size() % ALIGNMENT for stride in _strides(t)):
+        *strides, across = _strides(t)
+        if t.shape[3] == PACKED:
+            if t.shape[2] % 8 or across != PACKED:
+                return (
+                    f"needs pixels of {PACKED} channels of {name} side by side, in a multiple of 8 "
+                    f"columns, got {tuple(t.shape)} at {tuple(t.stride())} elements"
+                )
+            across = 0
+        if t.stride(3) != 1 or any(s * t.element_size() % ALIGNMENT for s in (*strides, across)):
             return (
                 f"needs the channels of {name} side by side and its other strides multiples of "
                 f"{ALIGNMENT} bytes, got {tuple(t.stride())} elements; call .contiguous()"

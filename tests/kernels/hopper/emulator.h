@@ -210,6 +210,7 @@ class Thread {
   }
 
   // Of csrc/cuda/ampere/device.cuh.
+  int thread_again() const { return thread(); }
   void copy16(uint32_t to, const char* from, bool there);
   void commit_copies();
   template <int kPending>
@@ -220,6 +221,7 @@ class Thread {
   void load_transposed(uint32_t row, uint32_t (&r)[4]) { load_fragments(row, true, r); }
   void put(uint32_t to, float x);
   float get(uint32_t from) const;
+  uint32_t get_word(uint32_t from) const;
   template <bool kBf16>
   void multiply(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
     const uint32_t operands[6] = {a[0], a[1], a[2], a[3], b0, b1};
@@ -1038,6 +1040,13 @@ inline float Thread::get(uint32_t from) const {
   float x;
   std::memcpy(&x, halves, 4);
   return x;
+}
+
+inline uint32_t Thread::get_word(uint32_t from) const {
+  if (from % 4) fail("4 bytes read at no multiple of 4");
+  const uint32_t at = address(from) + window();
+  return block_.element(block_.generic_, at) |
+         static_cast<uint32_t>(block_.element(block_.generic_, at + 2)) << 16;
 }
 
 inline void Thread::multiply_in_warp(bool bf16, const uint32_t (&operands)[6], float* d) {

@@ -78,10 +78,16 @@ int guarded(const Call* c, char* message, int room, void (*run)(const Call&)) {
 
 template <class F>
 void with_tile(int x_blocks, int skip_blocks, F f) {
+  const auto with_skip = [&](auto x) {
+    constexpr int kX = decltype(x)::value;
+    if (skip_blocks == 0) return f(UpTile<kX, 0>{});
+    if (skip_blocks == 1) return f(UpTile<kX, 1>{});
+    return f(UpTile<kX, 2>{});
+  };
   if (x_blocks == 1)
-    skip_blocks == 1 ? f(UpTile<1, 1>{}) : f(UpTile<1, 2>{});
+    with_skip(std::integral_constant<int, 1>{});
   else
-    skip_blocks == 1 ? f(UpTile<2, 1>{}) : f(UpTile<2, 2>{});
+    with_skip(std::integral_constant<int, 2>{});
 }
 
 }  // namespace
@@ -115,6 +121,12 @@ int up_kept(int edge, int a, int r) { return kept(edge, a, r); }
 int up_meets(int a, int r, int t, int e) { return meets(a, r, t, e); }
 int up_fragment_at(int k, int channel) { return fragment_at(k, channel); }
 int up_accumulator_channel(int i) { return accumulator_channel(i); }
+// Which of a row's nine packed values the k-th of a product is; where its fragments start.
+int up_packed_value(int b, int k) { return packed_value(b, k); }
+int up_packed(int Ci, int b, int row) { return weights_of(Ci, kPackedChannels).packed(b, row); }
+// The word of shared memory at which a square's packed pixel starts, in a row of so many bytes.
+int up_packed_at(int square, int b) { return UpTile<1, 0>::packed(square, b); }
+int up_packed_row() { return UpTile<1, 0>::kSkipBytes; }
 // Where fragments of x, of skip and the biases start.
 void up_weights(int Ci, int Cs, int parity, int i, int block, int* out) {
   const Weights w = weights_of(Ci, Cs);
