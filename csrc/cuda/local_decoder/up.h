@@ -276,19 +276,19 @@ struct Up {
       add(here, values, of_skip[0][0][0]);
       load_packed(own, values);
       add(here, values, of_skip[1][0][0]);
-      return;
-    }
-    PIXELDIFF_UNROLL
-    for (int tap = 0; tap < 3; ++tap) {
+    } else {
       PIXELDIFF_UNROLL
-      for (int block = 0; block < kSkipBlocks; ++block) {
-        const uint32_t from = Tile::SkipRows::further(skip_at[tap], 2 * block);
-        uint32_t values[4];
-        m.load_matrices(shared + from, values);
-        add(done, values, of_skip[2][tap][block]);
-        add(here, values, of_skip[0][tap][block]);
-        m.load_matrices(own + from, values);
-        add(here, values, of_skip[1][tap][block]);
+      for (int tap = 0; tap < 3; ++tap) {
+        PIXELDIFF_UNROLL
+        for (int block = 0; block < kSkipBlocks; ++block) {
+          const uint32_t from = Tile::SkipRows::further(skip_at[tap], 2 * block);
+          uint32_t values[4];
+          m.load_matrices(shared + from, values);
+          add(done, values, of_skip[2][tap][block]);
+          add(here, values, of_skip[0][tap][block]);
+          m.load_matrices(own + from, values);
+          add(here, values, of_skip[1][tap][block]);
+        }
       }
     }
   }
