@@ -9,9 +9,10 @@
 #   --sanitize   every kernel once under compute-sanitizer's memcheck and racecheck
 #   --cuda       the CUDA C++ kernels alone: their tests, compute-sanitizer on the small ones, and a
 #                race of each against its Triton version and vendors'
-#   --compare    decodes of two networks at 1024, 2048 and 4096 beside plain PyTorch and the original
-#   --compile    decodes beside what torch.compile makes of both, by default and by max-autotune; of
-#                the network $CONFIG, default flux-2k, at $SIZE, default 2048
+#   --compare    decodes of the network $CONFIG, default flux-2k, at 1024, 2048 and 4096 beside plain
+#                PyTorch and the original, and its profile
+#   --compile    its decodes at $SIZE, default 2048, beside what torch.compile makes of both, by
+#                default and by max-autotune
 #   --more       the ops at 1024 and 4096, decodes in fp8 and in tiles, other profiles
 #   --l2p        a network call of L2P at 1024, 4096, 8192 and 10240, and of the latent model it
 #                comes from
@@ -256,6 +257,7 @@ profiled() {
   stage "$name" "$limit" "$PYTHON" -m bench profile --json "$OUT/$name.json" "$@"
 }
 
+CONFIG="${CONFIG:-flux-2k}" SIZE="${SIZE:-2048}"
 stage environment 60 bash -c environment
 # Most of a test's time is compilation: on as many processes as the memory of the largest allows.
 XDIST="$([ "$DRY" -eq 1 ] || ! "$PYTHON" -c "import xdist" 2>/dev/null || echo "-n 6 --dist loadfile")"
@@ -266,11 +268,11 @@ case "$PART" in
   "")
     # If the machine goes away, the most telling results are there: that the kernels are right, what
     # an image takes, and where it goes.
-    tests once 60 tests/kernels/test_every_kernel.py
-    decode short 60 --device cuda --config flux-2k --size 2048 --new-size 1024 --images 7 \
-      --compare pixeldiff-no-graphs,reference,upstream --timeout 45
+    tests once 50 tests/kernels/test_every_kernel.py
+    decode short 85 --device cuda --config flux-2k --size 2048 --new-size 1024 --images 5 \
+      --compare reference,upstream --timeout 45
     profiled short 55 --device cuda --config flux-2k --size 2048
-    kernels short 105 --device cuda --dtype bf16 --sizes 2048 --seconds 0.5 --limit 90
+    kernels short 100 --device cuda --dtype bf16 --sizes 2048 --seconds 0.5 --limit 85
     tests models 130 tests --ignore tests/kernels
     ;;
   --tests)
@@ -315,17 +317,16 @@ case "$PART" in
     done
     ;;
   --compare)
-    for config in flux-2k flux2-v1.5; do
-      decode "$config-2048" 75 --device cuda --config "$config" --size 2048 --new-size 1024 \
-        --images 5 --compare pixeldiff-no-graphs,reference,upstream --timeout 45
-      decode "$config-1024" 40 --device cuda --config "$config" --size 1024 --new-size 0 \
-        --images 5 --compare pixeldiff-no-graphs,reference,upstream --timeout 30
-      decode "$config-4096" 95 --device cuda --config "$config" --size 4096 --new-size 0 \
-        --images 2 --compare reference,upstream --timeout 60
-    done
+    # A variant is a process, which takes ten seconds to begin.
+    decode "$CONFIG-2048" 110 --device cuda --config "$CONFIG" --size 2048 --new-size 1024 \
+      --images 5 --compare pixeldiff-no-graphs,reference,upstream --timeout 45
+    decode "$CONFIG-1024" 75 --device cuda --config "$CONFIG" --size 1024 --new-size 0 \
+      --images 5 --compare pixeldiff-no-graphs,reference,upstream --timeout 30
+    decode "$CONFIG-4096" 130 --device cuda --config "$CONFIG" --size 4096 --new-size 0 \
+      --images 2 --compare reference,upstream --timeout 60
+    profiled "$CONFIG" 55 --device cuda --config "$CONFIG" --size 2048
     ;;
   --compile)
-    CONFIG="${CONFIG:-flux-2k}" SIZE="${SIZE:-2048}"
     # A network takes a minute and more to compile; those that take turns do so one after the other.
     decode "compile-$CONFIG-$SIZE" 210 --device cuda --config "$CONFIG" --size "$SIZE" \
       --new-size 0 --images 5 --compare reference,compile,upstream+compile --timeout 120
@@ -333,18 +334,18 @@ case "$PART" in
       --new-size 0 --images 5 --compare compile-max-autotune --timeout 180
     ;;
   --more)
-    decode fp8 50 --device cuda --config flux-2k --size 2048 --new-size 0 --images 5 \
+    decode fp8 60 --device cuda --config flux-2k --size 2048 --new-size 0 --images 5 \
       --precision fp8 --compare reference --timeout 40
-    profiled fp8 50 --device cuda --config flux-2k --size 2048 --precision fp8
-    decode fp8-4096 50 --device cuda --config flux2-v1.5 --size 4096 --new-size 0 --images 2 \
+    profiled fp8 45 --device cuda --config flux-2k --size 2048 --precision fp8
+    decode fp8-4096 60 --device cuda --config flux2-v1.5 --size 4096 --new-size 0 --images 2 \
       --precision fp8 --compare reference --timeout 40
     decode fp8-tiles 50 --device cuda --config flux-2k --size 4096 --tile 2048 --new-size 0 \
       --images 2 --precision fp8 --compare reference --timeout 40
     decode tiles 45 --device cuda --config flux-2k --size 4096 --tile 2048 --new-size 0 \
       --images 2 --compare reference --timeout 40
-    profiled l2p 60 --device cuda --config 4k
+    profiled l2p 50 --device cuda --config 4k
     profiled 4096 45 --device cuda --config flux-2k --size 4096 --images 3
-    kernels full 70 --device cuda --dtype bf16 --sizes 1024,4096 --seconds 0.5 --limit 60 \
+    kernels full 60 --device cuda --dtype bf16 --sizes 1024,4096 --seconds 0.5 --limit 50 \
       --no-compile
     ;;
   --l2p)

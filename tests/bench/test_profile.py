@@ -119,7 +119,8 @@ def base():
 
 
 def test_rows_add_up_to_the_step():
-    steps = [EAGER, step(("n", 0, 2, 0), ("gemm", 3, 7, 1), ("copy", 8, 9, None))]
+    last = step(("n", 0, 2, 0), ("gemm", 3, 5, 1), ("gemm", 5, 7, 1), ("copy", 8, 9, None))
+    steps = [EAGER, last]
     rows = rows_of(base(), [3.5, 4.5], steps, CALLS, TOP)  # two images of a step each
     whole, *parts = rows
     assert (whole.name, whole.site, whole.timing.median_ms) == (STEP, "demo", 4.0)

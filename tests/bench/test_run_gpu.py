@@ -137,8 +137,9 @@ def test_rehearsal_of_a_part(said, part):
 def test_what_parts_measure(said):
     """Every variant of a decode, every network call of L2P, and a race for every CUDA kernel."""
     decodes, forwards, raced = set(), set(), set()
-    for part in PARTS:
-        for name in limits(said(part)):
+    other = {"CONFIG": "flux2-v1.5"}
+    for part, given in [*((part, {}) for part in PARTS), ("--compare", other)]:
+        for name in limits(said(part, **given)):
             words = command(said.out / f"{name}.log")
             if words[1:2] != ["bench"]:
                 continue
