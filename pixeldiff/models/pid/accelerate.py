@@ -205,7 +205,7 @@ class Accelerated:
     def _run(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         adopted, compiling = self._adopted, torch.compiler.is_compiling()
         if compiling and (
-            adopted is None or _changed(adopted.structure) or _autocast_dtype(adopted.net)
+            adopted is None or adopted.structure.changed() or _autocast_dtype(adopted.net)
         ):
             return self._run_outside_graph(network, args, kwargs)
         if not compiling and (adopted is None or adopted.structure.changed()):
@@ -256,12 +256,6 @@ def _adopt(network: nn.Module, config: PiDConfig | None) -> _Adopted:
     return _Adopted(net, Weights(net, who), Structure(network), call)
 
 
-@torch.compiler.assume_constant_result
-def _changed(structure: Structure) -> bool:
-    """As it is when traced; of hooks that are added later compiled code takes no notice anyway."""
-    return structure.changed()
-
-
 def _traced(adopted: _Adopted, x, t, y, lq_latent, degrade_sigma) -> Tensor:
     """The forward as torch.compile sees it: nothing is kept, guards notice what changes."""
     net = adopted.net
@@ -287,7 +281,7 @@ def _set_forward(network: nn.Module, forward: Any) -> None:
 def _autocast_dtype(net: PiDNet) -> torch.dtype | None:
     """What autocast would compute in, None if that is the weights' dtype anyway."""
     kind_of_device, dtype = net.device.type, net.dtype
-    if dtype == torch.float64 or not torch.amp.is_autocast_available(kind_of_device):
+    if dtype == torch.float64 or not _has_autocast(kind_of_device):
         return None  # autocast leaves fp64 alone
     if not torch.is_autocast_enabled(kind_of_device):
         return None
@@ -295,8 +289,14 @@ def _autocast_dtype(net: PiDNet) -> torch.dtype | None:
     return None if wanted == dtype else wanted
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(kind_of_device: str) -> bool:
+    # The compiler of torch 2.11 cannot trace it.
+    return torch.amp.is_autocast_available(kind_of_device)
+
+
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...errors import AccelerationError
@@ -131,8 +132,12 @@ class Structure:
         self._hooks = [h for m in inside for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._attributes = [m.__dict__ for m in inside]
 
+    @torch.compiler.assume_constant_result
     def changed(self) -> bool:
-        """Whether a module was added, replaced, hooked or given another forward."""
+        """Whether a module was added, replaced, hooked or given another forward.
+
+        Compiled code has what it was when traced, and takes no notice of hooks added later anyway.
+        """
         return (
             any(self._hooks)
             or any(self._childless)

@@ -88,7 +88,8 @@ class PiDCondition:
 
     @property
     def has_latent(self) -> bool:
-        return bool(self.features) or self.make_injection is not None
+        # Not bool(): torch 2.11's compiler cannot trace it.
+        return len(self.features) > 0 or self.make_injection is not None
 
     def injection(self, index: int) -> tuple[Tensor, Tensor]:
         """Feature and logit of an injection point."""

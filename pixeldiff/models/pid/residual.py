@@ -37,7 +37,7 @@ class Stream:
     def feed(self, mlp: SwiGLU, gate: Tensor, h: Tensor | Rows, chunk: int | None = None) -> None:
         """x + gate * mlp(h) for h (B, N, D) and gate (B, D); `chunk` as for `SwiGLU`."""
         if kind_of(h.device) in ADD_EACH_PIECE:
-            self.x = mlp.add_gated(self.x, gate, h, chunk)
+            self.replace(mlp.add_gated(self.x, gate, h, chunk))
         else:
             self.add(gate, mlp(h, chunk))
 
@@ -57,18 +57,22 @@ class Stream:
         if fp8:
             return self._norm_fp8(*modulation)
         if self._branch is not None:
-            self.x, h = ops.gated_residual_norm(self._x, *self._branch, *modulation)
+            x, h = ops.gated_residual_norm(self._x, *self._branch, *modulation)
+            self.replace(x)
         elif self._gate is not None:
-            self.x, h = ops.sigma_gate_norm(self._x, *self._gate, *modulation)
+            x, h = ops.sigma_gate_norm(self._x, *self._gate, *modulation)
+            self.replace(x)
         else:
             h = ops.rms_norm_modulate(self._x, *modulation)
         return h
 
     def _norm_fp8(self, *modulation: Tensor) -> Rows:
         if self._branch is not None:
-            self.x, *rows = ops.gated_residual_norm_fp8(self._x, *self._branch, *modulation)
+            x, *rows = ops.gated_residual_norm_fp8(self._x, *self._branch, *modulation)
+            self.replace(x)
         elif self._gate is not None:
-            self.x, *rows = ops.sigma_gate_norm_fp8(self._x, *self._gate, *modulation)
+            x, *rows = ops.sigma_gate_norm_fp8(self._x, *self._gate, *modulation)
+            self.replace(x)
         else:
             rows = ops.rms_norm_modulate_fp8(self._x, *modulation)
         return Rows(*rows, self._x.dtype)
@@ -84,8 +88,12 @@ class Stream:
         self._settle()
         return self._x
 
-    @x.setter
-    def x(self, x: Tensor) -> None:
+    def replace(self, x: Tensor) -> None:
+        """Another stream, which is written to from now on.
+
+        Not the property's setter: the compiler of torch 2.11 loses what setters do, and without a
+        word.
+        """
         self._x, self._ours, self._branch, self._gate = x, True, None, None
 
     def _settle(self) -> None:
@@ -93,6 +101,6 @@ class Stream:
             y, gate = self._branch
             in_place = self._ours and not needs_grad(self._x, y, gate)
             add = self._x.addcmul_ if in_place else self._x.addcmul
-            self.x = add(gate[:, None], y)
+            self.replace(add(gate[:, None], y))
         elif self._gate is not None:
-            self.x = ops.sigma_gate(self._x, *self._gate)
+            self.replace(ops.sigma_gate(self._x, *self._gate))

@@ -80,7 +80,8 @@ def test_gradients_pass_and_nothing_is_written():
     x, y, gate = draw(1, 5, 8), draw(1, 5, 8), draw(1, 8).requires_grad_()
     with torch.enable_grad():
         stream = Stream(x)
-        stream.x = kept = y * gate[:, None]
+        kept = y * gate[:, None]
+        stream.replace(kept)
         stream.add(gate, y)
         (slope,) = torch.autograd.grad(stream.x.sum(), gate)
     torch.testing.assert_close(slope, 2 * y.sum(1))
