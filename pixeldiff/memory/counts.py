@@ -54,15 +54,15 @@ class Counts:
         resident = 0 if memory.blocks is None else memory.blocks.resident
         return cls(weights, dict(memory.phases), resident, tuple(memory.at_peak))
 
-    def extended(self, next_one: Counts, times: int) -> Counts:
-        """Of a run with so many more pieces, where `next_one` is of a run with one more."""
+    def extended(self, longer: Counts, by: int, to: int) -> Counts:
+        """Of a run with `to` pieces more, where `longer` is of a run with `by` more."""
         phases = {
-            name: count + times * (next_one.phases[name] - count)
+            name: count + to * (longer.phases[name] - count) // by
             for name, count in self.phases.items()
         }
-        gaps = next_one.resident and next_one.resident - next_one.peak
-        resident = next_one.resident and max(phases.values()) + gaps
-        return Counts(self.weights, phases, resident, next_one.at_peak)
+        gaps = longer.resident and longer.resident - longer.peak
+        resident = longer.resident and max(phases.values()) + gaps
+        return Counts(self.weights, phases, resident, longer.at_peak)
 
 
 class Watched:

@@ -27,8 +27,11 @@ from ..ops.registry import backend as forced
 from .counts import META, Counts, Watched, converted, storage_bytes, visiting_weights
 from .op_memory import OpMemory
 
-GROUPS_RUN = 2  # of tiles: each further one adds what the second does to the first
-INDEPENDENT_RUN = 4  # the last of a row, the first of the next, and two that find both done
+# Groups of tiles that are run: each further one adds what these add to the first. A heap's gaps
+# still grow with the first few. Of independent ones on a GPU: the last of a row, the first of the
+# next, and two that find both done.
+GROUPS_RUN = {"cpu": 9, "cuda": 2}
+INDEPENDENT_RUN = {"cpu": 9, "cuda": 4}
 # Network calls that are run: the first, which draws noise, and the last, which draws none. A
 # teacher's third is the first that holds all it ever does.
 _STEPS = {True: 2, False: 3}  # by whether it is a student
@@ -96,19 +99,18 @@ def counted(decode: Decode, device: str, backend: str | None) -> Counts:
         net = _network(decode.config, decode.dtype, decode.fp8, device)
         weights = storage_bytes(net)
         groups = 0 if decode.layout is None else -(-len(decode.layout.tiles) // decode.together)
-        if groups <= GROUPS_RUN:
-            return Counts.of(weights, _recorded(net, decode, decode.layout, device, backend))
-        if decode.tile_mode == "independent":
-            layout = _some(decode.layout, INDEPENDENT_RUN * decode.together)
+        alone = decode.tile_mode == "independent"
+        most = (INDEPENDENT_RUN if alone else GROUPS_RUN)[device]
+
+        def run(count: int) -> Counts:
+            layout = decode.layout
+            if groups > most:
+                layout = _some(layout, count * decode.together)
             return Counts.of(weights, _recorded(net, decode, layout, device, backend))
-        some, one_more = (
-            Counts.of(
-                weights,
-                _recorded(net, decode, _some(decode.layout, n * decode.together), device, backend),
-            )
-            for n in (GROUPS_RUN - 1, GROUPS_RUN)
-        )
-        return some.extended(one_more, groups - GROUPS_RUN + 1)
+
+        if groups <= most or alone:
+            return run(most)
+        return run(1).extended(run(most), most - 1, groups - 1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -224,6 +224,21 @@ def test_other_prompts_are_refused(out, prompts, monkeypatch):
     assert "differs in prompts (" in generate(out, *same, code=1).stderr
 
 
+def test_a_budget_is_part_of_a_job_of_prompts(out, prompts, monkeypatch):
+    """It may choose tiles, and with them other pixels."""
+    begun = ("--prompts", prompts, "--memory", "4GB")
+    with monkeypatch.context() as patch:
+        at_call(5, interrupt, patch, kind=L2PNet)
+        generate(out, *begun, code=130)
+    for changed, words in (
+        (("--memory", "8GB"), "differs in memory (4GB there, 8GB here);"),
+        ((), "differs in memory (4GB there, none here);"),
+    ):
+        again = ("--prompts", prompts, "--resume", *changed)
+        assert words in generate(out, *again, code=1).stderr
+    assert len(generate(out, *begun, "--resume").stdout.splitlines()) == 3
+
+
 def test_json_lines(out, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(

@@ -114,14 +114,15 @@ def test_the_same_as_counted_by_hand():
 
 
 @pytest.mark.parametrize("steps", [2, 4])
-def test_tiles_beyond_the_second_are_counted_as_if_they_were_run(steps, monkeypatch):
-    """Two tiles are run, and the difference between one and two is added for each other."""
+def test_tiles_beyond_the_first_few_are_counted_as_if_they_were_run(steps, monkeypatch):
+    """A few are run, and what they add to the first is added for each other."""
     options = {"tile": (6, 6), "overlap": 2, "tile_batch": 1, "steps": steps}
     for mode in ("sync", "independent"):
         short = estimate_pid(CONFIG, 512, tile_mode=mode, **options)
         with monkeypatch.context() as m:
             m.setattr(pid_counts.Counts, "extended", None)
-            m.setattr(pid_counts, "GROUPS_RUN", 100)
+            m.setattr(pid_counts, "GROUPS_RUN", {"cpu": 100})
+            m.setattr(pid_counts, "INDEPENDENT_RUN", {"cpu": 100})
             pid_counts.counted.cache_clear()
             full = estimate_pid(CONFIG, 512, tile_mode=mode, **options)
         pid_counts.counted.cache_clear()
