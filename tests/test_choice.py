@@ -70,7 +70,7 @@ def test_every_op_has_classes(op, dtype):
         ("sigma_gate_norm", {"gates": 1}, "bfloat16 D<=128 one a token"),
         ("fp8_linear", {"width": 1536}, "to bfloat16 K<=2048 N<=512"),
         ("local_decoder_down", {}, "bfloat16 from c3 to c16"),
-        ("local_decoder_down", {"level": 2}, "bfloat16 from c32 to c64"),
+        ("local_decoder_down", {"level": 1}, "bfloat16 from c16 to c32"),
         ("local_decoder_up", {"level": 1}, "bfloat16 from c64 to c16"),
         ("local_decoder_pixels", {"guided": True}, "bfloat16 p16 guided"),
         ("pixel_embed", {}, "bfloat16 p16"),
