@@ -32,6 +32,7 @@ from .models import fill, inputs
 from .own_process import measured_alone
 
 VERSION = 2
+UNDER, OVER = -0.05, 0.10  # how far an estimate may be off
 PID = {
     "narrow": PiDConfig(
         hidden_size=384, num_groups=6, patch_depth=4, pixel_attn_hidden_size=288,
@@ -207,11 +208,38 @@ class Peak:
 
 
 @dataclass
+class Held:
+    """How many estimates lie within `UNDER` and `OVER`, and the furthest off either way."""
+
+    cases: int
+    hold: int
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, runs: Sequence[Peak]) -> Held:
+        off = [r.off for r in runs] or [0.0]
+        hold = sum(UNDER <= r.off <= OVER for r in runs)
+        return cls(len(runs), hold, min(off), max(off))
+
+    def __str__(self) -> str:
+        return f"{self.hold} of {self.cases} hold, off by {self.lowest:+.1%} to {self.highest:+.1%}"
+
+
+@dataclass
 class Report:
     machine: Any
     command: str
     runs: list[Peak]
     schema: int = VERSION
+    chosen_by: Held | None = None  # of the cases that the estimate's constants were chosen by
+    held_out: Held | None = None  # of all others
+
+    def add(self, peak: Peak) -> None:
+        """One more case."""
+        self.runs.append(peak)
+        self.chosen_by = Held.of([r for r in self.runs if not r.held_out])
+        self.held_out = Held.of([r for r in self.runs if r.held_out])
 
 
 def run(cases: Sequence[Case], command: str, runs: int = 1) -> Iterator[Report]:
@@ -224,7 +252,7 @@ def run(cases: Sequence[Case], command: str, runs: int = 1) -> Iterator[Report]:
     found = machine(torch.device(cases[0].device))
     report = Report(dataclasses.asdict(found), command, [])
     for case in cases:
-        report.runs.append(measured(case, runs))
+        report.add(measured(case, runs))
         yield report
 
 

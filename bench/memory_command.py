@@ -15,8 +15,6 @@ from pixeldiff.out_files import check_out_path
 from . import show
 from .options import json_option, threads_option
 
-UNDER, OVER = -0.05, 0.10  # how far an estimate may be off
-
 
 @click.command()
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
@@ -27,8 +25,10 @@ UNDER, OVER = -0.05, 0.10  # how far an estimate may be off
 @clean_errors
 def memory(device: str, only: str, runs: int, threads: int | None, path: Path | None) -> None:
     """Measure the peak memory of a grid of decodes and images, and compare the estimates."""
-    from .memory_cases import grid, run, save
+    from .memory_cases import OVER, UNDER, grid, run, save
 
+    if runs % 2 == 0:
+        raise click.UsageError(f"--runs must be odd, for a median that was measured, got {runs}")
     if path is not None:
         check_out_path(path, ".json")
     cases = [dataclasses.replace(c, device=device) for c in grid(threads or 1) if only in c.name]
@@ -43,6 +43,7 @@ def memory(device: str, only: str, runs: int, threads: int | None, path: Path | 
         )
         if path is not None:
             save(report, path)
+    show.console.print(f"chosen by: {report.chosen_by}; held out: {report.held_out}")
     misses = [r.case for r in report.runs if not UNDER <= r.off <= OVER]
     if misses:
         raise ValueError(f"estimates off by more than {UNDER:.0%} or {OVER:+.0%}: {misses}")

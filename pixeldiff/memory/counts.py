@@ -15,6 +15,8 @@ from .live import Allocation
 from .op_memory import OpMemory
 
 META = torch.device("meta")
+# A heap's gaps grow with the first few tiles: so many are run where gaps are so much of all.
+GAPS_RUN, NOTABLE = 9, 0.05
 BAND = (3 << 20, 3 << 20, 3 << 18)  # of `images.uint8_bands`: 2^18 pixels in fp32 twice, in 8 bits
 
 
@@ -38,6 +40,11 @@ class Counts:
     def peak(self) -> int:
         """Of all phases."""
         return max(self.phases.values())
+
+    @property
+    def gaps_count(self) -> bool:
+        """Whether what the heap keeps of freed memory is a notable part of all."""
+        return self.resident - self.peak > NOTABLE * (self.weights + self.peak)
 
     def table(self, least: int = 1 << 20) -> list[str]:
         """What was alive at the worst moment, largest first: bytes, tensor, line."""

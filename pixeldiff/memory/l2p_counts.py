@@ -21,7 +21,7 @@ from ..models.l2p.scheduler import schedule
 from ..models.l2p.tiling import TiledPrediction
 from ..models.tiles import Layout
 from ..ops.registry import backend as forced
-from .counts import META, Counts, Watched, converted, storage_bytes, visiting_weights
+from .counts import GAPS_RUN, META, Counts, Watched, converted, storage_bytes, visiting_weights
 from .op_memory import OpMemory
 
 PHASES = {
@@ -32,7 +32,7 @@ PHASES = {
     "decoded": "local decoder",
 }
 _STEPS = 2
-TILES_RUN = {"cpu": 9, "cuda": 2}  # they hold nothing, but a heap's gaps grow with the first few
+TILES_RUN = 2  # they hold nothing: two are as many
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,21 @@ def counted(image: Image, device: str, backend: str | None) -> Counts:
     """Live memory of an image on a device, "cpu" or "cuda"."""
     with torch.no_grad(), standing_for(device), forced(None):
         net = _network(image.config, image.dtype, device)
-        layout = image.layout
-        if layout is not None:
-            layout = Layout(layout.size, layout.tile, layout.overlap, layout.step, layout.pixels)
-            vars(layout)["tiles"] = layout.tiles[: TILES_RUN[device]]
-        with OpMemory(device, backend) as memory, memory.phase("prepare"):
-            _made(Watched(net, memory, PHASES), image, layout, memory)
-        return Counts.of(storage_bytes(net), memory)
+        found = _run(net, image, TILES_RUN, device, backend)
+        if image.layout is not None and found.gaps_count:
+            found = _run(net, image, GAPS_RUN, device, backend)
+        return found
+
+
+def _run(net: L2PNet, image: Image, tiles: int, device: str, backend: str | None) -> Counts:
+    """Of no more than so many tiles."""
+    layout = image.layout
+    if layout is not None:
+        layout = Layout(layout.size, layout.tile, layout.overlap, layout.step, layout.pixels)
+        vars(layout)["tiles"] = layout.tiles[:tiles]
+    with OpMemory(device, backend) as memory, memory.phase("prepare"):
+        _made(Watched(net, memory, PHASES), image, layout, memory)
+    return Counts.of(storage_bytes(net), memory)
 
 
 @functools.lru_cache(maxsize=64)

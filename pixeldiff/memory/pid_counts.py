@@ -24,14 +24,11 @@ from ..models.pid.samplers import network_time
 from ..models.pid.tiling import Tiles, sample_independent
 from ..models.tiles import Layout
 from ..ops.registry import backend as forced
-from .counts import META, Counts, Watched, converted, storage_bytes, visiting_weights
+from .counts import GAPS_RUN, META, Counts, Watched, converted, storage_bytes, visiting_weights
 from .op_memory import OpMemory
 
-# Groups of tiles that are run: each further one adds what these add to the first. A heap's gaps
-# still grow with the first few. Of independent ones on a GPU: the last of a row, the first of the
-# next, and two that find both done.
-GROUPS_RUN = {"cpu": 9, "cuda": 2}
-INDEPENDENT_RUN = {"cpu": 9, "cuda": 4}
+GROUPS_RUN = 2  # of tiles: each further one adds what the second does to the first
+INDEPENDENT_RUN = 4  # the last of a row, the first of the next, and two that find both done
 # Network calls that are run: the first, which draws noise, and the last, which draws none. A
 # teacher's third is the first that holds all it ever does.
 _STEPS = {True: 2, False: 3}  # by whether it is a student
@@ -100,17 +97,21 @@ def counted(decode: Decode, device: str, backend: str | None) -> Counts:
         weights = storage_bytes(net)
         groups = 0 if decode.layout is None else -(-len(decode.layout.tiles) // decode.together)
         alone = decode.tile_mode == "independent"
-        most = (INDEPENDENT_RUN if alone else GROUPS_RUN)[device]
+        most = INDEPENDENT_RUN if alone else GROUPS_RUN
 
         def run(count: int) -> Counts:
             layout = decode.layout
-            if groups > most:
+            if groups > count:
                 layout = _some(layout, count * decode.together)
             return Counts.of(weights, _recorded(net, decode, layout, device, backend))
 
-        if groups <= most or alone:
-            return run(most)
-        return run(1).extended(run(most), most - 1, groups - 1)
+        if groups <= most:
+            return run(groups)
+        found = run(most)
+        if found.gaps_count:
+            most = min(GAPS_RUN, groups)
+            found = run(most)
+        return found if alone else run(1).extended(found, most - 1, groups - 1)
 
 
 @functools.lru_cache(maxsize=64)
