@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import shapes
@@ -274,8 +273,8 @@ def pass_through(
     rates = throughputs(
         [seconds * CLOCK / share for seconds in stations], alone(kernel, each), most
     )
-    # At the end the blocks become fewer.
-    clocks = max(0.0, share - most) / rates[-1] + sum(1 / rate for rate in rates)
+    # The first one has the units to itself, the others follow as fast as all together do.
+    clocks = 1 / rates[0] + (-(-blocks // PROCESSORS) - 1) / rates[-1]
     return Passage(most, most * read / blocks, 1e3 * (clocks / CLOCK + launches * LAUNCH))
 
 

@@ -56,9 +56,9 @@ class Counts:
 
 
 def instructions(sass: str) -> Iterator[Instruction]:
-    """A loop is what lies between a label and a branch back to it. Left out are the branch to itself
-    that ends a function, what pads it, and the functions behind it: those are the slow paths of
-    roots and divisions, which normal numbers do not take."""
+    """A loop is what lies between a label and a branch back to it. Left out are the branch to
+    itself that ends a function, what pads it, and the functions behind it: those are the slow paths
+    of roots and divisions, which normal numbers do not take."""
     lines: list[tuple[str, str] | str] = []  # labels, and (name with modifiers, operands)
     pattern = re.compile(r"^(\.L_x_\d+):|^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*)")
     for line in sass.splitlines():
