@@ -268,14 +268,18 @@ def pass_through(
         units["shared"],
         units["special"],
     ]
-    share = blocks / PROCESSORS  # of one multiprocessor
-    most = max(1, min(resident(kernel), -(-blocks // PROCESSORS)))
+    # Warps that never wait for each other go their own ways.
+    parts = 1 if "BAR.SYNC" in kernel.sass else kernel.warps
+    each_has = -(-blocks // PROCESSORS) * parts
+    most = min(resident(kernel) * parts, each_has)
+    share = blocks * parts / PROCESSORS
     rates = throughputs(
         [seconds * CLOCK / share for seconds in stations], alone(kernel, each), most
     )
     # The first one has the units to itself, the others follow as fast as all together do.
-    clocks = 1 / rates[0] + (-(-blocks // PROCESSORS) - 1) / rates[-1]
-    return Passage(most, most * read / blocks, 1e3 * (clocks / CLOCK + launches * LAUNCH))
+    clocks = 1 / rates[0] + (each_has - 1) / rates[-1]
+    held = most // parts
+    return Passage(held, held * read / blocks, 1e3 * (clocks / CLOCK + launches * LAUNCH))
 
 
 # --- The page -------------------------------------------------------------------------------------
