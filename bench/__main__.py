@@ -17,7 +17,7 @@ from pixeldiff.models.pid.decoder import PRECISIONS
 from pixeldiff.out_files import check_out_path
 
 from . import show
-from .estimates import SITES
+from .estimates import OPS as ESTIMATED
 from .forward import CHOICES
 from .kill_command import kill
 from .l2p_commands import convert, local_decoder
@@ -295,7 +295,7 @@ def attention_error(divide: int, threads: int | None, path: Path | None) -> None
 
 @main.command()
 @click.option(
-    "--op", "ops", multiple=True, callback=comma(choices=tuple(SITES)), help="default: all"
+    "--op", "ops", multiple=True, callback=comma(choices=ESTIMATED), help="default: all"
 )
 @click.option(
     "--page",
