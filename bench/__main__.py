@@ -18,7 +18,7 @@ from pixeldiff.out_files import check_out_path
 
 from . import show
 from .choose_command import choose
-from .estimates import SITES
+from .estimates import OPS as ESTIMATED
 from .forward import CHOICES
 from .huge_command import huge
 from .kill_command import kill
@@ -340,7 +340,7 @@ def attention_error(divide: int, threads: int | None, path: Path | None) -> None
 
 @main.command()
 @click.option(
-    "--op", "ops", multiple=True, callback=comma(choices=tuple(SITES)), help="default: all"
+    "--op", "ops", multiple=True, callback=comma(choices=ESTIMATED), help="default: all"
 )
 @click.option(
     "--page",

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,6 +41,7 @@ class Compiled:
     warps: int
     ptx: str
     sass: str
+    constants: dict[str, Any] = field(default_factory=dict)  # what the launch fixed by name
 
     @property
     def tensor_cores(self) -> set[str]:
@@ -157,6 +158,7 @@ def _compile(r: Recorded, target: int) -> Compiled:
         warps=out.metadata.num_warps,
         ptx=out.asm["ptx"],
         sass=sass,
+        constants=dict(r.kwargs),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 KINDS = ("fp32", "integer", "special", "memory", "tensor", "other")
@@ -18,7 +18,7 @@ _INTEGER = re.compile(
 _SPECIAL = re.compile("MUFU|F2F|I2F|F2I")  # 16 a clock
 _MOVED = re.compile("LDS|STS|LDSM|STSM|LDG|STG|LDGSTS|SHFL|ATOMG|RED")  # by the threads
 _MEMORY = re.compile(_MOVED.pattern + "|LDC|UTMALDG")
-_TENSOR = re.compile("HGMMA|HMMA")
+_TENSOR = re.compile("[HQ]GMMA|HMMA")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Instruction:
     modifiers: tuple[str, ...]
     operands: str
     loop: int  # how many loops it stands in
+    outermost: int  # which of the function's loops that is, from 0
 
 
 @dataclass
@@ -55,38 +56,56 @@ class Counts:
 
 
 def instructions(sass: str) -> Iterator[Instruction]:
-    """A loop is what lies between a label and a branch back to it; the branch to itself that ends
-    a function, and what pads it, is left out."""
+    """A loop is what lies between a label and a branch back to it. Left out are the branch to
+    itself that ends a function, what pads it, and the functions behind it: those are the slow paths
+    of roots and divisions, which normal numbers do not take."""
     lines: list[tuple[str, str] | str] = []  # labels, and (name with modifiers, operands)
     pattern = re.compile(r"^(\.L_x_\d+):|^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*)")
     for line in sass.splitlines():
+        if line.startswith("$__internal_"):
+            break
         found = pattern.match(line)
         if found:
             lines.append(found[1] or (found[2], found[3]))
     places = {line: i for i, line in enumerate(lines) if isinstance(line, str)}
     depth = [0] * len(lines)
+    spans: list[tuple[int, int]] = []
     for i, line in enumerate(lines):
         target = re.search(r"`\((\.L_x_\d+)\)", line[1]) if isinstance(line, tuple) else None
-        if target and line[0].startswith("BRA") and places[target[1]] < i:
+        if target and line[0].startswith("BRA") and places.get(target[1], i) < i:
             first = places[target[1]]
             if i - first == 1:
                 depth[i] = -1
             else:
                 depth[first : i + 1] = [d + 1 for d in depth[first : i + 1]]
-    for line, loop in zip(lines, depth, strict=True):
+                spans = [s for s in spans if not first <= s[0] <= i]
+                if not any(s[0] <= first <= s[1] for s in spans):
+                    spans.append((first, i))
+    spans.sort()
+    for i, (line, loop) in enumerate(zip(lines, depth, strict=True)):
         if isinstance(line, tuple) and loop >= 0 and not line[0].startswith("NOP"):
             name, *modifiers = line[0].split(".")
-            yield Instruction(name, tuple(modifiers), line[1], loop)
+            outermost = sum(first <= i for first, _ in spans) - 1
+            yield Instruction(name, tuple(modifiers), line[1], loop, outermost)
 
 
-def count(sass: str, iterations: int = 1) -> Counts:
-    """`iterations` of the loop, if there is one; of nested ones, of the innermost as well.
+def count(sass: str, iterations: int | Sequence[int] = 1) -> Counts:
+    """`iterations` of every loop, or of each in turn; of nested ones, of the outermost.
 
     Instructions behind a forward branch count as if they ran.
+
+    Raises:
+        ValueError: more loops than numbers of iterations.
     """
     total = Counts()
     for i in instructions(sass):
-        times = iterations if i.loop else 1
+        times = 1
+        if i.loop and isinstance(iterations, int):
+            times = iterations
+        elif i.loop:
+            if i.outermost >= len(iterations):
+                raise ValueError(f"loop {i.outermost + 1} of a kernel said to have {iterations}")
+            times = iterations[i.outermost]
         total.kinds[_kind(i.name)] += times
         if _SPECIAL.fullmatch(i.name):
             total.special += 2 * times
@@ -101,6 +120,29 @@ def count(sass: str, iterations: int = 1) -> Counts:
     return total
 
 
+def waits(sass: str) -> int:
+    """How often a warp waits for what it loads from memory, one load after another: loads that are
+    asked for before the first of them is used count once. Of a loop, in one iteration."""
+    found, coming = 0, set[str]()
+    for i in instructions(sass):
+        registers = set(re.findall(r"\bR\d+\b", i.operands))
+        if coming & registers:
+            found, coming = found + 1, set()
+        if i.name == "LDG":
+            first = re.search(r"\bR(\d+)\b", i.operands)
+            coming |= {f"R{int(first[1]) + j}" for j in range(_bytes(i) // 4 or 1)}
+    return found
+
+
+def widths(sass: str) -> tuple[set[int], set[int]]:
+    """Bytes of a thread that the loads from memory and the stores to it move at once."""
+    wide: dict[str, set[int]] = {"LDG": set(), "STG": set()}
+    for i in instructions(sass):
+        if i.name in wide:
+            wide[i.name].add(_bytes(i))
+    return wide["LDG"], wide["STG"]
+
+
 def _kind(name: str) -> str:
     families = zip(KINDS, (_FP32, _INTEGER, _SPECIAL, _MEMORY, _TENSOR), strict=False)
     return next((kind for kind, names in families if names.fullmatch(name)), "other")
@@ -110,8 +152,9 @@ def _bytes(i: Instruction) -> int:
     """Of a thread."""
     if i.name in ("LDSM", "STSM"):  # 8 x 8 matrices of 16 bits
         return 4 * int(i.modifiers[-1]) if i.modifiers[-1] in ("2", "4") else 4
+    narrow = {"U8": 1, "S8": 1, "U16": 2, "S16": 2}
     wide = [m for m in i.modifiers if m in ("64", "128")]
-    return int(wide[0]) // 8 if wide else 4
+    return int(wide[0]) // 8 if wide else next((narrow[m] for m in i.modifiers if m in narrow), 4)
 
 
 def _product(i: Instruction) -> tuple[float, float]:
@@ -121,7 +164,8 @@ def _product(i: Instruction) -> tuple[float, float]:
         m, n, k = (16, 8, 16) if shape == "16816" else (16, 8, 8)
         return 2 * m * n * k / 4096 / 0.62, 0.0
     m, n, k = map(int, shape.split("x"))
+    size, rate = (1, 8192) if i.name == "QGMMA" else (2, 4096)
     operands = i.operands.split(",")
-    first = m * k * 2 if "gdesc" in operands[1] else 0
+    first = m * k * size if "gdesc" in operands[1] else 0
     # A warpgroup's product, by its four warps.
-    return 2 * m * n * k / 4096 / 4, (first + n * k * 2) / 128 / 4
+    return 2 * m * n * k / rate / 4, (first + n * k * size) / 128 / 4

@@ -44,6 +44,18 @@ def largest_magnitude(
 
 
 @triton.jit
+def largest_in_pieces(
+    h,  # a tuple of (ROWS, BLOCK_D) fp32
+    PIECES: tl.constexpr,
+):
+    """(ROWS,) as `largest_magnitude`, of rows that lie in several tiles."""
+    bits = h[0].to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    for i in tl.static_range(1, PIECES):
+        bits = tl.maximum(bits, h[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    return tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def row_scale(
     largest,  # (ROWS,) fp32, of largest_magnitude
 ):

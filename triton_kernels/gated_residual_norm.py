@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, e4m3, norm_rows
+from . import configs, norm_rows
 from .norm_rows import Config
 
 OP = "gated_residual_norm"
@@ -46,6 +46,7 @@ def gated_residual_norm_kernel(
     HAS_SHIFT: tl.constexpr,
     QUANTIZE: tl.constexpr,
     ROWS: tl.constexpr,
+    PIECES: tl.constexpr,  # of a row
     BLOCK_D: tl.constexpr,
 ):
     # int64 before any multiply: a row offset can pass 2^31.
@@ -53,33 +54,37 @@ def gated_residual_norm_kernel(
     b = row // N
     n = row % N
     column = tl.arange(0, BLOCK_D)
-    inside = (row < count)[:, None] & (column < D)[None, :]
+    inside = (row < count)[:, None]
+    if PIECES == 1:
+        inside = inside & (column < D)[None, :]
 
     x_offset = (b * x_stride_b + n * x_stride_n)[:, None] + column[None, :]
     y_offset = (b * y_stride_b + n * y_stride_n)[:, None] + column[None, :]
     gate_offset = (b * gate_stride_b)[:, None] + column[None, :]
     out_offset = (row * D)[:, None] + column[None, :]
-    x = tl.load(x_ptr + x_offset, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + y_offset, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + gate_offset, mask=inside, other=0.0).to(tl.float32)
-    x_new = (x + gate * y).to(x_new_ptr.dtype.element_ty)
-    tl.store(x_new_ptr + out_offset, x_new, mask=inside)
+    x = norm_rows.load(x_ptr + x_offset, inside, PIECES, BLOCK_D)
+    y = norm_rows.load(y_ptr + y_offset, inside, PIECES, BLOCK_D)
+    gate = norm_rows.load(gate_ptr + gate_offset, inside, PIECES, BLOCK_D)
+    r = ()
+    for i in tl.static_range(PIECES):
+        x_new = x[i].to(tl.float32) + gate[i].to(tl.float32) * y[i].to(tl.float32)
+        x_new = x_new.to(x_new_ptr.dtype.element_ty)
+        tl.store(x_new_ptr + out_offset + i * BLOCK_D, x_new, mask=inside)
+        r += (x_new,)
 
-    r = x_new.to(tl.float32)
-    mean = tl.sum(r * r, axis=1) / D
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
-    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    # Asked for before the sum, so that they arrive meanwhile.
+    weight_offset = (n * 0)[:, None] + column[None, :]
+    weight = norm_rows.load(weight_ptr + weight_offset, inside, PIECES, BLOCK_D)
     scale_offset = (b * scale_stride_b)[:, None] + column[None, :]
-    scale = tl.load(scale_ptr + scale_offset, mask=inside, other=0.0).to(tl.float32)
-    h = r * inverse[:, None] * (weight[None, :] * (1.0 + scale))
+    scale = norm_rows.load(scale_ptr + scale_offset, inside, PIECES, BLOCK_D)
+    shift = scale
     if HAS_SHIFT:
         shift_offset = (b * shift_stride_b)[:, None] + column[None, :]
-        h += tl.load(shift_ptr + shift_offset, mask=inside, other=0.0).to(tl.float32)
-    if QUANTIZE:
-        row_scale = e4m3.row_scale(e4m3.largest_magnitude(h))
-        tl.store(row_scale_ptr + row, row_scale, mask=row < count)
-        h = e4m3.quantized(h, row_scale)
-    tl.store(h_ptr + out_offset, h.to(h_ptr.dtype.element_ty), mask=inside)
+        shift = norm_rows.load(shift_ptr + shift_offset, inside, PIECES, BLOCK_D)
+    norm_rows.modulate(
+        r, weight, scale, shift, h_ptr + out_offset, row_scale_ptr + row, inside, row < count,
+        D, eps, HAS_SHIFT, QUANTIZE, PIECES, BLOCK_D,
+    )  # fmt: skip
 
 
 def why_not(
@@ -95,7 +100,7 @@ def why_not(
 
 
 def heuristic(capability: tuple[int, int], x: Tensor, *rest: object) -> Config:
-    return norm_rows.heuristic(x.shape[-1])
+    return norm_rows.heuristic_in_pieces(x.shape[-1])
 
 
 def key(x: Tensor, *rest: object) -> str:
@@ -139,6 +144,7 @@ def run(
 ) -> None:
     """Launch the kernel into x_new and h, h quantised where there is a row_scale to fill."""
     B, N, D = x.shape
+    pieces, block_d = norm_rows.pieces(D)
     with torch.cuda.device_of(x):
         gated_residual_norm_kernel[(triton.cdiv(B * N, config.rows),)](
             x,
@@ -164,6 +170,7 @@ def run(
             HAS_SHIFT=shift is not None,
             QUANTIZE=row_scale is not None,
             ROWS=config.rows,
-            BLOCK_D=norm_rows.columns(D),
+            PIECES=pieces,
+            BLOCK_D=block_d,
             num_warps=config.num_warps,
         )

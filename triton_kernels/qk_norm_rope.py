@@ -37,12 +37,12 @@ class Config:
 
 @triton.jit
 def _norm_turn(x, weight, cos, sin, D: tl.constexpr, eps):
-    """x (HEADS, BLOCK_D) and weight (BLOCK_D,) in fp32, 0 outside; cos, sin (HEADS, BLOCK_D/2)."""
+    """x and weight (HEADS, BLOCK_D) in fp32, 0 outside; cos, sin (HEADS, BLOCK_D/2)."""
     HEADS: tl.constexpr = x.shape[0]
     BLOCK_D: tl.constexpr = x.shape[1]
     mean = tl.sum(x * x, axis=1) / D
     inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
-    h = x * inverse[:, None] * weight[None, :]
+    h = x * inverse[:, None] * weight
     # Neighbouring channels lie in one thread: splitting them moves nothing, and loads and stores
     # keep their 16 bytes.
     a, b = tl.split(tl.reshape(h, (HEADS, BLOCK_D // 2, 2)))
@@ -94,8 +94,11 @@ def qk_norm_rope_kernel(
     sin = tl.load(sin_ptr + (n * SIN_STRIDE)[:, None] + slot[None, :], mask=turns, other=0.0)
     cos = cos.to(tl.float32)
     sin = sin.to(tl.float32)
-    q_weight = tl.load(q_weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
-    k_weight = tl.load(k_weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    # A copy for every head of the tile, 16 bytes from the first-level cache: a vector alone would
+    # be spread over all threads and come to its columns through shared memory and a barrier.
+    weights = (item * 0)[:, None] + column[None, :]
+    q_weight = tl.load(q_weight_ptr + weights, mask=inside, other=0.0).to(tl.float32)
+    k_weight = tl.load(k_weight_ptr + weights, mask=inside, other=0.0).to(tl.float32)
 
     row = b.to(tl.int64) * joint + first + n
     out = out_ptr + ((row * G + head) * D)[:, None] + column[None, :]
@@ -136,11 +139,10 @@ def _columns(qkv: Tensor, heads: int) -> int:
 
 
 def heuristic(capability: tuple[int, int], *args: object) -> Config:
-    """Two 16-byte vectors each of q, k and v a thread: 12 KB in flight a block, enough blocks to
-    cover the latency of memory at a fraction of full occupancy, and norm weights read half as
-    often as with one."""
+    """One 16-byte vector each of q, k and v a thread, in 64 registers: 48 KB on their way on a
+    multiprocessor of Hopper. Of two a thread has its norm weights and their conversion twice."""
     qkv, heads = args[0], args[-2]
-    values = 2 * 16 // qkv.element_size() * 128
+    values = 16 // qkv.element_size() * 128
     return Config(max(1, values // _columns(qkv, heads)), 4)
 
 

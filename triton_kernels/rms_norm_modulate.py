@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, e4m3, norm_rows
+from . import configs, norm_rows
 from .norm_rows import Config
 
 OP = "rms_norm_modulate"
@@ -39,6 +39,7 @@ def rms_norm_modulate_kernel(
     HAS_SHIFT: tl.constexpr,
     QUANTIZE: tl.constexpr,
     ROWS: tl.constexpr,
+    PIECES: tl.constexpr,  # of a row
     BLOCK_D: tl.constexpr,
 ):
     # int64 before any multiply: a row offset can pass 2^31.
@@ -46,26 +47,27 @@ def rms_norm_modulate_kernel(
     b = row // N
     n = row % N
     column = tl.arange(0, BLOCK_D)
-    inside = (row < count)[:, None] & (column < D)[None, :]
+    inside = (row < count)[:, None]
+    if PIECES == 1:
+        inside = inside & (column < D)[None, :]
 
     x_offset = (b * x_stride_b + n * x_stride_n)[:, None] + column[None, :]
-    x = tl.load(x_ptr + x_offset, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(x * x, axis=1) / D
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
-
-    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    x = norm_rows.load(x_ptr + x_offset, inside, PIECES, BLOCK_D)
+    # Asked for before the sum, so that they arrive meanwhile.
+    weight_offset = (n * 0)[:, None] + column[None, :]
+    weight = norm_rows.load(weight_ptr + weight_offset, inside, PIECES, BLOCK_D)
     scale_offset = (b * scale_stride_b)[:, None] + column[None, :]
-    scale = tl.load(scale_ptr + scale_offset, mask=inside, other=0.0).to(tl.float32)
-    y = x * inverse[:, None] * (weight[None, :] * (1.0 + scale))
+    scale = norm_rows.load(scale_ptr + scale_offset, inside, PIECES, BLOCK_D)
+    shift = scale
     if HAS_SHIFT:
         shift_offset = (b * shift_stride_b)[:, None] + column[None, :]
-        y += tl.load(shift_ptr + shift_offset, mask=inside, other=0.0).to(tl.float32)
-    if QUANTIZE:
-        row_scale = e4m3.row_scale(e4m3.largest_magnitude(y))
-        tl.store(row_scale_ptr + row, row_scale, mask=row < count)
-        y = e4m3.quantized(y, row_scale)
+        shift = norm_rows.load(shift_ptr + shift_offset, inside, PIECES, BLOCK_D)
+
     y_offset = (row * D)[:, None] + column[None, :]
-    tl.store(y_ptr + y_offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+    norm_rows.modulate(
+        x, weight, scale, shift, y_ptr + y_offset, row_scale_ptr + row, inside, row < count,
+        D, eps, HAS_SHIFT, QUANTIZE, PIECES, BLOCK_D,
+    )  # fmt: skip
 
 
 def why_not(
@@ -75,7 +77,7 @@ def why_not(
 
 
 def heuristic(capability: tuple[int, int], x: Tensor, *rest: object) -> Config:
-    return norm_rows.heuristic(x.shape[-1])
+    return norm_rows.heuristic_in_pieces(x.shape[-1])
 
 
 def key(x: Tensor, *rest: object) -> str:
@@ -113,6 +115,7 @@ def run(
 ) -> None:
     """Launch the kernel into y, quantised where there is a row_scale to fill."""
     B, N, D = x.shape
+    pieces, block_d = norm_rows.pieces(D)
     with torch.cuda.device_of(x):
         rms_norm_modulate_kernel[(triton.cdiv(B * N, config.rows),)](
             x,
@@ -132,6 +135,7 @@ def run(
             HAS_SHIFT=shift is not None,
             QUANTIZE=row_scale is not None,
             ROWS=config.rows,
-            BLOCK_D=norm_rows.columns(D),
+            PIECES=pieces,
+            BLOCK_D=block_d,
             num_warps=config.num_warps,
         )

@@ -53,10 +53,12 @@ def sigmoid(x):
 
 
 @triton.jit
-def gated_rows(x, feature, weight, lq_logit):
-    """x + sigmoid(x . weight + lq_logit) * feature, for whole rows (ROWS, D) in fp32."""
-    logit = tl.sum(x * weight[None, :], axis=1) + lq_logit
-    return x + sigmoid(logit)[:, None] * feature
+def gate(x, weight, lq_logit, PIECES: tl.constexpr):
+    """(ROWS, 1) fp32: sigmoid(x . weight + lq_logit) of whole rows, tuples of pieces."""
+    products = x[0].to(tl.float32) * weight[0].to(tl.float32)
+    for i in tl.static_range(1, PIECES):
+        products += x[i].to(tl.float32) * weight[i].to(tl.float32)
+    return sigmoid(tl.sum(products, axis=1) + lq_logit)[:, None]
 
 
 @triton.jit
@@ -187,9 +189,9 @@ def sigma_gate_token_kernel(
     logit_offset = b * logit_stride_b + row * logit_stride_n
     x = tl.load(x_ptr + x_offset, mask=inside, other=0.0).to(tl.float32)
     feature = tl.load(feature_ptr + feature_offset, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0)[None, :]
     lq_logit = tl.load(logit_ptr + logit_offset, mask=row < N, other=0.0).to(tl.float32)
-    y = gated_rows(x, feature, weight, lq_logit)
+    y = x + gate((x,), (weight,), lq_logit, 1) * feature
     y_offset = ((b * N + row) * D)[:, None] + column[None, :]
     tl.store(y_ptr + y_offset, y.to(y_ptr.dtype.element_ty), mask=inside)
 

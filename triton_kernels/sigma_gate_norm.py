@@ -28,34 +28,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, e4m3, launching, norm_rows, sigma_gate
+from . import configs, launching, norm_rows, sigma_gate
 from .norm_rows import Config
-from .sigma_gate import gated_rows
+from .sigma_gate import gate
 
 OP = "sigma_gate_norm"
 
 
 @triton.jit
-def modulated_norm(
-    y,  # (ROWS, BLOCK_D) as stored, zero where `column` is not inside
+def store_norm(
+    y,  # tuple of pieces (ROWS, BLOCK_D), as stored
     norm_weight_ptr,  # (D,)
     scale_ptr,  # (D,) of the image
     shift_ptr,  # (D,) of the image
-    column,
+    h_ptrs,  # of the first piece
+    row_scale_ptrs,  # (ROWS,)
+    row_inside,  # (ROWS,)
     D,
     eps,
     HAS_SHIFT: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    inside = column < D
-    norm_weight = tl.load(norm_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    y = y.to(tl.float32)
-    mean = tl.sum(y * y, axis=1) / D
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
-    h = y * inverse[:, None] * (norm_weight * (1.0 + scale))[None, :]
+    inside = _inside(row_inside, D, PIECES, BLOCK_D)
+    # For every row of the tile: each thread has the gains where its values are.
+    vector = (row_inside.to(tl.int32) * 0)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    norm_weight = norm_rows.load(norm_weight_ptr + vector, inside, PIECES, BLOCK_D)
+    scale = norm_rows.load(scale_ptr + vector, inside, PIECES, BLOCK_D)
+    shift = scale
     if HAS_SHIFT:
-        h += tl.load(shift_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    return h
+        shift = norm_rows.load(shift_ptr + vector, inside, PIECES, BLOCK_D)
+    norm_rows.modulate(
+        y, norm_weight, scale, shift, h_ptrs, row_scale_ptrs, inside, row_inside,
+        D, eps, HAS_SHIFT, QUANTIZE, PIECES, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit
+def _inside(row_inside, D, PIECES: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(ROWS, BLOCK_D or 1): of each piece."""
+    inside = row_inside[:, None]
+    if PIECES == 1:
+        inside = inside & (tl.arange(0, BLOCK_D) < D)[None, :]
+    return inside
 
 
 @triton.jit(do_not_specialize=["N", "logit_stride_b", "logit_stride_n"])
@@ -84,6 +100,7 @@ def sigma_gate_norm_token_kernel(
     HAS_SHIFT: tl.constexpr,
     QUANTIZE: tl.constexpr,
     ROWS: tl.constexpr,
+    PIECES: tl.constexpr,  # of a row
     BLOCK_D: tl.constexpr,
 ):
     blocks = tl.cdiv(N, ROWS)  # of one image
@@ -91,27 +108,30 @@ def sigma_gate_norm_token_kernel(
     b = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
-    inside = (row < N)[:, None] & (column < D)[None, :]
+    inside = _inside(row < N, D, PIECES, BLOCK_D)
 
     x_offset = (b * x_stride_b + row * x_stride_n)[:, None] + column[None, :]
     feature_offset = (b * feature_stride_b + row * feature_stride_n)[:, None] + column[None, :]
     logit_offset = b * logit_stride_b + row * logit_stride_n
     out_offset = ((b * N + row) * D)[:, None] + column[None, :]
-    x = tl.load(x_ptr + x_offset, mask=inside, other=0.0).to(tl.float32)
-    feature = tl.load(feature_ptr + feature_offset, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    x = norm_rows.load(x_ptr + x_offset, inside, PIECES, BLOCK_D)
+    feature = norm_rows.load(feature_ptr + feature_offset, inside, PIECES, BLOCK_D)
+    vector = (row * 0)[:, None] + column[None, :]
+    weight = norm_rows.load(weight_ptr + vector, inside, PIECES, BLOCK_D)
     lq_logit = tl.load(logit_ptr + logit_offset, mask=row < N, other=0.0).to(tl.float32)
-    y = gated_rows(x, feature, weight, lq_logit).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + out_offset, y, mask=inside)
-
+    gates = gate(x, weight, lq_logit, PIECES)
+    y = ()
+    for i in tl.static_range(PIECES):
+        piece = x[i].to(tl.float32) + gates * feature[i].to(tl.float32)
+        piece = piece.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + out_offset + i * BLOCK_D, piece, mask=inside)
+        y += (piece,)
     scale_ptr += b * scale_stride_b
     shift_ptr += b * shift_stride_b
-    h = modulated_norm(y, norm_weight_ptr, scale_ptr, shift_ptr, column, D, eps, HAS_SHIFT)
-    if QUANTIZE:
-        row_scale = e4m3.row_scale(e4m3.largest_magnitude(h))
-        tl.store(row_scale_ptr + b * N + row, row_scale, mask=row < N)
-        h = e4m3.quantized(h, row_scale)
-    tl.store(h_ptr + out_offset, h.to(h_ptr.dtype.element_ty), mask=inside)
+    store_norm(
+        y, norm_weight_ptr, scale_ptr, shift_ptr, h_ptr + out_offset, row_scale_ptr + b * N + row,
+        row < N, D, eps, HAS_SHIFT, QUANTIZE, PIECES, BLOCK_D,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -130,6 +150,7 @@ def norm_backwards_kernel(
     HAS_SHIFT: tl.constexpr,
     QUANTIZE: tl.constexpr,
     ROWS: tl.constexpr,
+    PIECES: tl.constexpr,  # of a row
     BLOCK_D: tl.constexpr,
 ):
     blocks = tl.cdiv(N, ROWS)  # of one image
@@ -137,18 +158,16 @@ def norm_backwards_kernel(
     b = (block // blocks).to(tl.int64)
     row = (block % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
-    inside = (row < N)[:, None] & (column < D)[None, :]
+    inside = _inside(row < N, D, PIECES, BLOCK_D)
 
     offset = ((b * N + row) * D)[:, None] + column[None, :]
-    y = tl.load(y_ptr + offset, mask=inside, other=0.0)
+    y = norm_rows.load(y_ptr + offset, inside, PIECES, BLOCK_D)
     scale_ptr += b * scale_stride_b
     shift_ptr += b * shift_stride_b
-    h = modulated_norm(y, norm_weight_ptr, scale_ptr, shift_ptr, column, D, eps, HAS_SHIFT)
-    if QUANTIZE:
-        row_scale = e4m3.row_scale(e4m3.largest_magnitude(h))
-        tl.store(row_scale_ptr + b * N + row, row_scale, mask=row < N)
-        h = e4m3.quantized(h, row_scale)
-    tl.store(h_ptr + offset, h.to(h_ptr.dtype.element_ty), mask=inside)
+    store_norm(
+        y, norm_weight_ptr, scale_ptr, shift_ptr, h_ptr + offset, row_scale_ptr + b * N + row,
+        row < N, D, eps, HAS_SHIFT, QUANTIZE, PIECES, BLOCK_D,
+    )  # fmt: skip
 
 
 def why_not(
@@ -168,7 +187,7 @@ def why_not(
 
 
 def heuristic(capability: tuple[int, int], x: Tensor, *rest: object) -> Config:
-    return norm_rows.heuristic(x.shape[-1])
+    return norm_rows.heuristic_in_pieces(x.shape[-1])
 
 
 def key(x: Tensor, feature: Tensor, weight: Tensor, *rest: object) -> str:
@@ -215,11 +234,13 @@ def run(
     B, N, D = x.shape
     grid = (B * triton.cdiv(N, config.rows),)
     shift_stride = 0 if shift is None else shift.stride(0)
+    pieces, block_d = norm_rows.pieces(D)
     constants = {
         "HAS_SHIFT": shift is not None,
         "QUANTIZE": row_scale is not None,
         "ROWS": config.rows,
-        "BLOCK_D": norm_rows.columns(D),
+        "PIECES": pieces,
+        "BLOCK_D": block_d,
         "num_warps": config.num_warps,
     }
     if weight.shape[0] != 1:

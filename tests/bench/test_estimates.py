@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from bench.estimates import BEGIN, END, Estimate, cases, estimate, rewrite, tables, version
-from bench.sass import count, instructions
+from bench.estimates import (
+    BEGIN,
+    END,
+    Estimate,
+    cases,
+    estimate,
+    rewrite,
+    tables,
+    throughputs,
+    version,
+)
+from bench.sass import count, instructions, waits, widths
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels" / "estimates.md"
 SASS = """
@@ -62,17 +72,58 @@ def test_counts():
     assert each.copied == 10 * 512
 
 
+LOADS = """
+        /*0000*/              @!P0 LDG.E.128 R4, desc[UR6][R2.64] ;
+        /*0010*/                   LDG.E.U16 R12, desc[UR6][R8.64+0x800] ;
+        /*0020*/                   FADD R3, R7, R7 ;
+        /*0030*/                   FADD R3, R12, R3 ;
+.L_x_0:
+        /*0040*/                   LDG.E.64 R4, desc[UR6][R2.64] ;
+        /*0050*/                   FMUL R6, R6, R6 ;
+        /*0060*/                   STG.E.128 desc[UR6][R2.64], R4 ;
+        /*0070*/                   @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0080*/                   FMUL R6, R6, R6 ;
+        /*0090*/                   @P0 BRA `(.L_x_1) ;
+        /*00a0*/                   CALL.REL.NOINC `($__internal_0_$__sqrt_slowpath) ;
+        /*00b0*/                   EXIT ;
+$__internal_0_$__sqrt_slowpath:
+        /*00c0*/                   FADD R3, R3, R3 ;
+        /*00d0*/                   FADD R3, R3, R3 ;
+"""
+
+
+def test_loads_and_loops():
+    """Two loads before the first use are one wait; two loops one behind the other are two; a slow
+    path is not counted."""
+    assert waits(LOADS) == 2
+    assert widths(LOADS) == ({16, 8, 2}, {16})
+    assert [i.outermost for i in instructions(LOADS) if i.loop] == [0, 0, 0, 0, 1, 1]
+    assert count(LOADS, (10, 100)).kinds["fp32"] == 2 + 10 + 100
+    with pytest.raises(ValueError, match="loop 2 of a kernel said to have"):
+        count(LOADS, (10,))
+
+
+def test_blocks_on_their_way():
+    """One alone waits for everything itself; many are as fast as the slowest unit; two with one
+    unit find each other in it half of the time."""
+    rates = throughputs([30.0, 10.0], 60.0, 1000)
+    assert rates[0] == pytest.approx(1 / 100)
+    assert rates[-1] == pytest.approx(1 / 30, rel=1e-2)
+    assert rates == sorted(rates)
+    assert throughputs([50.0], 50.0, 2)[-1] == pytest.approx(2 / (50 + 50 * 1.5))
+
+
 @pytest.fixture(scope="module")
-def two() -> list[Estimate]:
+def few() -> list[Estimate]:
     pytest.importorskip("triton")
-    first, *_ = cases(("pixel_adaln_mlp",))
-    levels = list(cases(("local_decoder_down",)))
-    return [estimate(first), estimate(levels[0])]
+    ops = "pixel_adaln_mlp", "local_decoder_down", "rms_norm"
+    return [estimate(next(cases((op,)))) for op in ops]
 
 
-def test_what_is_known_of_the_released_shapes(two):
+def test_what_is_known_of_the_released_shapes(few):
     """Work that does not depend on the compiler's choices."""
-    mlp, down = two
+    mlp, down, norm = few
     ((kernel, blocks, each),) = mlp.kernels
     assert blocks == 16384 * 256 * 16 // (128 * 32)
     # 4 chunks of a tile, in products as wide as they are; the MLP's on top.
@@ -87,33 +138,38 @@ def test_what_is_known_of_the_released_shapes(two):
     ((kernel, blocks, each),) = down.kernels
     assert each.special * 16 * kernel.warps * blocks >= 2 * 4096**2 * 16
     assert down.vendor == 0
+    assert mlp.passage is None
+    # 300 rows on 132 multiprocessors, of 3 KB each.
+    assert norm.passage.resident == 3
+    assert norm.passage.in_flight == pytest.approx(3 * 1537 * 2, rel=0.01)
+    assert norm.passage.ms > norm.floor + 2e-3
     assert down.units["memory"] == pytest.approx(down.floor)
 
 
-def test_the_page_is_what_is_counted(two):
-    """Rows of two of its ops, if this is the Triton that it names."""
+def test_the_page_is_what_is_counted(few):
+    """Rows of three of its ops, if this is the Triton that it names."""
     page = PAGE.read_text()
     if f"\n{version()}\n" not in page:
         pytest.skip(f"the page was not counted with {version()}")
-    for table in tables(two).values():
+    for table in tables(few).values():
         for line in table.splitlines():
             assert line in page
 
 
-def test_rewriting_keeps_the_text(two, tmp_path):
+def test_rewriting_keeps_the_text(few, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(PAGE.read_text())
-    text = rewrite(page, two)
+    text = rewrite(page, few)
 
     def prose(text):
         return re.sub(r"(<!-- counted: \w+ -->\n).*?(?=<!-- end -->)", r"\1", text, flags=re.S)
 
     assert prose(text) == prose(PAGE.read_text())
-    for name, table in tables(two).items():
+    for name, table in tables(few).items():
         assert f"{BEGIN.format(name)}\n{table}\n{END}" in text
     page.write_text("no tables")
     with pytest.raises(ValueError, match="no line '<!-- counted: units -->' to put a table behind"):
-        rewrite(page, two)
+        rewrite(page, few)
 
 
 def test_the_page_has_every_case():

@@ -454,14 +454,15 @@ def test_triton_compiles_ahead_of_time(target):
         for kernel in aot.compile_launch(lambda args=args: module.launch(*args), target):
             aot.assert_lean(kernel)
             assert kernel.registers <= 128
-            # Of q, k, v, cos and sin; of q, k and v.
+            # Of q, k, v, cos and sin (and the gains); of q, k and v.
             assert kernel.ptx.count("ld.global.v4.b32") >= 5
             assert kernel.ptx.count("st.global.v4.b32") >= 3
             assert "st.global.b16" not in kernel.ptx
-            if site is l2p:
-                assert aot.narrow(kernel) == ["ld.global.b16"] * 2  # the gains of q and of k
-            if dtype == torch.bfloat16 and not site:
-                assert kernel.shared == 0  # pairs are split and joined within a thread
+            if dtype == torch.bfloat16:
+                assert aot.narrow(kernel) == []
+                # Pairs are split and joined, and meet their gains, within a thread.
+                assert kernel.shared == 0
+                assert "bar.sync" not in kernel.ptx
 
 
 def test_triton_compiles_once_for_all_sizes():

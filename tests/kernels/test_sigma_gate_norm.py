@@ -102,6 +102,8 @@ GRID = [
 ]
 GRID += [Case(d, 2, 5, 72, k, vectors=d) for d in DTYPES[1:] for k in (True, False)]
 GRID += [Case(d, 2, 5, 72, k, shift=False) for d in DTYPES for k in (True, False)]
+# The narrowest that Triton takes in three pieces.
+GRID += [Case(d, 2, 3, 768, k) for d in DTYPES for k in (True, False)]
 
 
 @each_backend

@@ -31,6 +31,7 @@ GRID = [
     for strided in (False, True)
 ]
 GRID += [Case(torch.float16, 2, 5, 72, k, shift=False) for k in (True, False)]
+GRID += [Case(torch.bfloat16, 2, 3, 768, k) for k in (True, False)]
 
 
 @each_backend
