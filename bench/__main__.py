@@ -339,9 +339,7 @@ def attention_error(divide: int, threads: int | None, path: Path | None) -> None
 
 
 @main.command()
-@click.option(
-    "--op", "ops", multiple=True, callback=comma(choices=ESTIMATED), help="default: all"
-)
+@click.option("--op", "ops", multiple=True, callback=comma(choices=ESTIMATED), help="default: all")
 @click.option(
     "--page",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
