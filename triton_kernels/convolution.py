@@ -215,6 +215,38 @@ def packed_taps(values, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, SIZE:
 
 
 @triton.jit
+def thin_sums(values, weight_ptr, C: tl.constexpr):
+    """fp32 (squares,) of the four pixels of each square: one channel of the convolution of what
+    `around` gave, by the 9*C weights from `weight_ptr` on, taps before channels."""
+    y00 = tl.zeros_like(values[0]).to(tl.float32)
+    y01, y10, y11 = y00, y00, y00
+    for r in tl.static_range(3):
+        for s in tl.static_range(3):
+            for c in tl.static_range(C):
+                w = tl.load(weight_ptr + ((3 * r + s) * C + c)).to(tl.float32)
+                y00 += values[(4 * r + s) * C + c].to(tl.float32) * w
+                y01 += values[(4 * r + s + 1) * C + c].to(tl.float32) * w
+                y10 += values[(4 * r + s + 4) * C + c].to(tl.float32) * w
+                y11 += values[(4 * r + s + 5) * C + c].to(tl.float32) * w
+    return y00, y01, y10, y11
+
+
+@triton.jit
+def store_words(ptr, pixels, inside, N: tl.constexpr):
+    """Two neighbouring pixels of N channels, as N words of two values: a value alone would be
+    half a store. `pixels` has channel by channel the left one's and the right one's, 16-bit."""
+    for word in tl.static_range(N):
+        low = _bits(pixels[2 * (2 * word % N) + 2 * word // N])
+        high = _bits(pixels[2 * ((2 * word + 1) % N) + (2 * word + 1) // N])
+        tl.store(ptr + word, low | (high << 16), mask=inside)
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.uint16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
 def packed_weight(ptr, stride, tap_stride, C: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr,
                   BLOCK_N: tl.constexpr):  # fmt: skip
     """(SIZE, BLOCK_N) of a weight (N, 3, 3, C) in the order of `packed_taps`."""

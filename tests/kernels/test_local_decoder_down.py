@@ -334,6 +334,7 @@ def test_refusals_of_the_cpu_kernel(monkeypatch):
 
 each_triton = pytest.mark.parametrize("backend", TRITON)
 SQUARES = (True, 8, 16, 0, 0, 4, 1)  # 4 x 8 of them
+THIN = (True, 2, 16, 0, 0, 4, 1)  # a row of 8, of few channels
 PIXELS = (False, 8, 8, 16, 16, 4, 1)  # 4 x 4 of them: two eights, in the order of a pool
 # Config and (B, H, W, Ci, Co): one tile more than full along each axis, or two blocks of channels.
 TRITON_CASES = {
@@ -341,6 +342,9 @@ TRITON_CASES = {
     "squares": (SQUARES, (2, 10, 4, 5, 7)),
     "pixels": (PIXELS, (1, 10, 6, 20, 20)),
     "pixels-of-two-images": (PIXELS, (2, 4, 2, 3, 3)),
+    "thin": (THIN, (2, 6, 18, 3, 3)),
+    "thin-to-four": (THIN, (1, 4, 10, 2, 4)),
+    "thin-to-one": (THIN, (1, 2, 2, 1, 1)),
 }
 
 
@@ -483,7 +487,11 @@ def test_triton_compiles_three_channels(target, level):
     args = arguments_of(OP, "meta", torch.bfloat16, replace(SYSTEMS["l2p"].at(8192), level=level))
     assert (args[0].shape[3], args[1].shape[0]) == (3, 16 if level else 3)
     (kernel,) = aot.compile_launch(lambda: module.launch(*args), target)
-    aot.assert_lean(kernel, tensor_cores=True)
+    aot.assert_lean(kernel, tensor_cores=bool(level))
+    # Three products of 9 values a pixel and channel, and no zeros beside them.
+    if level == 0:
+        assert len(re.findall(r"\bfma\.rn\.f32\b", kernel.ptx)) % (4 * 3 * 27) == 0
+        assert not re.findall(r"\bst\.global[.\w]*\.b16\b", kernel.ptx.split("st.global.b32")[-1])
 
 
 @pytest.mark.parametrize("target", [100, 120])
