@@ -8,7 +8,7 @@ from __future__ import annotations
 # simulated heap: 33 to 50 MB for PiD, whose latent branch is convolutions of oneDNN, 21 to 34 MB
 # for L2P, whatever the network and its size. Where freed memory was given back at once
 # (MALLOC_MMAP_THRESHOLD_=262144) it was 33 to 46 MB and 20 to 26 MB.
-PID_CPU, L2P_CPU = 42_000_000, 25_000_000
+PID_CPU, L2P_CPU = 42_000_000, 27_000_000
 
 # PyTorch's default for cuBLAS on compute capability 9.0 (CUBLAS_WORKSPACE_CONFIG), and as much for
 # cuBLASLt; devices before it take a quarter.
