@@ -15,9 +15,7 @@ from .live import Allocation
 from .op_memory import OpMemory
 
 META = torch.device("meta")
-# A heap's gaps grow with the first few tiles: so many are run where gaps are so much of all.
-GAPS_RUN, NOTABLE = 9, 0.05
-BAND = (3 << 20, 3 << 20, 3 << 18)  # of `images.uint8_bands`: 2^18 pixels in fp32 twice, in 8 bits
+BAND = 7_000_000  # of `images.uint8_bands`: 2^18 pixels in fp32 twice, and in 8 bits
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,6 @@ class Counts:
         """Of all phases."""
         return max(self.phases.values())
 
-    @property
-    def gaps_count(self) -> bool:
-        """Whether what the heap keeps of freed memory is a notable part of all."""
-        return self.resident - self.peak > NOTABLE * (self.weights + self.peak)
-
     def table(self, least: int = 1 << 20) -> list[str]:
         """What was alive at the worst moment, largest first: bytes, tensor, line."""
         kinds = Counter((a.bytes, a.what, a.where) for a in self.at_peak if a.bytes >= least)
@@ -58,18 +51,16 @@ class Counts:
 
     @classmethod
     def of(cls, weights: int, memory: OpMemory) -> Counts:
-        resident = 0 if memory.blocks is None else memory.blocks.resident
-        return cls(weights, dict(memory.phases), resident, tuple(memory.at_peak))
+        return cls(weights, dict(memory.phases), memory.resident, tuple(memory.at_peak))
 
-    def extended(self, longer: Counts, by: int, to: int) -> Counts:
-        """Of a run with `to` pieces more, where `longer` is of a run with `by` more."""
+    def extended(self, next_one: Counts, times: int) -> Counts:
+        """Of a run with so many more pieces, where `next_one` is of a run with one more."""
         phases = {
-            name: count + to * (longer.phases[name] - count) // by
+            name: count + times * (next_one.phases[name] - count)
             for name, count in self.phases.items()
         }
-        gaps = longer.resident and longer.resident - longer.peak
-        resident = longer.resident and max(phases.values()) + gaps
-        return Counts(self.weights, phases, resident, longer.at_peak)
+        resident = self.resident + times * (next_one.resident - self.resident)
+        return Counts(self.weights, phases, resident, next_one.at_peak)
 
 
 class Watched:
@@ -118,12 +109,12 @@ def visiting_weights(
     return storage_bytes(net) - away + SLOTS * largest
 
 
-def converted(x: Tensor, output: str, device: str) -> tuple[int, ...]:
+def converted(x: Tensor, output: str, device: str) -> int:
     """What the form that the caller asked for takes beside the result (B, 3, H, W), in the same
-    memory, in blocks: pictures lie on the host."""
+    memory: pictures lie on the host."""
     if output == "pt":
-        return ()
+        return 0
     if output == "np":
-        return x.nbytes, x.nbytes
-    pictures = x.shape[0] if device == "cpu" else 0
-    return (*(4 * x.shape[2] * x.shape[3],) * pictures, *BAND)
+        return 2 * x.nbytes
+    pictures = 4 * x.shape[0] * x.shape[2] * x.shape[3] if device == "cpu" else 0
+    return BAND + pictures

@@ -14,6 +14,7 @@ import torch
 
 from ..jobs import Stages
 from ..models.devices import standing_for
+from ..models.l2p import bands
 from ..models.l2p.config import L2PConfig
 from ..models.l2p.network import L2PNet
 from ..models.l2p.sampler import guided, sample
@@ -21,7 +22,8 @@ from ..models.l2p.scheduler import schedule
 from ..models.l2p.tiling import TiledPrediction
 from ..models.tiles import Layout
 from ..ops.registry import backend as forced
-from .counts import GAPS_RUN, META, Counts, Watched, converted, storage_bytes, visiting_weights
+from . import heap
+from .counts import META, Counts, Watched, converted, storage_bytes, visiting_weights
 from .op_memory import OpMemory
 
 PHASES = {
@@ -32,7 +34,6 @@ PHASES = {
     "decoded": "local decoder",
 }
 _STEPS = 2
-TILES_RUN = 2  # they hold nothing: two are as many
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,13 @@ def counted(image: Image, device: str, backend: str | None) -> Counts:
     """Live memory of an image on a device, "cpu" or "cuda"."""
     with torch.no_grad(), standing_for(device), forced(None):
         net = _network(image.config, image.dtype, device)
-        found = _run(net, image, TILES_RUN, device, backend)
-        if image.layout is not None and found.gaps_count:
-            found = _run(net, image, GAPS_RUN, device, backend)
-        return found
-
-
-def _run(net: L2PNet, image: Image, tiles: int, device: str, backend: str | None) -> Counts:
-    """Of no more than so many tiles."""
-    layout = image.layout
-    if layout is not None:
-        layout = Layout(layout.size, layout.tile, layout.overlap, layout.step, layout.pixels)
-        vars(layout)["tiles"] = layout.tiles[:tiles]
-    with OpMemory(device, backend) as memory, memory.phase("prepare"):
-        _made(Watched(net, memory, PHASES), image, layout, memory)
-    return Counts.of(storage_bytes(net), memory)
+        layout = image.layout
+        if layout is not None:  # the tiles hold nothing: two are as many
+            layout = Layout(layout.size, layout.tile, layout.overlap, layout.step, layout.pixels)
+            vars(layout)["tiles"] = layout.tiles[:2]
+        with OpMemory(device, backend, _gaps(image, backend)) as memory, memory.phase("prepare"):
+            _made(Watched(net, memory, PHASES), image, layout, memory)
+        return Counts.of(storage_bytes(net), memory)
 
 
 @functools.lru_cache(maxsize=64)
@@ -98,6 +91,19 @@ def resident_weights(config: L2PConfig, dtype: torch.dtype, device: str, offload
 def _network(config: L2PConfig, dtype: torch.dtype, device: str) -> L2PNet:
     net = L2PNet(config, device=META, dtype=dtype).requires_grad_(False).eval()
     return net.pack_() if device == "cuda" else net
+
+
+def _gaps(image: Image, backend: str | None) -> float:
+    if backend == "reference":
+        return heap.REFERENCE
+    if image.layout is not None:
+        return heap.L2P_TILES
+    if image.decoder_memory is None:
+        return heap.L2P_WHOLE
+    batch = image.batch * len(image.text_rows)
+    sizes = (image.config.in_channels, image.size, image.batch, batch, image.dtype.itemsize)
+    cut = bands.plan(bands.Load(image.config.local_decoder, *sizes), image.decoder_memory)
+    return heap.L2P_BANDS if cut.levels else heap.L2P_WHOLE
 
 
 def _made(net: Any, image: Image, layout: Layout | None, memory: OpMemory) -> None:
@@ -130,7 +136,7 @@ def _made(net: Any, image: Image, layout: Layout | None, memory: OpMemory) -> No
         )
     del predict, prediction
     with memory.phase("result"):
-        memory.moment("result", *converted(x.clamp_(-1, 1), image.output, memory.device))
+        memory.moment(converted(x.clamp_(-1, 1), image.output, memory.device), "result")
 
 
 def _keep_nothing(info: Any) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 # Resident set of a process that has imported PyTorch, before and after its first picture: pages of
-# code of PyTorch, MKL, oneDNN and Pillow that were not yet touched, what they keep for themselves,
-# buffers of checkpoint reading. What the measured peaks of `python -m bench memory` have above the
-# simulated heap: 33 to 50 MB for PiD, whose latent branch is convolutions of oneDNN, 21 to 34 MB
-# for L2P, whatever the network and its size. Where freed memory was given back at once
-# (MALLOC_MMAP_THRESHOLD_=262144) it was 33 to 46 MB and 20 to 26 MB.
-PID_CPU, L2P_CPU = 42_000_000, 27_000_000
+# code of PyTorch, MKL and oneDNN that were not yet touched, what they keep for themselves, buffers
+# of checkpoint reading. Measured where freed memory was given back at once
+# (MALLOC_MMAP_THRESHOLD_=262144): 33 to 46 MB for PiD, whose latent branch is convolutions of
+# oneDNN, 20 to 26 MB for L2P, whatever the network and its size.
+PID_CPU, L2P_CPU = 40_000_000, 22_000_000
 
 # PyTorch's default for cuBLAS on compute capability 9.0 (CUBLAS_WORKSPACE_CONFIG), and as much for
 # cuBLASLt; devices before it take a quarter.

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .process import Blocks
+from .heap import Heap
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +43,14 @@ class LiveMemory(TorchDispatchMode):
             net.step(x, t, condition)
         print(memory.peak, memory.table())
 
-    What was there before does not count: weights, and inputs made outside.
-
-    Args:
-        blocks: told of every allocation and release.
+    What was there before does not count: weights, and inputs made outside. With a `heap`,
+    `resident` is the most that its allocator had resident for them.
     """
 
-    def __init__(self, blocks: Blocks | None = None) -> None:
+    def __init__(self, heap: Heap | None = None) -> None:
         super().__init__()
-        self.blocks = blocks
-        self.now = self.peak = 0
+        self.heap = heap
+        self.now = self.peak = self.resident = 0
         self.at_peak: list[Allocation] = []
         self.phases: dict[str, int] = {}
         self._phase: str | None = None
@@ -68,19 +66,15 @@ class LiveMemory(TorchDispatchMode):
         finally:
             self._phase = outer
 
-    def moment(self, what: str, *counts: int) -> None:
-        """Blocks of so many bytes beside all that is alive, for a moment: what an op takes inside
-        itself."""
-        count = sum(counts)
+    def moment(self, count: int, what: str) -> None:
+        """So many bytes beside all that is alive, for a moment: what an op takes inside itself."""
         if not count:
             return
-        if self.blocks is not None:
-            taken = [(what, i, n) for i, n in enumerate(counts) if n]
-            for block in taken:
-                self.blocks.allocate(block, block[2])
-            for block in taken:
-                self.blocks.release(block)
+        if self.heap is not None:
+            self.heap.allocate(what, count)
         self._top(self.now + count, Allocation(count, what, _caller()))
+        if self.heap is not None:
+            self.heap.release(what)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -112,12 +106,14 @@ class LiveMemory(TorchDispatchMode):
         entry = Allocation(storage.nbytes(), what, _caller())
         self._live[key] = entry
         self.now += entry.bytes
-        if self.blocks is not None:
-            self.blocks.allocate(entry, entry.bytes)
+        if self.heap is not None:
+            self.heap.allocate(entry, entry.bytes)
         weakref.finalize(storage, self._remove, key, entry)
         self._top(self.now)
 
     def _top(self, count: int, extra: Allocation | None = None) -> None:
+        if self.heap is not None:
+            self.resident = max(self.resident, self.heap.resident)
         if self._phase is not None:
             self.phases[self._phase] = max(self.phases.get(self._phase, 0), count)
         if count > self.peak:
@@ -127,8 +123,8 @@ class LiveMemory(TorchDispatchMode):
         if self._live.get(key) is entry:
             del self._live[key]
             self.now -= entry.bytes
-            if self.blocks is not None:
-                self.blocks.release(entry)
+            if self.heap is not None:
+                self.heap.release(entry)
 
 
 def _tensors(tree) -> list[torch.Tensor]:

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..ops.cpu.pixel_adaln import CHUNK_BYTES
 from ..ops.registry import OPS, Op
+from .heap import Heap
 from .live import LiveMemory
-from .process import Blocks
 
 # Patches whose products a Triton launch holds at a time; of the two kernels' PIECE.
 COMPRESS_PIECE, MLP_PIECE = 8192, 4096
@@ -33,10 +33,11 @@ class OpMemory(LiveMemory):
     Args:
         device: "cpu" or "cuda", what the tensors on "meta" stand for.
         backend: of every op: "reference", "cpu" or "triton"; None is free choice on that device.
+        gaps: of the heap, on "cpu"; see heap.py.
     """
 
-    def __init__(self, device: str, backend: str | None = None) -> None:
-        super().__init__(Blocks() if device == "cpu" else None)
+    def __init__(self, device: str, backend: str | None = None, gaps: float = 1.0) -> None:
+        super().__init__(Heap(gaps) if device == "cpu" else None)
         self.device, self.backend = device, backend
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -46,7 +47,7 @@ class OpMemory(LiveMemory):
         args = _all_arguments(func, args, kwargs or {})
         if op.name == "joint_attention":
             result = super().__torch_dispatch__(func, types, args)
-            self.moment(op.name, _attention(args, self._chosen(op, args)))
+            self.moment(_attention(args, self._chosen(op, args)), op.name)
             return result
         chosen = self._chosen(op, args)
         if chosen == "reference":
@@ -55,8 +56,8 @@ class OpMemory(LiveMemory):
                 many = not isinstance(result, Tensor)
                 return tuple(t.contiguous() for t in result) if many else result.contiguous()
         result = super().__torch_dispatch__(func, types, args)
-        if workspace := _WORKSPACES.get((op.name, chosen)):
-            self.moment(f"{op.name} ({chosen}) inside itself", *_blocks(workspace(*args)))
+        workspace = _WORKSPACES.get((op.name, chosen))
+        self.moment(workspace(*args) if workspace else 0, f"{op.name} ({chosen}) inside itself")
         return result
 
     def _chosen(self, op: Op, args: tuple[Any, ...]) -> str:
@@ -124,8 +125,8 @@ def _down_cpu(x: Tensor, weight: Tensor, bias: Tensor) -> int:
     return _WIDE * (weight.numel() + bias.numel())
 
 
-def _up_cpu(x, skip, up_weight, up_bias, weight, bias) -> tuple[int, int]:
-    return _WIDE * up_weight.numel(), _WIDE * (weight.numel() + bias.numel())
+def _up_cpu(x, skip, up_weight, up_bias, weight, bias) -> int:
+    return _WIDE * (up_weight.numel() + weight.numel() + bias.numel())
 
 
 def _up_triton(x: Tensor, skip: Tensor, up_weight: Tensor, *_: Any) -> int:
@@ -136,11 +137,7 @@ def _up_triton(x: Tensor, skip: Tensor, up_weight: Tensor, *_: Any) -> int:
     return skip.shape[:3].numel() * x.shape[0] // skip.shape[0] * up * x.itemsize
 
 
-def _blocks(counts: int | tuple[int, ...]) -> tuple[int, ...]:
-    return counts if isinstance(counts, tuple) else (counts,)
-
-
-_WORKSPACES: dict[tuple[str, str], Callable[..., int | tuple[int, ...]]] = {
+_WORKSPACES: dict[tuple[str, str], Callable[..., int]] = {
     ("pixel_adaln_compress", "triton"): _compress_triton,
     ("pixel_adaln_mlp", "triton"): _mlp_triton,
     ("pixel_adaln_compress", "cpu"): _pixel_cpu,

@@ -24,7 +24,8 @@ from ..models.pid.samplers import network_time
 from ..models.pid.tiling import Tiles, sample_independent
 from ..models.tiles import Layout
 from ..ops.registry import backend as forced
-from .counts import GAPS_RUN, META, Counts, Watched, converted, storage_bytes, visiting_weights
+from . import heap
+from .counts import META, Counts, Watched, converted, storage_bytes, visiting_weights
 from .op_memory import OpMemory
 
 GROUPS_RUN = 2  # of tiles: each further one adds what the second does to the first
@@ -96,22 +97,19 @@ def counted(decode: Decode, device: str, backend: str | None) -> Counts:
         net = _network(decode.config, decode.dtype, decode.fp8, device)
         weights = storage_bytes(net)
         groups = 0 if decode.layout is None else -(-len(decode.layout.tiles) // decode.together)
-        alone = decode.tile_mode == "independent"
-        most = INDEPENDENT_RUN if alone else GROUPS_RUN
-
-        def run(count: int) -> Counts:
-            layout = decode.layout
-            if groups > count:
-                layout = _some(layout, count * decode.together)
+        if groups <= GROUPS_RUN:
+            return Counts.of(weights, _recorded(net, decode, decode.layout, device, backend))
+        if decode.tile_mode == "independent":
+            layout = _some(decode.layout, INDEPENDENT_RUN * decode.together)
             return Counts.of(weights, _recorded(net, decode, layout, device, backend))
-
-        if groups <= most:
-            return run(groups)
-        found = run(most)
-        if found.gaps_count:
-            most = min(GAPS_RUN, groups)
-            found = run(most)
-        return found if alone else run(1).extended(found, most - 1, groups - 1)
+        some, one_more = (
+            Counts.of(
+                weights,
+                _recorded(net, decode, _some(decode.layout, n * decode.together), device, backend),
+            )
+            for n in (GROUPS_RUN - 1, GROUPS_RUN)
+        )
+        return some.extended(one_more, groups - GROUPS_RUN + 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -146,7 +144,7 @@ def _recorded(
     net: PiDNet, decode: Decode, layout: Layout | None, device: str, backend: str | None
 ) -> OpMemory:
     c, times = decode.config, decode.times
-    with OpMemory(device, backend) as memory, memory.phase("prepare"):
+    with OpMemory(device, backend, _gaps(decode, backend)) as memory, memory.phase("prepare"):
         own = decode.size if layout is None else layout.tile_pixels
         taus = tuple(network_time(t) for t in times[:-1])
         tables = net.tables(own, min(decode.text_rows, c.txt_max_length), taus)
@@ -177,8 +175,20 @@ def _recorded(
         del what, tables
         with memory.phase("result"):
             torch.isnan(x)
-            memory.moment(f"result as {decode.output}", *converted(x, decode.output, device))
+            memory.moment(converted(x, decode.output, device), f"result as {decode.output}")
     return memory
+
+
+def _gaps(decode: Decode, backend: str | None) -> float:
+    if backend == "reference":
+        return heap.REFERENCE
+    if decode.layout is not None and decode.tile_mode == "independent":
+        return heap.PID_INDEPENDENT
+    if decode.layout is not None:
+        return heap.PID_SYNC if decode.pixel_chunk is None else heap.PID_SYNC_CHUNKS
+    if decode.pixel_chunk is not None:
+        return heap.PID_CHUNKS
+    return heap.PID_WHOLE if decode.dtype == torch.float32 else heap.PID_WHOLE_16_BITS
 
 
 def _sampled(net: Any, what: Decoding, callback: Any) -> Tensor:

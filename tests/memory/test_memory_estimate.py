@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 
 import pytest
@@ -14,6 +13,7 @@ from bench.memory_cases import L2P, OVER, PID, UNDER, Case, measured
 from pixeldiff.errors import SizeError
 from pixeldiff.memory import estimate_l2p, estimate_memory, estimate_pid, pid_counts
 from pixeldiff.memory.counts import visiting_weights
+from pixeldiff.memory.heap import LARGE, Heap
 from pixeldiff.memory.op_memory import OpMemory
 from pixeldiff.models.l2p import L2PNet
 from pixeldiff.models.pid import PiDNet, variant
@@ -23,7 +23,6 @@ CASES = [
     Case("pid", "demo", 512),
     Case("pid", "demo", 512, precision="bf16", batch=2),
     Case("pid", "demo", 768, options={"tile": [8, 8]}),
-    Case("pid", "demo", 1024, options={"tile": [8, 8], "tile_batch": 4}),
     Case("pid", "demo", 768, options={"tile": [8, 8], "tile_mode": "independent"}),
     Case("pid", "narrow", 512, precision="bf16", options={"low_memory": True}),
     Case("l2p", "demo", 256),
@@ -36,11 +35,11 @@ ON_GPU = [dataclasses.replace(case, device="cuda", precision="bf16") for case in
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_estimate_beside_the_resident_set(case):
-    """Of the median of up to three runs: the heap's gaps differ by 5 % from run to run."""
+    """Of the most of up to three runs: the heap's gaps differ by 5 % from run to run."""
     found = []
     while len(found) < 3:
         found.append(measured(case))
-        off = found[-1].estimate["peak"] / statistics.median_low(f.peak for f in found) - 1
+        off = found[-1].estimate["peak"] / max(f.peak for f in found) - 1
         if UNDER <= off <= OVER:
             return
     pytest.fail(f"{found}")
@@ -115,15 +114,14 @@ def test_the_same_as_counted_by_hand():
 
 
 @pytest.mark.parametrize("steps", [2, 4])
-def test_tiles_beyond_the_first_few_are_counted_as_if_they_were_run(steps, monkeypatch):
-    """A few are run, and what they add to the first is added for each other."""
+def test_tiles_beyond_the_second_are_counted_as_if_they_were_run(steps, monkeypatch):
+    """Two tiles are run, and the difference between one and two is added for each other."""
     options = {"tile": (6, 6), "overlap": 2, "tile_batch": 1, "steps": steps}
     for mode in ("sync", "independent"):
         short = estimate_pid(CONFIG, 512, tile_mode=mode, **options)
         with monkeypatch.context() as m:
             m.setattr(pid_counts.Counts, "extended", None)
             m.setattr(pid_counts, "GROUPS_RUN", 100)
-            m.setattr(pid_counts, "INDEPENDENT_RUN", 100)
             pid_counts.counted.cache_clear()
             full = estimate_pid(CONFIG, 512, tile_mode=mode, **options)
         pid_counts.counted.cache_clear()
@@ -200,7 +198,7 @@ def test_refusals(model, size, options, error, words):
         estimate_memory(model, size, **options)
 
 
-# ---- Ops --------------------------------------------------------------------------------------
+# ---- Ops and the heap --------------------------------------------------------------------------
 
 
 def test_what_runs_an_op_decides_what_it_holds():
@@ -238,6 +236,16 @@ def test_attention_holds_no_logits():
     with OpMemory("cpu", "reference") as memory:
         joint_attention(q, q, q, key_mask=mask)
     assert memory.peak > 3 * q.nbytes
+
+
+def test_the_heap_keeps_its_largest_and_large_blocks_go():
+    heap = Heap(1.5)
+    heap.allocate("a", 1000)
+    heap.allocate("b", LARGE)
+    assert heap.resident == LARGE + 1500
+    heap.release("a")
+    heap.release("b")
+    assert heap.resident == 1500
 
 
 def test_the_network_is_the_one_that_is_run():
