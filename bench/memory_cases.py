@@ -160,7 +160,7 @@ def _held_out(threads: int) -> list[Case]:
     return [
         pid("demo", 768),
         pid("demo", 640, 1024, precision="bf16"),
-        pid("demo", 512, precision="bf16", batch=2),
+        pid("demo", 512, precision="bf16", batch=4),
         pid("demo", 256, backend="reference"),
         pid("demo", 768, options={"low_memory": True, "pixel_chunk": 128}),
         pid("demo", 512, 1024, options={"tile": [12, 12]}),
