@@ -32,6 +32,7 @@ from ...jobs import Stages
 from ...jobs.store import PLACES
 from ...ops.pixel_head_step import update
 from ...out_of_memory import is_out_of_memory
+from ..devices import kind_of
 from ..guards import Watch
 from ..noise import NoiseSource
 from ..steps import Callback, TileCallback, TileInfo, report_tile
@@ -41,7 +42,9 @@ from .network import PiDCondition, PiDNet, Tables
 from .samplers import Draw, network_time, run_student, sample_teacher
 
 MODES = ("sync", "independent")
-_BAND = 1 << 20  # pixels of a band of the sampler's arithmetic, in fp64 8 MB a value and channel
+# Pixels of a band of the sampler's arithmetic, in fp64 8 MB a value and channel. A CPU gains
+# nothing by so many, and glibc's heap would keep several of the blocks for each that lives.
+_BAND, _BAND_ON_CPU = 1 << 20, 1 << 18
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,8 @@ def sample_sync(tiles: Tiles, draw: Draw, callback: Callback | None) -> Tensor:
         out = tiles.velocity(x, network_time(t))
         noise = None if draw is None else draw(tuple(x.shape))
         # In bands and in place: the arithmetic's own fp64 would be larger than all the rest.
-        rows = max(1, _BAND // (x.shape[0] * x.shape[3]))
+        pixels = _BAND_ON_CPU if kind_of(x.device) == "cpu" else _BAND
+        rows = max(1, pixels // (x.shape[0] * x.shape[3]))
         for band in range(0, x.shape[2], rows):
             part = (..., slice(band, band + rows), slice(None))
             x[part], x0 = update(

@@ -198,7 +198,7 @@ def test_an_undistilled_network_with_guidance(teacher, mode):
 
 def test_the_image_in_bands_is_the_image_at_once(decoder, monkeypatch):
     whole = pixels(decoder)
-    monkeypatch.setattr("pixeldiff.models.pid.tiling._BAND", 1000)
+    monkeypatch.setattr("pixeldiff.models.pid.tiling._BAND_ON_CPU", 1000)
     assert torch.equal(pixels(decoder), whole)
 
 
