@@ -24,7 +24,7 @@ CASES = [
     Case("pid", "demo", 512, precision="bf16", batch=2),
     Case("pid", "demo", 768, options={"tile": [8, 8]}),
     Case("pid", "demo", 768, options={"tile": [8, 8], "tile_mode": "independent"}),
-    Case("pid", "narrow", 512, precision="bf16", options={"low_memory": True}),
+    Case("pid", "narrow", 1024, precision="bf16", options={"low_memory": True}),
     Case("l2p", "demo", 256),
     Case("l2p", "demo", 512, precision="bf16"),
     Case("l2p", "demo", 512, options={"decoder_memory": 20_000_000}),
@@ -35,14 +35,11 @@ ON_GPU = [dataclasses.replace(case, device="cuda", precision="bf16") for case in
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_estimate_beside_the_resident_set(case):
-    """Of the most of up to three runs: the heap's gaps differ by 5 % from run to run."""
-    found = []
-    while len(found) < 3:
-        found.append(measured(case))
-        off = found[-1].estimate["peak"] / max(f.peak for f in found) - 1
-        if UNDER <= off <= OVER:
-            return
-    pytest.fail(f"{found}")
+    """Of one run, or of the median of three: the heap's gaps differ from run to run."""
+    found = measured(case)
+    if not UNDER <= found.off <= OVER:
+        found = measured(case, 3)
+    assert UNDER <= found.off <= OVER, f"{found}"
 
 
 @pytest.mark.gpu
