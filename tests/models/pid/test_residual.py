@@ -232,3 +232,11 @@ def test_packed_weights_take_gradients_and_compile():
     compiled = torch.compile(net.step, fullgraph=True, backend="aot_eager")
     want = net.step(kw["x"], kw["t"], condition)
     torch.testing.assert_close(compiled(kw["x"], kw["t"], condition), want, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_done_by_a_setter():
+    """torch 2.11's compiler loses it, and computes something else without a word."""
+    members = [vars(Stream)[name] for name in vars(Stream)]
+    properties = [m for m in members if isinstance(m, property)]
+    assert properties
+    assert all(p.fset is None for p in properties)
