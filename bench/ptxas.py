@@ -41,6 +41,7 @@ SOURCES = (
     Source("joint_attention_mma.cu", definition="PIXELDIFF_BF16=false"),
     Source("joint_attention_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),
     Source("joint_attention_sm90.cu", ("90a",), "PIXELDIFF_BF16=false"),
+    Source("local_decoder_down.cu"),
     Source("local_decoder_up.cu"),
     Source("pixel_adaln_compress_sm90.cu", ("90a",), "PIXELDIFF_BF16=true"),
     Source("pixel_adaln_compress_sm90.cu", ("90a",), "PIXELDIFF_BF16=false"),

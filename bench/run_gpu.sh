@@ -305,12 +305,15 @@ case "$PART" in
       --limit 22 --no-compile
     kernels cuda-compress 28 --device cuda --dtype bf16 --op pixel_adaln_compress \
       --sizes 2048,4096 --seconds 1 --limit 22 --no-compile
+    kernels cuda-down 40 --device cuda --dtype bf16 --op local_decoder_down --sizes 4096,8192 \
+      --seconds 1 --limit 30
     kernels cuda-up 40 --device cuda --dtype bf16 --op local_decoder_up --sizes 4096,8192 \
       --seconds 1 --limit 30
     tests cuda 95 tests/kernels -k "(cuda or sm90) and not triton"
     for tool in memcheck racecheck synccheck; do
       sanitized "$tool" cuda 40 pixeldiff \
-        tests/kernels/test_local_decoder_up_cuda.py tests/kernels/test_pixel_adaln_mlp_sm90.py \
+        tests/kernels/test_local_decoder_down_cuda.py tests/kernels/test_local_decoder_up_cuda.py \
+        tests/kernels/test_pixel_adaln_mlp_sm90.py \
         tests/kernels/test_pixel_adaln_compress_sm90.py tests/kernels/test_qkv_norm_rope_sm90.py \
         tests/kernels/test_joint_attention_fp8.py tests/kernels/test_joint_attention.py \
         -k "cuda and (takes_all or views or matches_oracle) or qkv and on_a_gpu"

@@ -1,6 +1,7 @@
 #include "../cpu/local_decoder_down.h"
 #include "../cpu/local_decoder_up.h"
 #ifdef PIXELDIFF_CUDA
+#include "../cuda/local_decoder_down.h"
 #include "../cuda/local_decoder_up.h"
 #endif
 
@@ -86,6 +87,29 @@ cuda::Taps to_taps(const char* name, Five taps) {
   return {to_pointer<const void>(name, address), n, c, r, s};
 }
 
+// sizes: B, rows and columns of squares, Ci, Co; x: address, elements between images, rows, columns
+// and channels
+void local_decoder_down_cuda(std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> sizes,
+                             int x_dtype, Image x, Five weight, Address bias, Address skip,
+                             Address pooled, int device, Address stream) {
+  const auto [B, rows, columns, Ci, Co] = sizes;
+  const auto [address, b, h, w, c] = x;
+  const cuda::LocalDecoderDownArgs args{B,
+                                        rows,
+                                        columns,
+                                        Ci,
+                                        Co,
+                                        to_dtype(x_dtype),
+                                        {to_pointer<const void>("x", address), b, h, w},
+                                        c,
+                                        to_taps("weight", weight),
+                                        to_pointer<const void>("bias", bias),
+                                        to_pointer<void>("skip", skip),
+                                        to_pointer<void>("pooled", pooled)};
+  pybind11::gil_scoped_release unlocked;
+  cuda::local_decoder_down(args, device, reinterpret_cast<void*>(stream));
+}
+
 // sizes: B, S, rows and columns of x; channels: Ci, Cu, Cs, Co; x, skip: address, elements between
 // images, rows and columns; biases: of u and of the result.
 void local_decoder_up_cuda(Four sizes, Four channels,
@@ -127,6 +151,7 @@ void bind_local_decoder(pybind11::module_& m) {
   m.def("local_decoder_down_cpu", &local_decoder_down_cpu);
   m.def("local_decoder_up_cpu", &local_decoder_up_cpu);
 #ifdef PIXELDIFF_CUDA
+  m.def("local_decoder_down_cuda", &local_decoder_down_cuda);
   m.def("local_decoder_up_cuda", &local_decoder_up_cuda);
   m.def("local_decoder_up_workspace", &cuda::local_decoder_up_workspace);
 #endif

@@ -11,6 +11,7 @@
 
 #include "ampere/device.cuh"
 #include "check.h"
+#include "local_decoder/launch.cuh"
 #include "local_decoder/launch_up.h"
 
 namespace pixeldiff::local_decoder {
@@ -36,18 +37,10 @@ __global__ void __launch_bounds__(Compose<ampere::Device>::kThreads)
 }
 
 template <int kXBlocks, int kSkipBlocks>
-void launch(const cuda::LocalDecoderUpArgs& a, int multiprocessors, cudaStream_t stream) {
+void launch(const cuda::LocalDecoderUpArgs& a, int device, cudaStream_t stream) {
   using Tile = UpTile<kXBlocks, kSkipBlocks>;
   const auto kernel = local_decoder_up_kernel<kXBlocks, kSkipBlocks>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                             cudaSharedmemCarveoutMaxShared),
-        kOp);
-  int blocks = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Tile::kThreads,
-                                                      Tile::kSharedBytes),
-        kOp);
-  if (blocks < 1) throw std::runtime_error("local_decoder_up: no block fits this device");
-  const UpParams params = up_params(a, Tile::kColumns, blocks * multiprocessors);
+  const UpParams params = up_params(a, Tile::kColumns, slots<Tile>(kernel, device, kOp));
   kernel<<<params.schedule.blocks(), Tile::kThreads, Tile::kSharedBytes, stream>>>(params);
   check(cudaGetLastError(), kOp);
 }
@@ -66,8 +59,6 @@ void local_decoder_up(const LocalDecoderUpArgs& a, int device, void* stream) {
   check_args(a);
   const DeviceScope scope(device);
   const auto on = static_cast<cudaStream_t>(stream);
-  int multiprocessors = 0;
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), kOp);
   const ComposeParams compose = compose_params(a);
   local_decoder_up_compose_kernel<<<compose.blocks(), Compose<ampere::Device>::kThreads, 0, on>>>(
       compose);
@@ -79,7 +70,7 @@ void local_decoder_up(const LocalDecoderUpArgs& a, int device, void* stream) {
                                         : (layout.skip_blocks == 0   ? launch<2, 0>
                                            : layout.skip_blocks == 1 ? launch<2, 1>
                                                                      : launch<2, 2>);
-  run(a, multiprocessors, on);
+  run(a, device, on);
 }
 
 }  // namespace pixeldiff::cuda

@@ -3,26 +3,15 @@
 #include <stdexcept>
 
 #include "../dtype.h"
+#include "local_decoder/pictures.h"
 
 namespace pixeldiff::cuda {
-
-// (images, rows, columns, channels) in bf16; strides in elements, channels side by side.
-struct Picture {
-  const void* data;
-  int64_t stride_b, stride_h, stride_w;
-};
-
-// (out, in, 3, 3) in bf16; strides in elements.
-struct Taps {
-  const void* data;
-  int64_t stride_n, stride_c, stride_r, stride_s;
-};
 
 // y = silu(conv3x3([u, skip]) + bias), u = conv3x3(x doubled) + up_bias. All is bf16.
 struct LocalDecoderUpArgs {
   int64_t B, S, rows, columns;  // of x; skip and out have twice as many rows and columns
   int64_t Ci, Cu, Cs, Co;
-  Picture x;            // B images of Ci
+  Picture x;            // B images of Ci, whose channels are side by side, as those of skip
   Picture skip;         // S images of Cs; image b reads b % S. Pixels of 3 are side by side
   Taps up_weight;       // (Cu, Ci, 3, 3)
   const void* up_bias;  // (Cu,) contiguous

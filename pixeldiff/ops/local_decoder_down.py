@@ -11,6 +11,7 @@ from .registry import Backend, define
 
 BACKENDS = (
     Backend("triton", "pixeldiff.triton_kernels.local_decoder_down"),
+    Backend("cuda", "pixeldiff.ops.cuda.local_decoder_down", automatic=False),
     Backend("cpu", "pixeldiff.ops.cpu.local_decoder_down"),
 )
 
@@ -60,8 +61,9 @@ def local_decoder_down(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor,
         ValueError: shape or device. TypeError: dtype. NotImplementedError: a forced backend cannot
         run; says why.
 
-    Backends: triton, cpu (fp32, bf16, fp16; fewer than 128 channels on a side), reference.
-    Gradients: through the reference.
+    Backends: triton, cuda on request (capability 8.0 and later, bf16 weights, 3 channels to 16, of
+    x in bf16 side by side or of an fp32 image channels first), cpu (fp32, bf16, fp16; fewer than
+    128 channels on a side), reference. Gradients: through the reference.
     Cost: 18*B*H*W*Ci*Co FLOPs; B*H*W*(Ci*sizeof(x) + 1.25*Co*sizeof(weight)) bytes. At full
     resolution (3 or 16 channels) bandwidth-bound.
     Source: L2P (arXiv 2605.12013), encoder half of the local decoder.

@@ -53,6 +53,13 @@ class Device : public hopper::Device {
                  : "memory");
   }
 
+  // The larger of either half in bf16, NaN if one of them is.
+  __device__ __forceinline__ uint32_t max_bf16(uint32_t a, uint32_t b) const {
+    uint32_t both;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
+    return both;
+  }
+
   // --- single values in shared memory
   __device__ __forceinline__ void put(uint32_t to, float x) const {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address(to)), "f"(x) : "memory");

@@ -21,7 +21,8 @@ inline ComposeParams compose_params(const cuda::LocalDecoderUpArgs& a) {
 // `slots`: blocks that run at once.
 inline UpParams up_params(const cuda::LocalDecoderUpArgs& a, int strip_columns, int slots) {
   const auto count = [](int64_t n) { return static_cast<int>(n); };
-  return {up_schedule(count(a.B), count(a.rows), count(a.columns), strip_columns, slots),
+  // A step before the first row, and one behind the last.
+  return {schedule_of(count(a.B), count(a.rows), count(a.columns), strip_columns, slots, 2),
           count(a.S),
           count(a.Ci / 8),
           count(a.Cs / 8),

@@ -14,14 +14,16 @@
 #include "../ampere/rows.h"
 #include "../hopper/fragment.h"
 #include "../local_decoder_up.h"
-#include "up_schedule.h"
+#include "packed.h"
+#include "products.h"
+#include "schedule.h"
 #include "up_tile.h"
 #include "up_weights.h"
 
 namespace pixeldiff::local_decoder {
 
 struct UpParams {
-  UpSchedule schedule;
+  Schedule schedule;
   int skips;
   int x_pieces, skip_pieces;  // of 8 channels
   cuda::Picture x, skip;
@@ -33,7 +35,7 @@ struct UpParams {
 template <class M, int kXBlocks, int kSkipBlocks>
 struct Up {
   using Tile = UpTile<kXBlocks, kSkipBlocks>;
-  using Segment = UpSchedule::Segment;
+  using Segment = Schedule::Segment;
 
   M& m;
   const UpParams& p;
@@ -201,7 +203,7 @@ struct Up {
       skip_at[i] = Tile::skip(2 * square + b() + i, corner.piece);
     if constexpr (Tile::kPacked) {
       const int first = Tile::kSquares * group() + hopper::accumulator_row(0, lane(), 0);
-      skip_at[0] = Tile::packed(first, b()) + lane() % 4 * 4;
+      skip_at[0] = packed_at(first, b()) + lane() % 4 * 4;
     }
   }
 
@@ -218,12 +220,6 @@ struct Up {
     }
   }
 
-  PIXELDIFF_DEVICE void add(float (&to)[8], const uint32_t (&values)[4],
-                            const uint32_t (&weights)[4]) {
-    m.template multiply<true>(&to[0], values, weights[0], weights[1]);
-    m.template multiply<true>(&to[4], values, weights[2], weights[3]);
-  }
-
   PIXELDIFF_DEVICE void multiply_x(int s, bool at_row, bool at_column, float (&done)[8],
                                    float (&here)[8], float (&next)[8]) {
     PIXELDIFF_UNROLL
@@ -236,9 +232,9 @@ struct Up {
         // The edge's square has a product of its own, in which the others are zero.
         const bool edged = ex == 0 && at_column;
         if (edged) keep_edge(false, values);
-        add(done, values, of_x[2][ex + 1][block]);
-        add(here, values, of_x[1][ex + 1][block]);
-        add(next, values, of_x[0][ex + 1][block]);
+        add(m, done, values, of_x[2][ex + 1][block]);
+        add(m, here, values, of_x[1][ex + 1][block]);
+        add(m, next, values, of_x[0][ex + 1][block]);
         if (edged) {
           m.load_matrices(from, values);
           keep_edge(true, values);
@@ -257,11 +253,11 @@ struct Up {
                                       float (&done)[8], float (&here)[8], float (&next)[8]) {
     uint32_t weights[4];
     load_fragment(p.layout.x(parity(), column_slot(at_row, 1), block), weights);
-    add(done, values, weights);
+    add(m, done, values, weights);
     load_fragment(p.layout.x(parity(), column_slot(at_row, 0), block), weights);
-    add(here, values, weights);
+    add(m, here, values, weights);
     load_fragment(p.layout.x(parity(), column_slot(at_row, -1), block), weights);
-    add(next, values, weights);
+    add(m, next, values, weights);
   }
 
   PIXELDIFF_DEVICE void multiply_skip(int s, float (&done)[8], float (&here)[8]) {
@@ -271,11 +267,11 @@ struct Up {
     const uint32_t own = Tile::stage(s) + Tile::skip_row(a());
     if constexpr (Tile::kPacked) {
       uint32_t values[4];
-      load_packed(shared, values);
-      add(done, values, of_skip[2][0][0]);
-      add(here, values, of_skip[0][0][0]);
-      load_packed(own, values);
-      add(here, values, of_skip[1][0][0]);
+      load_packed(m, shared + skip_at[0], b(), lane(), values);
+      add(m, done, values, of_skip[2][0][0]);
+      add(m, here, values, of_skip[0][0][0]);
+      load_packed(m, own + skip_at[0], b(), lane(), values);
+      add(m, here, values, of_skip[1][0][0]);
     } else {
       PIXELDIFF_UNROLL
       for (int tap = 0; tap < 3; ++tap) {
@@ -284,34 +280,16 @@ struct Up {
           const uint32_t from = Tile::SkipRows::further(skip_at[tap], 2 * block);
           uint32_t values[4];
           m.load_matrices(shared + from, values);
-          add(done, values, of_skip[2][tap][block]);
-          add(here, values, of_skip[0][tap][block]);
+          add(m, done, values, of_skip[2][tap][block]);
+          add(m, here, values, of_skip[0][tap][block]);
           m.load_matrices(own + from, values);
-          add(here, values, of_skip[1][tap][block]);
+          add(m, here, values, of_skip[1][tap][block]);
         }
       }
     }
   }
 
-  // A of the nine values around 16 pixels, the last two of which only the first of four lanes has
-  // words of. What else is in them must not count, not even as a NaN times zero.
-  PIXELDIFF_DEVICE void load_packed(uint32_t row, uint32_t (&to)[4]) {
-    const bool first = lane() % 4 == 0;
-    PIXELDIFF_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t at = row + skip_at[0] + half * (Tile::packed(8, 0) - Tile::packed(0, 0));
-      const uint32_t low = m.get_word(at), high = m.get_word(at + 16);
-      to[half] = first && b() == 0 ? low & 0xffff0000 : low;
-      to[2 + half] = first ? (b() == 0 ? high : high & 0xffff) : 0;
-    }
-  }
-
   // --- results
-
-  PIXELDIFF_DEVICE float silu(float x) {
-    constexpr float kLog2e = 1.4426950408889634f;
-    return x * m.reciprocal(1.0f + m.exp2(-kLog2e * x));
-  }
 
   PIXELDIFF_DEVICE void find_results(const Segment& at) {
     const int column = at.column + Tile::kSquares * group() + hopper::accumulator_row(0, lane(), 0);
@@ -328,11 +306,7 @@ struct Up {
     PIXELDIFF_UNROLL
     for (int half = 0; half < 2; ++half) {
       uint32_t both[2];
-      PIXELDIFF_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        const int i = 4 * n + 2 * half;
-        both[n] = m.template pack<true>(silu(from[i]), silu(from[i + 1]));
-      }
+      activate(m, from, half, both);
       if (inside[half]) m.store(out + half * (8 * 2 * kOut * 2), both[0], both[1]);
     }
     out += static_cast<int64_t>(p.schedule.columns) * (2 * 2 * kOut * 2);

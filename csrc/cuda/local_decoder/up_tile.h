@@ -61,11 +61,6 @@ struct UpTile {
   PIXELDIFF_HOST_DEVICE static constexpr uint32_t skip(int pixel, int piece) {
     return pixel % 2 * kPlaneBytes + SkipRows::at(pixel / 2, piece);
   }
-  // Of a square's packed pixel of column parity b: the word of 4 bytes in which its first tap
-  // starts (packed_value).
-  PIXELDIFF_HOST_DEVICE static constexpr uint32_t packed(int square, int b) {
-    return 16 + 6 * (2 * square + b - 1) - 2 * (1 - b);
-  }
 
   // Copies of 16 bytes, numbered: skip's first, then those of x. Thread t makes those whose number
   // is t modulo the threads.

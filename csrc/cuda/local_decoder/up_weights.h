@@ -9,17 +9,13 @@
 #pragma once
 
 #include "../hopper/host_device.h"
+#include "packed.h"
+#include "products.h"
 
 namespace pixeldiff::local_decoder {
 
-constexpr int kOut = 16;      // channels of the result
-constexpr int kBlock = 16;    // channels that one product sums over
-constexpr int kParities = 4;  // 2 a + b
-constexpr int kFragmentBytes = kBlock * kOut * 2;
+constexpr int kParities = 4;    // 2 a + b
 constexpr int kMaxMiddle = 32;  // channels of u
-// Channels of a skip that is not padded to blocks: the three taps of a row of it are neighbours in
-// memory, and one product sums over all nine values.
-constexpr int kPackedChannels = 3;
 
 // A tap of x: at which edges, and where.
 struct Slot {
@@ -48,22 +44,6 @@ PIXELDIFF_HOST_DEVICE constexpr bool kept(bool edge, int a, int r) { return !edg
 PIXELDIFF_HOST_DEVICE constexpr bool meets(int a, int r, int t, int e) {
   return (a + r + t) / 2 - 1 == e;
 }
-
-// Where element (k, channel) of a matrix lies among the 16-bit elements of a fragment: for each
-// lane four words, B of two products of m16n8k16. Columns 2q and 2q + 1 of the first product are
-// channels 4q and 4q + 1, of the second 4q + 2 and 4q + 3: a lane's accumulators of a pixel are
-// four channels side by side.
-PIXELDIFF_HOST_DEVICE constexpr int fragment_at(int k, int channel) {
-  const int column = channel / 4 * 2 + channel % 2, lane = column * 4 + k % 8 / 2;
-  return (lane * 4 + channel / 2 % 2 * 2 + k / 8) * 2 + k % 2;
-}
-// The channel of accumulator i, of 8, is 4 (lane % 4) + this; its pixel's half is i / 2 % 2.
-PIXELDIFF_HOST_DEVICE constexpr int accumulator_channel(int i) { return i / 4 * 2 + i % 2; }
-
-// Which of the nine values of a row of packed taps, 3 tap + channel, the k-th of a product of
-// pixels of column parity b is; negative or beyond: none. Words of 4 bytes start at every other
-// value: the first value of a pixel in an even column is the second of its word.
-PIXELDIFF_HOST_DEVICE constexpr int packed_value(int b, int k) { return k - (1 - b); }
 
 // Bytes from the workspace's start.
 struct Weights {

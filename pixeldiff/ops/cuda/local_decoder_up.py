@@ -59,7 +59,7 @@ def why_not_call(x: Tensor, skip: Tensor, up_weight: Tensor, weight: Tensor) -> 
     for name, t in (("x", x), ("skip", skip)):
         if t.numel() and t.data_ptr() % ALIGNMENT:
             return f"needs {name} to start at a multiple of {ALIGNMENT} bytes"
-        *strides, across = _strides(t)
+        *outer, across = strides(t)
         if t.shape[3] == PACKED:
             if t.shape[2] % 8 or across != PACKED:
                 return (
@@ -67,7 +67,7 @@ def why_not_call(x: Tensor, skip: Tensor, up_weight: Tensor, weight: Tensor) -> 
                     f"columns, got {tuple(t.shape)} at {tuple(t.stride())} elements"
                 )
             across = 0
-        if t.stride(3) != 1 or any(s * t.element_size() % ALIGNMENT for s in (*strides, across)):
+        if t.stride(3) != 1 or any(s * t.element_size() % ALIGNMENT for s in (*outer, across)):
             return (
                 f"needs the channels of {name} side by side and its other strides multiples of "
                 f"{ALIGNMENT} bytes, got {tuple(t.stride())} elements; call .contiguous()"
@@ -75,7 +75,7 @@ def why_not_call(x: Tensor, skip: Tensor, up_weight: Tensor, weight: Tensor) -> 
     return None
 
 
-def _strides(t: Tensor) -> list[int]:
+def strides(t: Tensor) -> list[int]:
     """Of images, rows and columns; where there is only one, 0."""
     return [
         stride if size > 1 else 0 for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True)
@@ -101,8 +101,8 @@ def launch(
     native.load().local_decoder_up_cuda(
         (images, skips, rows, columns),
         (before, up_weight.shape[0], beside, weight.shape[0]),
-        (x.data_ptr(), *_strides(x)),
-        (skip.data_ptr(), *_strides(skip)),
+        (x.data_ptr(), *strides(x)),
+        (skip.data_ptr(), *strides(skip)),
         (up_weight.data_ptr(), *up_weight.stride()),
         (weight.data_ptr(), *weight.stride()),
         (up_bias.data_ptr(), bias.data_ptr()),

@@ -222,6 +222,15 @@ class Thread {
   void put(uint32_t to, float x);
   float get(uint32_t from) const;
   uint32_t get_word(uint32_t from) const;
+  uint32_t max_bf16(uint32_t a, uint32_t b) const {
+    uint32_t both = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+      const float x = max(to_float(static_cast<uint16_t>(a >> shift), true),
+                          to_float(static_cast<uint16_t>(b >> shift), true));
+      both |= static_cast<uint32_t>(round_to(x, true)) << shift;
+    }
+    return both;
+  }
   template <bool kBf16>
   void multiply(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
     const uint32_t operands[6] = {a[0], a[1], a[2], a[3], b0, b1};

@@ -3,6 +3,7 @@
 
 #include "cuda/local_decoder/launch_up.h"
 #include "emulator.h"
+#include "ranges.h"
 
 namespace {
 
@@ -14,19 +15,6 @@ struct Call {
   int slots, fault, low, high;
   uint64_t seed;
 };
-
-auto range(const void* p, int64_t bytes) {
-  return std::make_pair(static_cast<const char*>(p), static_cast<const char*>(p) + bytes);
-}
-auto range(const cuda::Picture& t, int64_t images, int64_t rows, int64_t columns,
-           int64_t channels) {
-  return range(t.data, 2 * ((images - 1) * t.stride_b + (rows - 1) * t.stride_h +
-                            (columns - 1) * t.stride_w + channels));
-}
-auto range(const cuda::Taps& t, int64_t n, int64_t c) {
-  return range(t.data, 2 * ((n - 1) * t.stride_n + (c - 1) * t.stride_c + 2 * t.stride_r +
-                            2 * t.stride_s + 1));
-}
 
 void compose(const Call& c) {
   const auto& a = c.args;
@@ -65,17 +53,6 @@ void multiply(const Call& c) {
   }
 }
 
-int guarded(const Call* c, char* message, int room, void (*run)(const Call&)) {
-  try {
-    cuda::check_args(c->args);
-    run(*c);
-    return 0;
-  } catch (const std::exception& e) {
-    std::strncpy(message, e.what(), room - 1);
-    return 1;
-  }
-}
-
 template <class F>
 void with_tile(int x_blocks, int skip_blocks, F f) {
   const auto with_skip = [&](auto x) {
@@ -95,10 +72,10 @@ void with_tile(int x_blocks, int skip_blocks, F f) {
 extern "C" {
 
 int emulate_compose(const Call* c, char* message, int room) {
-  return guarded(c, message, room, compose);
+  return guarded<Call>(c, message, room, compose);
 }
 int emulate_multiply(const Call* c, char* message, int room) {
-  return guarded(c, message, room, [](const Call& call) {
+  return guarded<Call>(c, message, room, [](const Call& call) {
     const Weights layout = weights_of(call.args.Ci, call.args.Cs);
     with_tile(layout.x_blocks, layout.skip_blocks, [&](auto tile) {
       multiply<decltype(tile)::kXBlocks, decltype(tile)::kSkipBlocks>(call);
@@ -125,7 +102,7 @@ int up_accumulator_channel(int i) { return accumulator_channel(i); }
 int up_packed_value(int b, int k) { return packed_value(b, k); }
 int up_packed(int Ci, int b, int row) { return weights_of(Ci, kPackedChannels).packed(b, row); }
 // The word of shared memory at which a square's packed pixel starts, in a row of so many bytes.
-int up_packed_at(int square, int b) { return UpTile<1, 0>::packed(square, b); }
+int up_packed_at(int square, int b) { return packed_at(square, b); }
 int up_packed_row() { return UpTile<1, 0>::kSkipBytes; }
 // Where fragments of x, of skip and the biases start.
 void up_weights(int Ci, int Cs, int parity, int i, int block, int* out) {
@@ -164,7 +141,7 @@ int up_copies(int x_blocks, int skip_blocks, int* out) {
 
 // Images, columns and rows (first, last) of all segments; returns how many.
 int up_segments(int images, int rows, int columns, int slots, int* out) {
-  const UpSchedule s = up_schedule(images, rows, columns, UpTile<1, 1>::kColumns, slots);
+  const Schedule s = schedule_of(images, rows, columns, UpTile<1, 1>::kColumns, slots, 2);
   for (int i = 0; out != nullptr && i < s.blocks(); ++i) {
     const auto at = s.segment(i);
     const int all[] = {at.image, at.column, at.first, at.last};

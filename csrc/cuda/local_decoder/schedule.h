@@ -5,8 +5,8 @@
 
 namespace pixeldiff::local_decoder {
 
-struct UpSchedule {
-  int images, rows, columns;  // of x: of squares
+struct Schedule {
+  int images, rows, columns;  // of squares
   int strip_columns, segment_rows;
 
   struct Segment {
@@ -31,16 +31,17 @@ struct UpSchedule {
 };
 
 // The rows of a segment with which all are done first where `slots` blocks run at once. Each
-// segment costs two rows more than it has.
-inline UpSchedule up_schedule(int images, int rows, int columns, int strip_columns, int slots) {
-  UpSchedule best{images, rows, columns, strip_columns, rows};
+// segment costs `more` rows than it has.
+inline Schedule schedule_of(int images, int rows, int columns, int strip_columns, int slots,
+                            int more) {
+  Schedule best{images, rows, columns, strip_columns, rows};
   int64_t least = INT64_MAX;
   // Eight rounds leave little of the last one empty; more cuts would only cost the host more.
   const int most = 8 * (slots / best.strips() + 1);
   for (int cuts = 1; cuts <= rows && cuts <= most; ++cuts) {
-    const UpSchedule s{images, rows, columns, strip_columns, (rows + cuts - 1) / cuts};
+    const Schedule s{images, rows, columns, strip_columns, (rows + cuts - 1) / cuts};
     const int64_t rounds = (static_cast<int64_t>(s.strips()) * s.segments() + slots - 1) / slots;
-    const int64_t time = rounds * (s.segment_rows + 2);
+    const int64_t time = rounds * (s.segment_rows + more);
     if (time < least) least = time, best = s;
   }
   return best;

@@ -1,0 +1,112 @@
+// The kernel of local_decoder_down on the emulator, for ctypes.
+#include <cstring>
+
+#include "cuda/local_decoder/launch_down.h"
+#include "emulator.h"
+#include "ranges.h"
+
+namespace {
+
+using namespace pixeldiff;
+using namespace pixeldiff::local_decoder;
+
+struct Call {
+  cuda::LocalDecoderDownArgs args;
+  int slots, fault, low, high;
+  uint64_t seed;
+};
+
+template <bool kPlanes>
+void down(const Call& c) {
+  using Tile = DownTile<kPlanes>;
+  const auto& a = c.args;
+  const DownParams params = down_params(a, Tile::kColumns, c.slots);
+  const int64_t pixels = 4 * a.B * a.rows * a.columns;
+  emulator::Ranges ranges;
+  ranges.writable = {range(a.skip, 2 * pixels * a.Co), range(a.pooled, pixels / 2 * a.Co)};
+  ranges.readable = {range(a.weight, a.Co, a.Ci), range(a.bias, 2 * a.Co)};
+  if (kPlanes)
+    ranges.copyable = {range(a.x.data, 4 * ((a.B - 1) * a.x.stride_b + 2 * a.x_plane +
+                                            (2 * a.rows - 1) * a.x.stride_h + 2 * a.columns))};
+  else
+    ranges.copyable = {range(a.x, a.B, 2 * a.rows, 2 * a.columns, a.Ci)};
+  for (int block = 0; block < params.schedule.blocks(); ++block) {
+    emulator::Block machine(Tile::kThreads, Tile::kSharedBytes, block, params.schedule.blocks(),
+                            c.seed + block, static_cast<emulator::Fault>(c.fault), c.low, c.high,
+                            ranges);
+    machine.run([&](emulator::Thread& thread) {
+      Down<emulator::Thread, kPlanes>{thread, params}.run(params.schedule.segment(block));
+    });
+  }
+}
+
+template <class F>
+void with_tile(bool planes, F f) {
+  if (planes)
+    f(DownTile<true>{});
+  else
+    f(DownTile<false>{});
+}
+
+}  // namespace
+
+extern "C" {
+
+int emulate_down(const Call* c, char* message, int room) {
+  return guarded<Call>(c, message, room, [](const Call& call) {
+    with_tile(call.args.x_dtype == DType::f32,
+              [&](auto tile) { down<decltype(tile)::kPlanes>(call); });
+  });
+}
+
+int down_fragment_at(int k, int channel) { return fragment_at(k, channel); }
+int down_fragment_channel(int lane, int word) { return fragment_channel(lane, word); }
+int down_fragment_k(int lane, int word) { return fragment_k(lane, word); }
+
+// Bytes of a stage, of shared memory, of a row, of a plane of it; squares of a strip, threads,
+// blocks of a multiprocessor.
+void down_tile(int planes, int* out) {
+  with_tile(planes, [&](auto tile) {
+    using Tile = decltype(tile);
+    const int all[] = {Tile::kStageBytes, Tile::kSharedBytes, Tile::kRowBytes, Tile::kPartBytes,
+                       Tile::kColumns,    Tile::kThreads,     Tile::kBlocks};
+    std::memcpy(out, all, sizeof all);
+  });
+}
+// Which of the nine values of a row of taps the k-th of a product is.
+int down_value(int planes, int b, int k) {
+  return planes ? DownTile<true>::value(b, k) : DownTile<false>::value(b, k);
+}
+// Where a row's words start: of packed pixels those of a square's, of planes of a square and a
+// channel.
+int down_at(int planes, int square, int which) {
+  return planes ? DownTile<true>::plane_at(square, which) : packed_at(square, which);
+}
+// All copies of a stage: row, part, piece, where to, and whether there is one. Returns how many
+// there could be.
+int down_copies(int planes, int* out) {
+  int count = 0;
+  with_tile(planes, [&](auto tile) {
+    using Tile = decltype(tile);
+    count = Tile::kCopies * Tile::kThreads;
+    for (int i = 0; out != nullptr && i < count; ++i) {
+      const auto copy = Tile::copy(i);
+      const int all[] = {copy.row, copy.part, copy.piece, int(copy.to),
+                         Tile::is_copy(i / Tile::kThreads, i)};
+      std::memcpy(out + 5 * i, all, sizeof all);
+    }
+  });
+  return count;
+}
+
+// Images, columns and rows (first, last) of all segments; returns how many.
+int down_segments(int images, int rows, int columns, int slots, int* out) {
+  const Schedule s = schedule_of(images, rows, columns, DownTile<false>::kColumns, slots, 1);
+  for (int i = 0; out != nullptr && i < s.blocks(); ++i) {
+    const auto at = s.segment(i);
+    const int all[] = {at.image, at.column, at.first, at.last};
+    std::memcpy(out + 4 * i, all, sizeof all);
+  }
+  return s.blocks();
+}
+}
