@@ -177,15 +177,19 @@ def test_not_finite(value, planes, where):
 
 @each_backend
 @each_kind
-def test_not_finite_weights(planes, where):
-    """Where a lane has no weight of its own, it has none of another's."""
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_not_finite_weights(value, planes, where):
+    """A product meets none but with the value that it is the weight of: an infinity makes
+    infinities, and where a lane has no weight of its own it has none of another's. Not at the
+    edges, where it meets zeros."""
     for tap, channel in product(range(9), range(3)):
-        x, weight, bias = given_to(planes, (1, 2, 8))
-        weight[5, channel, tap // 3, tap % 3] = torch.nan
-        skip, pooled = run(where, (x, weight, bias))
-        expected = torch.arange(16) == 5
-        assert torch.equal(pooled.isnan().all(2).all(1)[0], expected)
-        assert torch.equal(skip.isnan().any(2).any(1)[0], expected)
+        x, weight, bias = args = given_to(planes, (1, 4, 16))
+        weight[5, channel, tap // 3, tap % 3] = value
+        want, _ = eager(x.to(bf16).float(), weight.float(), bias.float())
+        skip, _ = run(where, args)
+        inside = (slice(None), slice(1, -1), slice(1, -1))
+        check_not_finite_like(skip[inside], want[inside].to(bf16))
+        assert not want[..., 5].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -230,35 +234,34 @@ def test_fragments_are_b():
 
 
 @each_kind
-@pytest.mark.parametrize("b", [0, 1])
-def test_every_value_once(planes, b):
-    lib = library(SOURCE)
-    values = [lib.down_value(planes, b, k) for k in range(16)]
+def test_every_value_once(planes):
+    values = [library(SOURCE).down_value(planes, k) for k in range(16)]
     assert sorted(v for v in values if 0 <= v < 9) == list(range(9))
 
 
 def test_packed_words():
-    """The nine values of a pixel are from the word on where it starts, in the row's own bytes; two
-    words a lane of a product are where 8 lanes of four neighbours read 25 words side by side."""
+    """The nine values of a square's right pixel are from the word on where it starts, those of the
+    left one 6 bytes before, in the row's own bytes; what 8 lanes of four neighbours read at once
+    are 25 words side by side."""
     lib = library(SOURCE)
     _, _, row, *_ = integers(lib.down_tile, 0, count=7)
-    for square, b in product(range(64), range(2)):
-        at = lib.down_at(0, square, b)
+    for square in range(64):
+        at = lib.down_at(0, square, 0)
         assert at % 4 == 0
         # The row starts 16 bytes before the strip's first pixel.
-        pixel = 16 + 6 * (2 * square + b)
-        places = {lib.down_value(0, b, k): at + 2 * k for k in range(16)}
-        assert [places[i] for i in range(9)] == [pixel - 6 + 2 * i for i in range(9)]
-        assert places[8] + 2 <= row - 16
+        right = 16 + 6 * (2 * square + 1)
+        places = {lib.down_value(0, k): at + 2 * k for k in range(16)}
+        assert [places[i] for i in range(9)] == [right - 6 + 2 * i for i in range(9)]
+        assert at - 8 >= 0
         assert at + 32 <= row  # all that lanes read
-    for b in range(2):
-        words = {lib.down_at(0, s, b) // 4 + t for s in range(8) for t in range(4)}
-        assert len({word % 32 for word in words}) == len(words)
+        assert places[8] + 2 <= row - 16
+    words = {lib.down_at(0, s, 0) // 4 + t for s in range(8) for t in range(4)}
+    assert len({word % 32 for word in words}) == len(words)
 
 
 def test_words_of_planes():
     """A lane reads the four pixels around a square's of its channel: the value of tap t is the t-th
-    for the left pixel, the next for the right one. At most three lanes to a bank."""
+    for the left pixel, the next for the right one. At most two lanes to a bank."""
     lib = library(SOURCE)
     _, _, row, part, *_ = integers(lib.down_tile, 1, count=7)
     for square, channel in product(range(64), range(3)):
@@ -267,7 +270,7 @@ def test_words_of_planes():
         assert at + 16 <= (channel + 1) * part <= row
         for k in (2 * channel, 2 * channel + 1, 2 * channel + 8):
             tap = k % 2 if k < 8 else 2
-            assert lib.down_value(1, 0, k) == lib.down_value(1, 1, k) == 3 * tap + channel
+            assert lib.down_value(1, k) == 3 * tap + channel
     words = [lib.down_at(1, s, c) // 4 % 32 for s in range(8) for c in range(3)]
     assert max(words.count(word) for word in words) <= 2
 
@@ -304,7 +307,7 @@ def test_shared_memory_fits(planes):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 129), (2048, 2048), (2560, 2560), (1024, 1000)])
-@pytest.mark.parametrize("slots", [1, 528])
+@pytest.mark.parametrize("slots", [1, 660])
 def test_segments(size, slots):
     """Every row of every strip once, and no more than a tenth longer than without a rest."""
     lib, (rows, columns) = library(SOURCE), size
@@ -469,7 +472,7 @@ def test_machine_code(arch):
         planes = kernel.name.endswith("<true>")
         *_, threads, blocks = integers(library(SOURCE).down_tile, planes, count=7)
         assert (kernel.stack, kernel.spills) == (0, 0)
-        assert blocks == 4
+        assert blocks == 5
         assert kernel.registers * threads * blocks <= 65536
 
         def count(pattern, code=kernel.sass):
@@ -477,7 +480,7 @@ def test_machine_code(arch):
 
         # Of two rows: three rows of taps, two pixels, two products each.
         assert count(r"HMMA\.16816\.F32\.BF16") == count("HMMA") == 2 * 3 * 2 * 2
-        assert count(r"LDS R\d") == 2 * 8
+        assert count(r"LDS R\d") == 2 * (8 if planes else 10)
         assert count(r"LDGSTS\.E\.BYPASS[.A-Z0-9]*\.128") == count("LDGSTS") > 0
         assert count("BAR") == 1
         # Of 32 values: 2^x and 1 / x.

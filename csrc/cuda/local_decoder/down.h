@@ -39,10 +39,8 @@ struct Down {
   M& m;
   const DownParams& p;
 
-  // Those of left and of right pixels, where they differ.
-  static constexpr int kWeights = kPlanes ? 1 : 2;
-  uint32_t weights[kWeights][3][4];  // of a row of taps
-  float shift[4];                    // of this lane's channels
+  uint32_t weights[3][4];  // of a row of taps
+  float shift[4];          // of this lane's channels
   // Of the left and the right pixels of a row of the result, by its number modulo 2: one has two
   // rows of taps at the start of a step, the other one.
   float sums[2][2][8];
@@ -134,20 +132,17 @@ struct Down {
       const int channel = fragment_channel(lane(), word), k = fragment_k(lane(), word);
       PIXELDIFF_UNROLL
       for (int row = 0; row < 3; ++row) {
-        // What the right pixels meet at k, the left ones meet at k + 1.
-        float x[kWeights + 1];
+        float both[2];
         PIXELDIFF_UNROLL
-        for (int i = 0; i <= kWeights; ++i) {
+        for (int i = 0; i < 2; ++i) {
           // Read in any case, so that no load waits for another one.
-          const int value = Tile::value(0, k + i), known = value < 0 || value > 8 ? 0 : value;
+          const int value = Tile::value(k + i), known = value < 0 || value > 8 ? 0 : value;
           const int at =
               channel * stride_n + known % 3 * stride_c + row * stride_r + known / 3 * stride_s;
-          x[i] = load(from + 2 * static_cast<int64_t>(at));
-          if (known != value) x[i] = 0.0f;
+          const float x = load(from + 2 * static_cast<int64_t>(at));
+          both[i] = known == value ? x : 0.0f;
         }
-        PIXELDIFF_UNROLL
-        for (int b = 0; b < kWeights; ++b)
-          weights[b][row][word] = m.template pack<true>(x[b], x[b + 1]);
+        weights[row][word] = m.template pack<true>(both[0], both[1]);
       }
     }
     PIXELDIFF_UNROLL
@@ -162,14 +157,14 @@ struct Down {
     const int square = first_square() + hopper::accumulator_row(0, lane(), 0);
     const int channel = lane() % 4;
     fragment_at = kPlanes ? Tile::plane_at(square, channel < 3 ? channel : 2)
-                          : packed_at(square, 0) + channel * 4;
+                          : packed_at(square, 1) + channel * 4;
   }
 
   // A of the left pixels and of the right ones.
   PIXELDIFF_DEVICE void load_values(uint32_t row, uint32_t (&left)[4], uint32_t (&right)[4]) {
     if constexpr (!kPlanes) {
-      load_packed(m, row + fragment_at, 0, lane(), left);
-      load_packed(m, row + fragment_at + (packed_at(0, 1) - packed_at(0, 0)), 1, lane(), right);
+      load_packed(m, row + fragment_at, 1, lane(), right);
+      load_between(m, row + fragment_at - 2 * kPackedChannels, lane(), left);
     } else {
       const bool any = lane() % 4 < 3;
       PIXELDIFF_UNROLL
@@ -200,7 +195,7 @@ struct Down {
   }
   PIXELDIFF_DEVICE void add_row(int row, const uint32_t (&values)[2][4], float (&to)[2][8]) {
     PIXELDIFF_UNROLL
-    for (int b = 0; b < 2; ++b) add(m, to[b], values[b], weights[b % kWeights][row]);
+    for (int b = 0; b < 2; ++b) add(m, to[b], values[b], weights[row]);
   }
 
   // --- results

@@ -15,7 +15,7 @@ struct DownTile {
   static constexpr int kWarps = 4;
   static constexpr int kColumns = kWarps * kSquares;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kBlocks = 4;  // of a multiprocessor: what hides a step of a warp by others
+  static constexpr int kBlocks = 5;  // of a multiprocessor, as registers allow
 
   // A row of a strip, in one plane or three, as it lies in the image from the 16 bytes before the
   // strip's first pixel to the 16 behind its last. Behind a packed one are as many again: what
@@ -41,10 +41,10 @@ struct DownTile {
     return channel * kPartBytes + 16 + square * kPartSquareBytes - 4;
   }
 
-  // Which of a row's nine values, 3 tap + channel, the k-th of a product is, for pixels of column
-  // parity b; negative or beyond: none. Of planes each lane has one channel, the last lane none.
-  PIXELDIFF_HOST_DEVICE static constexpr int value(int b, int k) {
-    if (!planes) return packed_value(b, k);
+  // Which of a row's nine values, 3 tap + channel, the k-th of a product is; negative or beyond:
+  // none. Of planes each lane has one channel, the last lane none.
+  PIXELDIFF_HOST_DEVICE static constexpr int value(int k) {
+    if (!planes) return packed_value(1, k);
     const int channel = k % 8 / 2, tap = k % 2 + k / 8 * 2;
     return channel < 3 && tap < 3 ? 3 * tap + channel : -1;
   }

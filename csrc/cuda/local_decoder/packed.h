@@ -36,4 +36,16 @@ PIXELDIFF_DEVICE void load_packed(M& m, uint32_t from, int b, int lane, uint32_t
   }
 }
 
+// The same of pixels in even columns in the order of those in odd ones, for the same weights: from
+// the middle of this lane's first word on, so that a word is made of two.
+template <class M>
+PIXELDIFF_DEVICE void load_between(M& m, uint32_t from, int lane, uint32_t (&to)[4]) {
+  PIXELDIFF_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t at = from - 2 + half * 8 * kSquareBytes;
+    to[half] = m.get_word(at) >> 16 | m.get_word(at + 4) << 16;
+    to[2 + half] = lane % 4 == 0 ? m.get_word(at + 16) >> 16 : 0;
+  }
+}
+
 }  // namespace pixeldiff::local_decoder

@@ -74,13 +74,13 @@ void down_tile(int planes, int* out) {
   });
 }
 // Which of the nine values of a row of taps the k-th of a product is.
-int down_value(int planes, int b, int k) {
-  return planes ? DownTile<true>::value(b, k) : DownTile<false>::value(b, k);
+int down_value(int planes, int k) {
+  return planes ? DownTile<true>::value(k) : DownTile<false>::value(k);
 }
-// Where a row's words start: of packed pixels those of a square's, of planes of a square and a
-// channel.
-int down_at(int planes, int square, int which) {
-  return planes ? DownTile<true>::plane_at(square, which) : packed_at(square, which);
+// Where a row's words of a square start: of packed pixels those of the right one, of planes those
+// of a channel.
+int down_at(int planes, int square, int channel) {
+  return planes ? DownTile<true>::plane_at(square, channel) : packed_at(square, 1);
 }
 // All copies of a stage: row, part, piece, where to, and whether there is one. Returns how many
 // there could be.
