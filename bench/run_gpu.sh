@@ -305,8 +305,8 @@ case "$PART" in
       --limit 22 --no-compile
     kernels cuda-compress 28 --device cuda --dtype bf16 --op pixel_adaln_compress \
       --sizes 2048,4096 --seconds 1 --limit 22 --no-compile
-    kernels cuda-down 40 --device cuda --dtype bf16 --op local_decoder_down --sizes 4096,8192 \
-      --seconds 1 --limit 30
+    kernels cuda-down 30 --device cuda --dtype bf16 --op local_decoder_down --sizes 4096,8192 \
+      --seconds 1 --limit 22 --no-compile
     kernels cuda-up 40 --device cuda --dtype bf16 --op local_decoder_up --sizes 4096,8192 \
       --seconds 1 --limit 30
     tests cuda 95 tests/kernels -k "(cuda or sm90) and not triton"
