@@ -295,7 +295,7 @@ case "$PART" in
     ;;
   --cuda)
     # A race for each kernel, with a file of its own.
-    kernels cuda-attention 45 --device cuda --dtype bf16 --op joint_attention --sizes 2048,4096 \
+    kernels cuda-attention 43 --device cuda --dtype bf16 --op joint_attention --sizes 2048,4096 \
       --seconds 1.5 --limit 35 --no-compile --rivals
     kernels cuda-attention-fp8 30 --device cuda --dtype bf16 --op joint_attention_fp8 --sizes 2048 \
       --seconds 1.5 --limit 20 --no-compile --rivals
@@ -303,15 +303,15 @@ case "$PART" in
       --limit 20 --no-compile --rivals
     kernels cuda-mlp 30 --device cuda --dtype bf16 --op pixel_adaln_mlp --sizes 2048,4096 --seconds 1 \
       --limit 22 --no-compile
-    kernels cuda-compress 28 --device cuda --dtype bf16 --op pixel_adaln_compress \
+    kernels cuda-compress 26 --device cuda --dtype bf16 --op pixel_adaln_compress \
       --sizes 2048,4096 --seconds 1 --limit 22 --no-compile
-    kernels cuda-down 30 --device cuda --dtype bf16 --op local_decoder_down --sizes 4096,8192 \
-      --seconds 1 --limit 22 --no-compile
-    kernels cuda-up 40 --device cuda --dtype bf16 --op local_decoder_up --sizes 4096,8192 \
-      --seconds 1 --limit 30
+    kernels cuda-down 22 --device cuda --dtype bf16 --op local_decoder_down --sizes 4096,8192 \
+      --seconds 0.5 --limit 15 --no-compile
+    kernels cuda-up 30 --device cuda --dtype bf16 --op local_decoder_up --sizes 4096,8192 \
+      --seconds 1 --limit 24 --no-compile
     tests cuda 95 tests/kernels -k "(cuda or sm90) and not triton"
     for tool in memcheck racecheck synccheck; do
-      sanitized "$tool" cuda 40 pixeldiff \
+      sanitized "$tool" cuda 38 pixeldiff \
         tests/kernels/test_local_decoder_down_cuda.py tests/kernels/test_local_decoder_up_cuda.py \
         tests/kernels/test_pixel_adaln_mlp_sm90.py \
         tests/kernels/test_pixel_adaln_compress_sm90.py tests/kernels/test_qkv_norm_rope_sm90.py \
