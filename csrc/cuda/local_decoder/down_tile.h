@@ -28,7 +28,7 @@ struct DownTile {
   // A stage is two rows: the lower ones of a row of squares and the upper ones of the next.
   static constexpr uint32_t kStageBytes = 2 * kRowBytes;
   // One is read, three are on their way: at 8192, where a block reads 1.6 KB a step, 24 KB of a
-  // multiprocessor, ten times what 1.4 us of latency take of its share of the memory.
+  // multiprocessor, six times what 1.4 us of latency take of its share of the memory.
   static constexpr int kStages = 4;
   static constexpr int kAhead = kStages - 1;
 
