@@ -92,3 +92,32 @@ def test_functions_of_this_interface():
         if name.endswith("_cpu")
     }
     assert found == FUNCTIONS
+
+
+def test_a_build_without_sm_90a_has_all_that_it_binds():
+    """What a build for other architectures compiles of csrc/cuda defines what its bindings call.
+    The linker of a module does not tell: it could not be loaded."""
+    cmake = (SOURCES.parent / "CMakeLists.txt").read_text()
+    only_90a = set(re.findall(r"add_cuda_kernel\(\w+ 90a \S+\s+(\S+\.cu)\)", cmake))
+    assert "csrc/cuda/joint_attention_fp8_sm90.cu" in only_90a
+    compiled = [p for p in (SOURCES / "cuda").glob("*.cu") if f"csrc/cuda/{p.name}" not in only_90a]
+    defined = re.findall(r"^\w+ (\w+)\(", "".join(map(_without_90a, compiled)), re.MULTILINE)
+    bindings = [SOURCES / "module.cpp", *(SOURCES / "bindings").glob("*.cpp")]
+    called = re.findall(r"\bcuda::(\w+)\(", "".join(map(_without_90a, bindings)))
+    assert {"joint_attention", "local_decoder_up"} <= set(called)
+    assert set(called) <= set(defined)
+
+
+def _without_90a(path):
+    """A source as the compiler has it without PIXELDIFF_SM90."""
+    kept, within = [], []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.startswith("#if"):
+            within.append("PIXELDIFF_SM90" in line)
+        elif line.startswith("#endif"):
+            within.pop()
+        elif line.startswith("#else"):
+            within[-1] = False
+        elif not any(within):
+            kept.append(line)
+    return "".join(kept)

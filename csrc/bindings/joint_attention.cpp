@@ -73,6 +73,7 @@ void joint_attention_cuda(AttentionSizes sizes, int dtype, HeadsTuple q, HeadsTu
                         reinterpret_cast<void*>(stream));
 }
 
+#ifdef PIXELDIFF_SM90
 // Bytes of what joint_attention_fp8_cuda is to be given to work in.
 int64_t joint_attention_fp8_workspace(AttentionSizes sizes) {
   if (is_empty(sizes)) return 0;
@@ -94,6 +95,7 @@ void joint_attention_fp8_cuda(AttentionSizes sizes, int dtype, HeadsTuple q, Hea
                             reinterpret_cast<void*>(stream));
 }
 #endif
+#endif
 
 }  // namespace
 
@@ -101,6 +103,8 @@ void bind_joint_attention(py::module_& m) {
   m.def("joint_attention_cpu", &joint_attention_cpu);
 #ifdef PIXELDIFF_CUDA
   m.def("joint_attention_cuda", &joint_attention_cuda);
+#endif
+#ifdef PIXELDIFF_SM90
   m.def("joint_attention_fp8_workspace", &joint_attention_fp8_workspace);
   m.def("joint_attention_fp8_cuda", &joint_attention_fp8_cuda);
 #endif
