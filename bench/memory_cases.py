@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pixeldiff import backend as forced
-from pixeldiff.memory import Estimate, estimate_l2p, estimate_pid
+from pixeldiff.memory import Estimate, estimate_l2p, estimate_pid, return_freed_memory
 from pixeldiff.models.l2p import L2PConfig, L2PNet, L2PPipeline
 from pixeldiff.models.pid import PiDConfig, PiDNet
 from pixeldiff.models.pid.decoder import PRECISIONS, PiDDecoder, ready
@@ -66,6 +66,8 @@ class Case:
         device: "cpu" or "cuda".
         threads: of PyTorch.
         held_out: whether no constant of the estimate was ever chosen by it.
+        returned: whether its process gives freed memory back at once, as the command line does
+            under `--memory`.
     """
 
     system: str
@@ -80,6 +82,7 @@ class Case:
     threads: int = 1
     width: int | None = None
     held_out: bool = False
+    returned: bool = True
 
     @property
     def size(self) -> tuple[int, int]:
@@ -93,7 +96,8 @@ class Case:
         words = [self.system, self.net, size, self.precision]
         words += [f"batch {self.batch}"] if self.batch > 1 else []
         words += [self.backend] if self.backend else []
-        return " ".join(words + [f"{k}={v}" for k, v in self.options.items()])
+        words += [f"{k}={v}" for k, v in self.options.items()]
+        return " ".join(words if self.returned else [*words, "freed memory kept"])
 
 
 def grid(threads: int = 1) -> list[Case]:
@@ -266,6 +270,8 @@ def measured(case: Case, runs: int = 1) -> Peak:
 
 def measure(case: Case) -> Peak:
     """Here; a process measures once, or its peak is not its own."""
+    if case.returned and case.device == "cpu" and not return_freed_memory():
+        raise RuntimeError("freed memory is given back by glibc alone; measure it kept (--kept)")
     torch.set_num_threads(case.threads)
     meter = Meter(torch.device(case.device))
     meter.reset()

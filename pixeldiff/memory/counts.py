@@ -27,12 +27,14 @@ class Counts:
         phases: the most that was alive in each, weights not counted, by name.
         resident: the most that the C library's heap took for it; 0 where it was not asked.
         at_peak: what was alive at the worst moment.
+        products: matrix products of different shapes, in 16 bits.
     """
 
     weights: int
     phases: Mapping[str, int]
     resident: int
     at_peak: tuple[Allocation, ...]
+    products: frozenset[tuple] = frozenset()
 
     @property
     def peak(self) -> int:
@@ -51,7 +53,9 @@ class Counts:
 
     @classmethod
     def of(cls, weights: int, memory: OpMemory) -> Counts:
-        return cls(weights, dict(memory.phases), memory.resident, tuple(memory.at_peak))
+        found = tuple(memory.at_peak)
+        products = frozenset(memory.products)
+        return cls(weights, dict(memory.phases), memory.resident, found, products)
 
     def extended(self, next_one: Counts, times: int) -> Counts:
         """Of a run with so many more pieces, where `next_one` is of a run with one more."""
@@ -60,7 +64,7 @@ class Counts:
             for name, count in self.phases.items()
         }
         resident = self.resident + times * (next_one.resident - self.resident)
-        return Counts(self.weights, phases, resident, next_one.at_peak)
+        return Counts(self.weights, phases, resident, next_one.at_peak, next_one.products)
 
 
 class Watched:

@@ -7,6 +7,7 @@ teacher's many steps, and tiles, of which each further one adds the same.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -99,17 +100,20 @@ def counted(decode: Decode, device: str, backend: str | None) -> Counts:
         groups = 0 if decode.layout is None else -(-len(decode.layout.tiles) // decode.together)
         if groups <= GROUPS_RUN:
             return Counts.of(weights, _recorded(net, decode, decode.layout, device, backend))
-        if decode.tile_mode == "independent":
-            layout = _some(decode.layout, INDEPENDENT_RUN * decode.together)
+
+        def of(tiles: int) -> Counts:
+            layout = _some(decode.layout, tiles)
             return Counts.of(weights, _recorded(net, decode, layout, device, backend))
-        some, one_more = (
-            Counts.of(
-                weights,
-                _recorded(net, decode, _some(decode.layout, n * decode.together), device, backend),
-            )
-            for n in (GROUPS_RUN - 1, GROUPS_RUN)
-        )
-        return some.extended(one_more, groups - GROUPS_RUN + 1)
+
+        if decode.tile_mode == "independent":
+            found = of(INDEPENDENT_RUN * decode.together)
+        else:
+            some, one_more = (of(n * decode.together) for n in (GROUPS_RUN - 1, GROUPS_RUN))
+            found = some.extended(one_more, groups - GROUPS_RUN + 1)
+        rest = len(decode.layout.tiles) % decode.together
+        if not rest or not found.products:
+            return found
+        return dataclasses.replace(found, products=found.products | of(rest).products)
 
 
 @functools.lru_cache(maxsize=64)
