@@ -8,9 +8,9 @@ import torch
 # code of PyTorch, MKL and oneDNN that were not yet touched, what they keep for themselves, buffers
 # of checkpoint reading. Measured where freed memory was given back at once: 32 to 46 MB for PiD in
 # fp32, whose latent branch is convolutions of oneDNN, 18 to 31 MB for L2P.
-PID_CPU, PID_CPU_16_BITS, L2P_CPU = 39_000_000, 31_000_000, 22_000_000
-# Of each matrix product of another shape in 16 bits: oneDNN compiles it and keeps it. As measured by
-# 16 to 33 of them; it makes about a fifth more than are counted here.
+PID_CPU, PID_CPU_16_BITS, L2P_CPU = 40_000_000, 30_000_000, 22_000_000
+# Of each matrix product of another shape in 16 bits: oneDNN compiles it and keeps it. As measured
+# by 16 to 33 of them; it makes about a fifth more than are counted here.
 PRODUCT_CPU = 800_000
 
 # PyTorch's default for cuBLAS on compute capability 9.0 (CUBLAS_WORKSPACE_CONFIG), and as much for
