@@ -10,6 +10,7 @@ import dataclasses
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ L2P = {
     "middle": L2PConfig(dim=768, n_heads=6, n_layers=4, n_refiner_layers=1, cap_feat_dim=512),
 }
 TOKENS = (40, 8)  # of the prompt and the negative one
+_FILES = {"file": ".tif", "whole file": ".jpg"}
 HOW = ("low_memory", "pixel_chunk")  # what a decoder is made with; a decode takes the rest
 
 
@@ -170,6 +172,8 @@ def _held_out(threads: int) -> list[Case]:
         pid("demo", 512, 1024, options={"tile": [12, 12]}),
         pid("demo", 768, options={"tile": [10, 12], "tile_batch": 2}, precision="bf16"),
         pid("demo", 768, options=alone, precision="bf16"),
+        pid("demo", 1024, 2048, options={**alone, "output": "file"}),
+        pid("demo", 1024, 2048, options={**alone, "output": "whole file"}),
         pid("narrow", 768),
         pid("narrow", 512, 1024, precision="bf16", options={"pixel_chunk": 512}),
         pid("middle", 768, precision="bf16", options={"low_memory": True}),
@@ -300,7 +304,11 @@ def _pid(case: Case, meter: Meter):
     cells = [n // config.pixels_per_latent_cell for n in case.size]
     latent = given.latent if case.width is None else torch.randn(*given.latent.shape[:2], *cells)
     steps = min(case.steps, sampling.steps)
-    decoder.decode(latent.to(case.device), caption=given.caption, seed=0, steps=steps, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        suffix = _FILES.get(options.get("output"))
+        how_out = {} if suffix is None else {"output": Path(folder, f"picture{suffix}")}
+        arguments = {"caption": given.caption, "seed": 0, "steps": steps, **options, **how_out}
+        decoder.decode(latent.to(case.device), **arguments)
     common = _common(case, steps)
     return lambda: estimate_pid(config, case.size, sampling=sampling, **common, **how, **options)
 

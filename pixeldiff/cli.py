@@ -143,7 +143,8 @@ def decode(
         if tile_mode is None:
             huge = tile is not None and own_size[0] * own_size[1] > _WHOLE
             tile_mode = "independent" if huge else "sync"
-        streamed = tile is not None and tile_mode == "independent" and len(paths) == 1
+        rows = memory is not None or (tile is not None and tile_mode == "independent")
+        streamed = rows and len(paths) == 1
         with progress_bar(quiet) as callback:
             result = decoder.decode(
                 latent,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import SizeError
+from ..images import OUTPUTS
 from ..models.l2p.bands import DECODER_MEMORY
 from ..models.l2p.config import VARIANTS, L2PConfig
 from ..models.l2p.config import Variant as L2PVariant
@@ -162,6 +163,9 @@ def estimate_pid(
         guided: whether there is a negative caption; default: whether the network is a teacher.
         text_rows: tokens of the captions; default as many as the network takes.
         latent_hw: cells of the latent, where the image is not of its own size.
+        output: "pil", "pt" or "np"; "file" for the path of a TIFF, or of a PNG with the extra
+            pixeldiff[png], which independent tiles write row by row; "whole file" for that of
+            another, of which the picture in 8 bits is held.
         previews: whether a callback is told of every estimate.
         text_encoder: whether texts are given, so that the encoder stays loaded.
     """
@@ -170,6 +174,7 @@ def estimate_pid(
     sampling = sampling or (released.sampling if released else STUDENT)
     precision = _checked(device, precision, tuple(PRECISIONS))
     one_of("tile_mode", tile_mode, MODES)
+    one_of("output", output, (*OUTPUTS, *pid_counts.FILES))
     size = pair_of(size)
     cell = config.pixels_per_latent_cell
     if latent_hw is None:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from tiny_pid import CONFIG, tiny_net
+from tiny_pid import CONFIG, tiny_latent, tiny_net
 
 from bench.memory_cases import L2P, OVER, PID, UNDER, Case, measured
 from pixeldiff.errors import SizeError
@@ -24,7 +24,8 @@ from pixeldiff.memory.counts import visiting_weights
 from pixeldiff.memory.heap import LARGE, Heap
 from pixeldiff.memory.op_memory import OpMemory
 from pixeldiff.models.l2p import L2PNet
-from pixeldiff.models.pid import PiDNet, variant
+from pixeldiff.models.pid import PiDDecoder, PiDNet, variant
+from pixeldiff.models.pid import decoder as decoder_module
 from pixeldiff.ops import joint_attention, pixel_adaln_mlp, swiglu
 
 CASES = [
@@ -204,6 +205,7 @@ def test_l2p_parts():
         ("l2p-2k", 1024, {}, ValueError, "L2P has l2p-1k"),
         ("l2p-1k", 1000, {}, SizeError, "multiples of 16"),
         ("pixeldit", 1024, {}, ValueError, "decodes no latent"),
+        ("flux-2k", 1024, {"output": "png"}, ValueError, "output must be one of pil"),
         ("nothing", 1024, {}, ValueError, "nothing"),
         (3, 1024, {}, TypeError, "model must be a name"),
     ],
@@ -263,6 +265,28 @@ def test_the_heap_keeps_its_largest_and_large_blocks_go():
     assert model.resident == 1500
 
 
+def test_a_file_written_row_by_row_holds_no_image(tmp_path, monkeypatch):
+    """Independent tiles hold rows as high as a tile; a JPEG's picture lies beside them."""
+    size, whole = (1024, 2048), 12 * 1024 * 2048
+    alone = {"tile": (6, 6), "overlap": 2, "tile_mode": "independent"}
+    held = {
+        output: estimate_pid(CONFIG, size, output=output, **alone).activations
+        for output in ("pt", "file", "whole file")
+    }
+    rows = 12 * 6 * 32 * 2048  # as high as a tile
+    assert held["pt"] - held["file"] == pytest.approx(whole - rows, rel=0.25)
+    assert held["whole file"] == held["file"] + whole // 3
+    sync = estimate_pid(CONFIG, size, output="file", **alone | {"tile_mode": "sync"})
+    assert sync.activations > 2 * whole
+    decoder = PiDDecoder(tiny_net())
+    asked = {}
+    monkeypatch.setattr(decoder_module, "held_whole", lambda path, size: path.suffix == ".jpg")
+    for suffix in ("jpg", "tif"):
+        arguments = {"output": tmp_path / f"x.{suffix}", **alone}
+        asked[suffix] = decoder.memory_question((tiny_latent(1, 8, 8),), arguments)[2]["output"]
+    assert asked == {"jpg": "whole file", "tif": "file"}
+
+
 def test_freed_memory_is_given_back_by_request_or_by_the_environment(monkeypatch):
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     kept = estimate_pid(CONFIG, 512)
@@ -298,11 +322,11 @@ def test_matrix_products_of_other_shapes_take_memory_in_16_bits(monkeypatch):
         return estimate_pid(CONFIG, size, **options).workspace - base
 
     assert workspace() == 0  # fp32 is MKL's, which compiles nothing
-    bf16 = {"precision": "bf16", "tile": (6, 6), "overlap": 2}  # 9 tiles
+    bf16 = {"precision": "bf16", "tile": (6, 6), "overlap": 2}  # 16 tiles
     for mode in ("sync", "independent"):
         alone = workspace(**bf16, tile_mode=mode)
-        even = workspace(**bf16, tile_mode=mode, tile_batch=3)
-        uneven = workspace(**bf16, tile_mode=mode, tile_batch=2)
+        even = workspace(**bf16, tile_mode=mode, tile_batch=2)
+        uneven = workspace(**bf16, tile_mode=mode, tile_batch=3)
         assert 5_000 < alone <= even < 30_000
         assert even + 5_000 < uneven <= 2 * even
     pid_counts.counted.cache_clear()
