@@ -268,6 +268,9 @@ def test_the_heap_keeps_its_largest_and_large_blocks_go():
 def test_a_file_written_row_by_row_holds_no_image(tmp_path, monkeypatch):
     """Independent tiles hold rows as high as a tile; a JPEG's picture lies beside them."""
     size, whole = (1024, 2048), 12 * 1024 * 2048
+    monkeypatch.setattr(pid_counts, "WRITER", 0)
+    monkeypatch.setattr(pid_counts, "WRITER_WIDTH", 0)
+    pid_counts.counted.cache_clear()
     alone = {"tile": (6, 6), "overlap": 2, "tile_mode": "independent"}
     held = {
         output: estimate_pid(CONFIG, size, output=output, **alone).activations
@@ -275,6 +278,7 @@ def test_a_file_written_row_by_row_holds_no_image(tmp_path, monkeypatch):
     }
     rows = 12 * 6 * 32 * 2048  # as high as a tile
     assert held["pt"] - held["file"] == pytest.approx(whole - rows, rel=0.25)
+    pid_counts.counted.cache_clear()
     assert held["whole file"] == held["file"] + whole // 3
     sync = estimate_pid(CONFIG, size, output="file", **alone | {"tile_mode": "sync"})
     assert sync.activations > 2 * whole
