@@ -214,6 +214,7 @@ def estimate_pid(
     counts = pid_counts.counted(decode, device, backend)
     weights = pid_counts.resident_weights(config, decode.dtype, decode.fp8, device, bool(offload))
     on_cpu = libraries.PID_CPU if decode.dtype == torch.float32 else libraries.PID_CPU_16_BITS
+    on_cpu += libraries.REFERENCE_CPU if backend == "reference" else 0
     workspace = libraries.CUDNN_WORKSPACE if device == "cuda" else on_cpu
     if device == "cuda" and cuda_graphs and sampling.stochastic and layout is None and not offload:
         # State, noise and preview at fixed addresses.

@@ -9,6 +9,8 @@ import torch
 # of checkpoint reading. Measured where freed memory was given back at once: 32 to 46 MB for PiD in
 # fp32, whose latent branch is convolutions of oneDNN, 18 to 31 MB for L2P.
 PID_CPU, PID_CPU_16_BITS, L2P_CPU = 40_000_000, 30_000_000, 22_000_000
+# Code of PyTorch's own ops where they stand in for all of ours.
+REFERENCE_CPU = 6_000_000
 # Of each matrix product of another shape in 16 bits: oneDNN compiles it and keeps it. As measured
 # by 16 to 33 of them; it makes about a fifth more than are counted here.
 PRODUCT_CPU = 800_000
