@@ -205,7 +205,7 @@ def _gaps(decode: Decode, backend: str | None) -> float:
     if decode.layout is not None and decode.tile_mode == "independent":
         return heap.PID_INDEPENDENT
     if decode.layout is not None:
-        return heap.PID_SYNC if decode.pixel_chunk is None else heap.PID_SYNC_CHUNKS
+        return heap.PID_SYNC if decode.pixel_chunk is None else heap.PID_CHUNKS
     if decode.pixel_chunk is not None:
         return heap.PID_CHUNKS
     return heap.PID_WHOLE if decode.dtype == torch.float32 else heap.PID_WHOLE_16_BITS
