@@ -10,6 +10,7 @@ import dataclasses
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pixeldiff import backend as forced
-from pixeldiff.memory import Estimate, estimate_l2p, estimate_pid
+from pixeldiff.memory import Estimate, estimate_l2p, estimate_pid, return_freed_memory
 from pixeldiff.models.l2p import L2PConfig, L2PNet, L2PPipeline
 from pixeldiff.models.pid import PiDConfig, PiDNet
 from pixeldiff.models.pid.decoder import PRECISIONS, PiDDecoder, ready
@@ -49,6 +50,7 @@ L2P = {
     "middle": L2PConfig(dim=768, n_heads=6, n_layers=4, n_refiner_layers=1, cap_feat_dim=512),
 }
 TOKENS = (40, 8)  # of the prompt and the negative one
+_FILES = {"file": ".tif", "whole file": ".jpg"}
 HOW = ("low_memory", "pixel_chunk")  # what a decoder is made with; a decode takes the rest
 
 
@@ -66,6 +68,8 @@ class Case:
         device: "cpu" or "cuda".
         threads: of PyTorch.
         held_out: whether no constant of the estimate was ever chosen by it.
+        returned: whether its process gives freed memory back at once, as the command line does
+            under `--memory`.
     """
 
     system: str
@@ -80,6 +84,7 @@ class Case:
     threads: int = 1
     width: int | None = None
     held_out: bool = False
+    returned: bool = True
 
     @property
     def size(self) -> tuple[int, int]:
@@ -93,7 +98,8 @@ class Case:
         words = [self.system, self.net, size, self.precision]
         words += [f"batch {self.batch}"] if self.batch > 1 else []
         words += [self.backend] if self.backend else []
-        return " ".join(words + [f"{k}={v}" for k, v in self.options.items()])
+        words += [f"{k}={v}" for k, v in self.options.items()]
+        return " ".join(words if self.returned else [*words, "freed memory kept"])
 
 
 def grid(threads: int = 1) -> list[Case]:
@@ -166,6 +172,8 @@ def _held_out(threads: int) -> list[Case]:
         pid("demo", 512, 1024, options={"tile": [12, 12]}),
         pid("demo", 768, options={"tile": [10, 12], "tile_batch": 2}, precision="bf16"),
         pid("demo", 768, options=alone, precision="bf16"),
+        pid("demo", 1024, 2048, options={**alone, "output": "file"}),
+        pid("demo", 1024, 2048, options={**alone, "output": "whole file"}),
         pid("narrow", 768),
         pid("narrow", 512, 1024, precision="bf16", options={"pixel_chunk": 512}),
         pid("middle", 768, precision="bf16", options={"low_memory": True}),
@@ -266,6 +274,8 @@ def measured(case: Case, runs: int = 1) -> Peak:
 
 def measure(case: Case) -> Peak:
     """Here; a process measures once, or its peak is not its own."""
+    if case.returned and case.device == "cpu" and not return_freed_memory():
+        raise RuntimeError("freed memory is given back by glibc alone; measure it kept (--kept)")
     torch.set_num_threads(case.threads)
     meter = Meter(torch.device(case.device))
     meter.reset()
@@ -294,7 +304,11 @@ def _pid(case: Case, meter: Meter):
     cells = [n // config.pixels_per_latent_cell for n in case.size]
     latent = given.latent if case.width is None else torch.randn(*given.latent.shape[:2], *cells)
     steps = min(case.steps, sampling.steps)
-    decoder.decode(latent.to(case.device), caption=given.caption, seed=0, steps=steps, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        suffix = _FILES.get(options.get("output"))
+        how_out = {} if suffix is None else {"output": Path(folder, f"picture{suffix}")}
+        arguments = {"caption": given.caption, "seed": 0, "steps": steps, **options, **how_out}
+        decoder.decode(latent.to(case.device), **arguments)
     common = _common(case, steps)
     return lambda: estimate_pid(config, case.size, sampling=sampling, **common, **how, **options)
 

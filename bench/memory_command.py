@@ -18,12 +18,15 @@ from .options import json_option, threads_option
 
 @click.command()
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+@click.option("--kept", is_flag=True, help="with freed memory kept, as glibc does by itself")
 @click.option("--only", default="", help="cases whose name holds this")
 @click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="of each case")
 @threads_option
 @json_option
 @clean_errors
-def memory(device: str, only: str, runs: int, threads: int | None, path: Path | None) -> None:
+def memory(
+    device: str, kept: bool, only: str, runs: int, threads: int | None, path: Path | None
+) -> None:
     """Measure the peak memory of a grid of decodes and images, and compare the estimates."""
     from .memory_cases import OVER, UNDER, grid, run, save
 
@@ -31,7 +34,8 @@ def memory(device: str, only: str, runs: int, threads: int | None, path: Path | 
         raise click.UsageError(f"--runs must be odd, for a median that was measured, got {runs}")
     if path is not None:
         check_out_path(path, ".json")
-    cases = [dataclasses.replace(c, device=device) for c in grid(threads or 1) if only in c.name]
+    every = (dataclasses.replace(c, device=device, returned=not kept) for c in grid(threads or 1))
+    cases = [case for case in every if only in case.name]
     if not cases:
         raise click.UsageError(f"--only {only!r} leaves no case")
     for report in run(cases, "python -m bench " + shlex.join(sys.argv[1:]), runs):

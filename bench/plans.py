@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pixeldiff.errors import BudgetError
-from pixeldiff.memory import parsed_bytes, plan
+from pixeldiff.memory import parsed_bytes, plan, return_freed_memory
 from pixeldiff.memory.budget import in_words, upward
 from pixeldiff.out_files import written_whole
 
@@ -23,6 +23,7 @@ DEVICES = {
 
 def tables() -> str:
     """Markdown: of each size and device a row for each budget."""
+    return_freed_memory()  # as the commands do
     parts = []
     for (device, precision), budgets in DEVICES.items():
         for size in SIZES:

@@ -31,6 +31,7 @@ STYLES = {
     "pixeldiff": ("#D55E00", "^"),
     "pixeldiff+compile": ("#E69F00", "D"),
     "pixeldiff-no-graphs": ("#F0E442", "^"),
+    "pixeldiff+returned": ("#117733", "<"),
     "upstream": ("#CC79A7", "P"),
     "upstream+compile": ("#56B4E9", "X"),
     "upstream+accelerate": ("#882255", "*"),

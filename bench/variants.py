@@ -15,6 +15,7 @@ from torch import Tensor
 
 import pixeldiff
 from pixeldiff.errors import UntrainedSizeWarning
+from pixeldiff.memory import return_freed_memory
 from pixeldiff.models.noise import NoiseSource
 from pixeldiff.models.pid.decoder import PRECISIONS
 from pixeldiff.models.pid.samplers import network_time, sample_student, student_times
@@ -24,13 +25,15 @@ from . import models, upstream
 
 # Name -> (what runs, the mode of torch.compile or None). "compile" is the plain network compiled,
 # "reference-fp32" the plain network in fp32 whatever precision is asked for, "pixeldiff-no-graphs"
-# what pixeldiff does for the first image of a size, "upstream+compile" the original as its own
-# switch --compile has it, "upstream+accelerate" the original, handed to `pixeldiff.accelerate` as
-# it is.
+# what pixeldiff does for the first image of a size, "pixeldiff+returned" a process that gives freed
+# memory back at once (`pixeldiff.memory.return_freed_memory`), "upstream+compile" the original as
+# its own switch --compile has it, "upstream+accelerate" the original, handed to
+# `pixeldiff.accelerate` as it is.
 VARIANTS = {
     "pixeldiff": ("pixeldiff", None),
     "pixeldiff+compile": ("pixeldiff", "default"),
     "pixeldiff-no-graphs": ("pixeldiff", None),
+    "pixeldiff+returned": ("pixeldiff", None),
     "reference": ("reference", None),
     "reference-fp32": ("reference", None),
     "compile": ("reference", "default"),
@@ -145,6 +148,8 @@ class Loaded:
     def __init__(self, spec: Spec) -> None:
         spec = dataclasses.replace(spec, precision=precision(spec.variant, spec.precision))
         self.spec = spec
+        if spec.variant == "pixeldiff+returned" and not return_freed_memory():
+            raise RuntimeError("pixeldiff+returned: glibc alone gives freed memory back")
         self.device = torch.device(spec.device)
         self.marks = Marks(self.device)
         self.base, mode = VARIANTS[spec.variant]

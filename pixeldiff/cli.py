@@ -17,7 +17,7 @@ from .cli_bake import bake_caption
 from .cli_errors import clean_errors
 from .cli_jobs import finish, is_finished, kept_picture, kept_work, resume_option
 from .cli_l2p import l2p
-from .cli_options import caption_option, checked_memory, out, parsed_size, parsed_tile, progress_bar
+from .cli_options import caption_option, keep_within, out, parsed_size, parsed_tile, progress_bar
 from .cli_plan import plan
 from .cli_verify import verify
 
@@ -122,7 +122,7 @@ def decode(
         *("--negative-caption-file", negative_caption_file, FAMILY),
     )
     check_picture_path(output, size)
-    checked_memory(memory)
+    keep_within(memory)
     latent = latent_from(source, encoder="demo" if model == "demo" else None)
     paths = _output_paths(output, latent.shape[0])
     for path in paths:
@@ -143,7 +143,8 @@ def decode(
         if tile_mode is None:
             huge = tile is not None and own_size[0] * own_size[1] > _WHOLE
             tile_mode = "independent" if huge else "sync"
-        streamed = tile is not None and tile_mode == "independent" and len(paths) == 1
+        rows = memory is not None or (tile is not None and tile_mode == "independent")
+        streamed = rows and len(paths) == 1
         with progress_bar(quiet) as callback:
             result = decoder.decode(
                 latent,
@@ -269,7 +270,7 @@ def generate(
         *("--negative-prompt", negative_prompt),
         *("--negative-prompt-embeds", negative_prompt_embeds, family),
     )
-    checked_memory(memory)
+    keep_within(memory)
     requests, paths = [Request(prompt, seed, size)], [output]
     if prompts is not None:
         read = enumerate(read_prompts(prompts))

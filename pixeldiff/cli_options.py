@@ -31,12 +31,15 @@ def parsed_tile(_ctx, _param, value: str | None) -> tuple[int, int] | str | None
     return value if value in (None, "auto") else parsed_size(_ctx, _param, value)
 
 
-def checked_memory(value: str | None) -> None:
-    """Raises ValueError, before anything is loaded, unless it is an amount of memory or None."""
+def keep_within(value: str | None) -> None:
+    """Raises ValueError, before anything is loaded, unless it is an amount of memory or None. With
+    one, this process gives memory that it frees back to the system."""
+    from .memory import return_freed_memory
     from .memory.budget import parsed_bytes
 
     if value is not None:
         parsed_bytes("--memory", value)
+        return_freed_memory()
 
 
 def caption_option(

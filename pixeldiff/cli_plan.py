@@ -47,10 +47,13 @@ def plan(
     """The fastest way to make a picture that fits in MEMORY, and what it takes.
 
     Nothing is loaded: released models are known by their shapes. On a GPU the memory is the
-    allocator's, beside which the CUDA context takes about half a gigabyte.
+    allocator's, beside which the CUDA context takes about half a gigabyte; on a CPU it is that of a
+    process that gives freed memory back at once, as `decode --memory` and `generate --memory` do.
     """
     from .memory import plan as planned
+    from .memory import return_freed_memory
 
+    return_freed_memory()  # as the command that is planned for does
     asked: dict[str, Any] = {"device": device, "batch": batch}
     asked |= {"precision": precision} if precision else {}
     asked |= {"steps": steps} if steps else {}

@@ -233,8 +233,13 @@ def _write(
     _write_whole(file, suffix, image, text)
 
 
+def held_whole(path: Path, size: tuple[int, int]) -> bool:
+    """Whether the whole picture, (H, W) pixels, is held in 8 bits while a file of it is written:
+    four bytes a pixel."""
+    return _held_whole(path.suffix.lower(), size)
+
+
 def _held_whole(suffix: str, size: tuple[int, int]) -> bool:
-    """Whether the whole picture is held in 8 bits while a file of it is written."""
     if suffix not in PNG:
         return suffix in JPEG
     pixels = size[0] * size[1]

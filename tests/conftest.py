@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ COMMITTED = Path(__file__).parent / "golden"
 # for it (HYPOTHESIS_PROFILE=default), not by somebody else's change turning red.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(autouse=True)
+def _kept_memory():
+    """What a command did to its own process is not what the next test's estimates are of."""
+    yield
+    heap = sys.modules.get("pixeldiff.memory.heap")
+    if heap is not None:
+        heap._fixed = False
 
 
 def golden_root() -> Path:

@@ -2,6 +2,7 @@
 
 from .budget import parsed_bytes
 from .estimate import Estimate, estimate_l2p, estimate_memory, estimate_pid
+from .heap import return_freed_memory
 from .plan import Plan, Way, cheaper, plan
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "estimate_pid",
     "parsed_bytes",
     "plan",
+    "return_freed_memory",
 ]

@@ -15,6 +15,9 @@ from .live import Allocation
 from .op_memory import OpMemory
 
 META = torch.device("meta")
+# What writing row by row takes beside a band, and for each pixel of the width: as measured of a PNG;
+# a TIFF takes less.
+WRITER, WRITER_WIDTH = 6_000_000, 2_200
 BAND = 7_000_000  # of `images.uint8_bands`: 2^18 pixels in fp32 twice, and in 8 bits
 
 
@@ -27,12 +30,14 @@ class Counts:
         phases: the most that was alive in each, weights not counted, by name.
         resident: the most that the C library's heap took for it; 0 where it was not asked.
         at_peak: what was alive at the worst moment.
+        products: matrix products of different shapes, in 16 bits.
     """
 
     weights: int
     phases: Mapping[str, int]
     resident: int
     at_peak: tuple[Allocation, ...]
+    products: frozenset[tuple] = frozenset()
 
     @property
     def peak(self) -> int:
@@ -51,7 +56,9 @@ class Counts:
 
     @classmethod
     def of(cls, weights: int, memory: OpMemory) -> Counts:
-        return cls(weights, dict(memory.phases), memory.resident, tuple(memory.at_peak))
+        found = tuple(memory.at_peak)
+        products = frozenset(memory.products)
+        return cls(weights, dict(memory.phases), memory.resident, found, products)
 
     def extended(self, next_one: Counts, times: int) -> Counts:
         """Of a run with so many more pieces, where `next_one` is of a run with one more."""
@@ -60,7 +67,7 @@ class Counts:
             for name, count in self.phases.items()
         }
         resident = self.resident + times * (next_one.resident - self.resident)
-        return Counts(self.weights, phases, resident, next_one.at_peak)
+        return Counts(self.weights, phases, resident, next_one.at_peak, next_one.products)
 
 
 class Watched:
@@ -111,10 +118,15 @@ def visiting_weights(
 
 def converted(x: Tensor, output: str, device: str) -> int:
     """What the form that the caller asked for takes beside the result (B, 3, H, W), in the same
-    memory: pictures lie on the host."""
+    memory."""
     if output == "pt":
         return 0
     if output == "np":
         return 2 * x.nbytes
-    pictures = 4 * x.shape[0] * x.shape[2] * x.shape[3] if device == "cpu" else 0
-    return BAND + pictures
+    return BAND + pictures(output, x.shape[0], (x.shape[2], x.shape[3]), device)
+
+
+def pictures(output: str, batch: int, size: tuple[int, int], device: str) -> int:
+    """Bytes of pictures in 8 bits, which lie on the host; a file that is written row by row has
+    none."""
+    return 4 * batch * size[0] * size[1] if device == "cpu" and output != "file" else 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import SizeError
+from ..images import OUTPUTS
 from ..models.l2p.bands import DECODER_MEMORY
 from ..models.l2p.config import VARIANTS, L2PConfig
 from ..models.l2p.config import Variant as L2PVariant
@@ -28,6 +29,7 @@ from ..models.pid.variants import SamplingSettings, Variant, variant
 from ..models.steps import one_of
 from . import l2p_counts, libraries, pid_counts
 from .counts import Counts
+from .heap import returns_freed_memory
 
 DEVICES = ("cpu", "cuda")
 PROMPT_TOKENS, NEGATIVE_TOKENS = 256, 32  # of an L2P prompt, where nothing is said
@@ -42,8 +44,8 @@ class Estimate:
             allocator's; the CUDA context, half a gigabyte, is beside it).
         weights: that stay there; the two buffers of `offload="blocks"` included.
         activations: tensors alive at the worst moment.
-        workspace: what libraries take, and on a CPU gaps in the C library's heap; fixed images of
-            CUDA graphs.
+        workspace: what libraries take, and on a CPU gaps in the C library's heap unless this
+            process gives freed memory back (`return_freed_memory`); fixed images of CUDA graphs.
         text_encoder: weights of the text encoder, where one stays loaded.
         phases: tensors alive at the worst moment of each phase.
         table: what was alive at the worst moment of all, largest first.
@@ -161,6 +163,9 @@ def estimate_pid(
         guided: whether there is a negative caption; default: whether the network is a teacher.
         text_rows: tokens of the captions; default as many as the network takes.
         latent_hw: cells of the latent, where the image is not of its own size.
+        output: "pil", "pt" or "np"; "file" for the path of a TIFF, or of a PNG with the extra
+            pixeldiff[png], which independent tiles write row by row; "whole file" for that of
+            another, of which the picture in 8 bits is held.
         previews: whether a callback is told of every estimate.
         text_encoder: whether texts are given, so that the encoder stays loaded.
     """
@@ -169,6 +174,7 @@ def estimate_pid(
     sampling = sampling or (released.sampling if released else STUDENT)
     precision = _checked(device, precision, tuple(PRECISIONS))
     one_of("tile_mode", tile_mode, MODES)
+    one_of("output", output, (*OUTPUTS, *pid_counts.FILES))
     size = pair_of(size)
     cell = config.pixels_per_latent_cell
     if latent_hw is None:
@@ -207,7 +213,9 @@ def estimate_pid(
     )
     counts = pid_counts.counted(decode, device, backend)
     weights = pid_counts.resident_weights(config, decode.dtype, decode.fp8, device, bool(offload))
-    workspace = libraries.CUDNN_WORKSPACE if device == "cuda" else libraries.PID_CPU
+    on_cpu = libraries.PID_CPU if decode.dtype == torch.float32 else libraries.PID_CPU_16_BITS
+    on_cpu += libraries.REFERENCE_CPU if backend == "reference" else 0
+    workspace = libraries.CUDNN_WORKSPACE if device == "cuda" else on_cpu
     if device == "cuda" and cuda_graphs and sampling.stochastic and layout is None and not offload:
         # State, noise and preview at fixed addresses.
         workspace += (2 + previews) * 4 * config.in_channels * batch * size[0] * size[1]
@@ -281,7 +289,9 @@ def _estimate(
     if device == "cuda":
         workspace += libraries.CUBLAS_WORKSPACE
     else:
-        workspace += max(0, counts.resident - counts.peak)
+        workspace += libraries.products_on_cpu(len(counts.products))
+        if not returns_freed_memory():
+            workspace += max(0, counts.resident - counts.peak)
     rows = tuple(counts.table())
     return Estimate(device, weights, counts.peak, workspace, text_encoder, counts.phases, rows)
 

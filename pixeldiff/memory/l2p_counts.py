@@ -98,12 +98,13 @@ def _gaps(image: Image, backend: str | None) -> float:
         return heap.REFERENCE
     if image.layout is not None:
         return heap.L2P_TILES
+    whole = heap.L2P_WHOLE if image.dtype == torch.float32 else heap.L2P_WHOLE_16_BITS
     if image.decoder_memory is None:
-        return heap.L2P_WHOLE
+        return whole
     batch = image.batch * len(image.text_rows)
     sizes = (image.config.in_channels, image.size, image.batch, batch, image.dtype.itemsize)
     cut = bands.plan(bands.Load(image.config.local_decoder, *sizes), image.decoder_memory)
-    return heap.L2P_BANDS if cut.levels else heap.L2P_WHOLE
+    return heap.L2P_BANDS if cut.levels else whole
 
 
 def _made(net: Any, image: Image, layout: Layout | None, memory: OpMemory) -> None:

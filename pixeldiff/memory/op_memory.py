@@ -23,6 +23,10 @@ from .live import LiveMemory
 # Patches whose products a Triton launch holds at a time; of the two kernels' PIECE.
 COMPRESS_PIECE, MLP_PIECE = 8192, 4096
 NARROW = 32  # channels up to which Triton's local_decoder_up holds no tensor of full resolution
+# What is compiled for each shape on a CPU, in 16 bits.
+_PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm")
+)
 # A C++ kernel's own copies: weights in fp32, by output channel. Its threads' buffers are small.
 _WIDE = 4
 
@@ -39,8 +43,11 @@ class OpMemory(LiveMemory):
     def __init__(self, device: str, backend: str | None = None, gaps: float = 1.0) -> None:
         super().__init__(Heap(gaps) if device == "cpu" else None)
         self.device, self.backend = device, backend
+        self.products: set[tuple] = set()  # matrix products of different shapes, in 16 bits
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in _PRODUCTS and args[-1].dtype.itemsize == 2:
+            self.products.add((func, *_signature(args)))
         if func.namespace != "pixeldiff":
             return super().__torch_dispatch__(func, types, args, kwargs)
         op = OPS[func._opname]

@@ -7,6 +7,7 @@ teacher's many steps, and tiles, of which each further one adds the same.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,22 @@ from ..models.pid.config import PiDConfig
 from ..models.pid.decoding import Decoding, run
 from ..models.pid.network import PiDNet
 from ..models.pid.samplers import network_time
-from ..models.pid.tiling import Tiles, sample_independent
+from ..models.pid.tiling import Tiles, independent_rows, sample_independent
 from ..models.tiles import Layout
 from ..ops.registry import backend as forced
 from . import heap
-from .counts import META, Counts, Watched, converted, storage_bytes, visiting_weights
+from .counts import (
+    BAND,
+    META,
+    WRITER,
+    WRITER_WIDTH,
+    Counts,
+    Watched,
+    converted,
+    pictures,
+    storage_bytes,
+    visiting_weights,
+)
 from .op_memory import OpMemory
 
 GROUPS_RUN = 2  # of tiles: each further one adds what the second does to the first
@@ -35,6 +47,7 @@ INDEPENDENT_RUN = 4  # the last of a row, the first of the next, and two that fi
 _STEPS = {True: 2, False: 3}  # by whether it is a student
 
 
+FILES = ("file", "whole file")  # as `output`
 PHASES = {
     "latent_stack": "latent",
     "prepare": "prepare",
@@ -67,7 +80,8 @@ class Decode:
         times: of the schedule. student: whether it is a distilled network's.
         guided: whether there is a negative caption.
         keep_features, pixel_chunk, layout, tile_mode, together, state_dtype: as of `Decoding`.
-        output: "pil", "pt" or "np". previews: whether a callback wants every estimate.
+        output: "pil", "pt", "np", "file" or "whole file".
+        previews: whether a callback wants every estimate.
     """
 
     config: PiDConfig
@@ -99,17 +113,20 @@ def counted(decode: Decode, device: str, backend: str | None) -> Counts:
         groups = 0 if decode.layout is None else -(-len(decode.layout.tiles) // decode.together)
         if groups <= GROUPS_RUN:
             return Counts.of(weights, _recorded(net, decode, decode.layout, device, backend))
-        if decode.tile_mode == "independent":
-            layout = _some(decode.layout, INDEPENDENT_RUN * decode.together)
+
+        def of(tiles: int) -> Counts:
+            layout = _some(decode.layout, tiles)
             return Counts.of(weights, _recorded(net, decode, layout, device, backend))
-        some, one_more = (
-            Counts.of(
-                weights,
-                _recorded(net, decode, _some(decode.layout, n * decode.together), device, backend),
-            )
-            for n in (GROUPS_RUN - 1, GROUPS_RUN)
-        )
-        return some.extended(one_more, groups - GROUPS_RUN + 1)
+
+        if decode.tile_mode == "independent":
+            found = of(INDEPENDENT_RUN * decode.together)
+        else:
+            some, one_more = (of(n * decode.together) for n in (GROUPS_RUN - 1, GROUPS_RUN))
+            found = some.extended(one_more, groups - GROUPS_RUN + 1)
+        rest = len(decode.layout.tiles) % decode.together
+        if not rest or not found.products:
+            return found
+        return dataclasses.replace(found, products=found.products | of(rest).products)
 
 
 @functools.lru_cache(maxsize=64)
@@ -168,10 +185,13 @@ def _recorded(
             tile_mode=decode.tile_mode,
             together=decode.together,
         )
+        watched = Watched(net, memory, PHASES)
+        if decode.output in FILES and layout is not None and decode.tile_mode == "independent":
+            with memory.phase("sampler"):
+                _streamed(watched, what, decode, memory)
+            return memory
         with memory.phase("sampler"):
-            x = _sampled(
-                Watched(net, memory, PHASES), what, _keep_nothing if decode.previews else None
-            )
+            x = _sampled(watched, what, _keep_nothing if decode.previews else None)
         del what, tables
         with memory.phase("result"):
             torch.isnan(x)
@@ -185,7 +205,7 @@ def _gaps(decode: Decode, backend: str | None) -> float:
     if decode.layout is not None and decode.tile_mode == "independent":
         return heap.PID_INDEPENDENT
     if decode.layout is not None:
-        return heap.PID_SYNC if decode.pixel_chunk is None else heap.PID_SYNC_CHUNKS
+        return heap.PID_SYNC if decode.pixel_chunk is None else heap.PID_CHUNKS
     if decode.pixel_chunk is not None:
         return heap.PID_CHUNKS
     return heap.PID_WHOLE if decode.dtype == torch.float32 else heap.PID_WHOLE_16_BITS
@@ -197,6 +217,18 @@ def _sampled(net: Any, what: Decoding, callback: Any) -> Tensor:
     if what.layout is not None and what.tile_mode == "independent":
         return sample_independent(Tiles(net, what.tiled, stages), noise).clamp_(-1, 1)
     return run(net, what, noise, graphs=Graphs(0), stages=stages, callback=callback)
+
+
+def _streamed(net: Any, what: Decoding, decode: Decode, memory: OpMemory) -> None:
+    """Rows that are written as they are finished."""
+    count = pictures(decode.output, decode.batch, decode.size, memory.device)
+    picture = torch.empty(count, dtype=torch.uint8, device=META)
+    writer = WRITER + WRITER_WIDTH * decode.size[1] if decode.output == "file" else 0
+    noise = MetaNoise(decode.batch, net.config.in_channels)
+    tiles = Tiles(net, what.tiled, Stages(None, noise, META))
+    for _ in independent_rows(tiles, noise):
+        memory.moment(BAND + writer, "rows in 8 bits, and their encoder")
+    del picture
 
 
 def _keep_nothing(info: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 import warnings
 import weakref
 
@@ -11,7 +12,7 @@ import torch
 from tiny_pid import CONFIG, tiny_caption, tiny_latent, tiny_net
 
 from pixeldiff.errors import BudgetError, MemoryWarning
-from pixeldiff.memory import plan
+from pixeldiff.memory import heap, plan
 from pixeldiff.models.l2p import L2PConfig, L2PNet, L2PPipeline
 from pixeldiff.models.pid import PiDDecoder, PiDNet, tiling
 
@@ -280,6 +281,7 @@ def test_the_commands(tmp_path):
     args += ["--model", "demo", "--device", "cpu", "--steps", "1", "--quiet"]
     result = CliRunner().invoke(main, [*args, "--memory", "2GB"])
     assert result.exit_code == 0, result.output
+    assert heap.returns_freed_memory() == (platform.libc_ver()[0] == "glibc")
     (tmp_path / "out.png").unlink()
     result = CliRunner().invoke(main, [*args, "--memory", "1MB"])
     assert result.exit_code == 1

@@ -21,7 +21,7 @@ from ...finite import check_finite
 from ...jobs import JobStore, Stages, resumable
 from ...jobs.identity import digest_of, machine
 from ...ops.registry import forced_backend
-from ...picture_files import check_picture_path, check_space, save_rows
+from ...picture_files import check_picture_path, check_space, held_whole, save_rows
 from ...text import CaptionFile, load_caption
 from .. import devices, fp8
 from ..devices import check_device, no_autocast
@@ -305,7 +305,9 @@ class PiDDecoder:
         texts = (options.get("caption"), options.get("negative_caption"))
         asked["text_encoder"] = self.captions.keeps_encoder(*texts)
         output = options.get("output", "pil")
-        asked["output"] = "pt" if isinstance(output, Path) else output  # written in bands
+        if isinstance(output, Path):
+            output = "whole file" if held_whole(output, size) else "file"
+        asked["output"] = output
         asked["previews"] = options.get("callback") is not None
         # A resumed job is held to its tiles, and a preview is of the whole image.
         free = not {"tile", "latent_hw"} & asked.keys() and options.get("resume") is None
