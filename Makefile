@@ -92,6 +92,12 @@ sanitize: setup
 	    tests/kernels/test_pixel_head.py tests/kernels/test_pixel_head_step.py \
 	    tests/kernels/test_local_decoder_down.py tests/kernels/test_local_decoder_up.py \
 	    -k "not triton and not compile and not runs_everywhere" $(ARGS)
+# CUDA C++ on its emulator; a fiber's stack keeps no freed frames apart.
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
+	    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 PIXELDIFF_SANITIZE=address,undefined \
+	    $(BIN)/python -m pytest tests/kernels/test_local_decoder_up_cuda.py \
+	    tests/kernels/test_pixel_adaln_compress_sm90.py tests/kernels/test_pixel_adaln_mlp_sm90.py \
+	    -k emulated $(ARGS)
 
 train-demo: setup
 	$(BIN)/python -m training demo
