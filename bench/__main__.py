@@ -348,18 +348,27 @@ def attention_error(divide: int, threads: int | None, path: Path | None) -> None
 @clean_errors
 def estimates(ops: tuple[str, ...], page: Path | None) -> None:
     """How far from its floor an op's Triton kernel must stay on an H100, counted in its machine
-    code; needs no GPU."""
+    code; needs no GPU. With nvcc, also the CUDA C++ kernels of the norms."""
     from pixeldiff.out_files import written_whole
 
+    from . import estimates_cuda
     from .estimates import cases, estimate, rewrite, tables
 
     if page is not None and ops:
         raise click.UsageError("--page holds all ops; leave --op out")
     found = [estimate(case) for case in cases(ops)]
-    for table in tables(found).values():
+    counted = tables(found)
+    if not ops:
+        try:
+            norms = estimates_cuda.table(list(estimates_cuda.estimates()), found)
+        except FileNotFoundError as missing:
+            show.console.print(f"left out: the CUDA kernels, as {missing}", markup=False)
+        else:
+            counted |= {"cuda": norms, "nvcc": estimates_cuda.version()}
+    for table in counted.values():
         show.console.print(table, markup=False, soft_wrap=True)
     if page is not None:
-        text = rewrite(page, found)
+        text = rewrite(page, counted)
         with written_whole([page]) as (partial,):
             partial.write_text(text)
 

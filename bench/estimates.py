@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,15 +282,16 @@ def pass_through(
 
 
 def tables(estimates: Sequence[Estimate]) -> dict[str, str]:
-    """Name -> table."""
+    """Name -> table, and what compiled the kernels."""
     return {
+        "version": version(),
         "units": _units(estimates),
         "passage": _passage(estimates),
         "instructions": _instructions(estimates),
     }
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -303,9 +304,14 @@ def _units(estimates: Sequence[Estimate]) -> str:
         share = f"{100 * e.floor / most:.0f} to {min(100, 100 * e.floor / least):.0f} %"
         if e.passage is not None:
             share = f"{100 * e.floor / e.passage.ms:.0f} %"
-        row = [f"`{e.case.op}`", _place(e.case), _ms(e.floor), *(_ms(e.units[u]) for u in UNITS)]
-        rows.append([*row, _ms(e.vendor), share])
-    return _table(head, rows)
+        row = [
+            f"`{e.case.op}`",
+            place(e.case),
+            milliseconds(e.floor),
+            *(milliseconds(e.units[u]) for u in UNITS),
+        ]
+        rows.append([*row, milliseconds(e.vendor), share])
+    return markdown(head, rows)
 
 
 def _passage(estimates: Sequence[Estimate]) -> str:
@@ -319,11 +325,15 @@ def _passage(estimates: Sequence[Estimate]) -> str:
     for e in sorted(smallest.values(), key=_missing, reverse=True):
         kernel, _, _ = e.kernels[0]
         loads, stores = (" ".join(map(str, sorted(w)[::-1])) for w in widths(kernel.sass))
-        row = [f"`{e.case.op}`", _place(e.case), str(e.passage.resident)]
+        row = [f"`{e.case.op}`", place(e.case), str(e.passage.resident)]
         row += [f"{e.passage.in_flight / 1024:.0f}", str(waits(kernel.sass)), loads, stores]
-        row += [_ms(e.floor), _ms(e.passage.ms), f"{100 * e.floor / e.passage.ms:.0f} %"]
-        rows.append([*row, str(e.calls), _ms(_missing(e))])
-    return _table(head, rows)
+        row += [
+            milliseconds(e.floor),
+            milliseconds(e.passage.ms),
+            f"{100 * e.floor / e.passage.ms:.0f} %",
+        ]
+        rows.append([*row, str(e.calls), milliseconds(_missing(e))])
+    return markdown(head, rows)
 
 
 def _missing(e: Estimate) -> float:
@@ -337,19 +347,19 @@ def _instructions(estimates: Sequence[Estimate]) -> str:
     for e in estimates:
         for kernel, blocks, each in e.kernels:
             found = sorted(set(re.findall(r"GMMA\.(\d+x\d+x\d+)|HMMA\.(\d+)", kernel.sass)))
-            row = [f"`{kernel.name}`", _place(e.case), str(blocks), str(kernel.warps)]
+            row = [f"`{kernel.name}`", place(e.case), str(blocks), str(kernel.warps)]
             row += [f"{each.instructions:.0f}", *(f"{each.kinds[kind]:.0f}" for kind in KINDS)]
             row.append(", ".join("".join(shape) for shape in found))
             # The same code at several sizes: the first.
             rows.setdefault((e.case.op, e.case.site, kernel.name, *row[4:]), row)
-    return _table(head, list(rows.values()))
+    return markdown(head, list(rows.values()))
 
 
-def _place(case: Case) -> str:
+def place(case: Case) -> str:
     return f"{case.system} {case.size}" + ("" if case.site == "image" else f", {case.site}")
 
 
-def _ms(ms: float) -> str:
+def milliseconds(ms: float) -> str:
     return f"{ms:.2f}" if ms >= 0.1 or ms < 0.0005 else f"{ms:.3f}"
 
 
@@ -357,14 +367,14 @@ def version() -> str:
     return f"Triton {importlib.metadata.version('triton')}"
 
 
-def rewrite(page: Path, estimates: Sequence[Estimate]) -> str:
-    """The page with its tables counted again.
+def rewrite(page: Path, found: Mapping[str, str]) -> str:
+    """The page with tables counted again, of those names.
 
     Raises:
         ValueError: it has no place for one.
     """
     text = page.read_text()
-    for name, table in {**tables(estimates), "version": version()}.items():
+    for name, table in found.items():
         begin = BEGIN.format(name)
         if begin not in text:
             raise ValueError(f"{page} has no line {begin!r} to put a table behind")

@@ -86,7 +86,7 @@ def document(usages: Sequence[Usage], size: int, dtype: str) -> str:
 def cell(kernel: Compiled, besides: str = "") -> str:
     """`besides`: the name of its row, which a device may have another kernel in place of."""
     parts = [f"`{kernel.name}`"] if besides not in ("", kernel.name) else []
-    parts += [f"{kernel.registers} regs", f"{kernel.warps} warps"]
+    parts += [f"{kernel.registers} regs", f"{kernel.warps} warp{'s' if kernel.warps > 1 else ''}"]
     if kernel.shared >= 1024:
         parts.append(f"{kernel.shared / 1024:.0f} KB")
     parts += sorted(kernel.tensor_cores)

@@ -55,6 +55,45 @@ class Counts:
         return sum(self.kinds.values())
 
 
+def follow(sass: str, taken: Sequence[bool]) -> str:
+    """What a thread runs of a function, once through its outermost loop, line by line.
+
+    A forward branch over a call and no access to memory is taken: those are the slow paths of roots
+    and divisions, which normal numbers do not need. `taken` says it of the others that have a
+    condition, in the order met.
+
+    Raises:
+        ValueError: they are more or fewer.
+    """
+    lines = re.split(r"^\$__internal_", sass, maxsplit=1, flags=re.M)[0].splitlines()
+    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
+    decisions = list(taken)
+    ran, i = list[str](), 0
+    while i < len(lines):
+        line = lines[i]
+        i += 1
+        if not re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            continue
+        ran.append(line)
+        branch = re.search(r"(@!?U?P\w+ )?BRA (?:!?U?P\w+, )?`\((\.L_x_\d+)\)", line)
+        if branch and labels[branch[2]] > i:
+            over = "".join(lines[i : labels[branch[2]]])
+            slow = "CALL.REL" in over and not re.search("LDG|STG", over)
+            if branch[1] is None or slow or _next(decisions):
+                i = labels[branch[2]]
+        elif re.search(r"\*/\s+EXIT", line):  # without a condition
+            break
+    if decisions:
+        raise ValueError(f"{len(decisions)} of {len(taken)} branches were not met")
+    return "\n".join(ran)
+
+
+def _next(decisions: list[bool]) -> bool:
+    if not decisions:
+        raise ValueError("more branches than decisions")
+    return decisions.pop(0)
+
+
 def instructions(sass: str) -> Iterator[Instruction]:
     """A loop is what lies between a label and a branch back to it. Left out are the branch to
     itself that ends a function, what pads it, and the functions behind it: those are the slow paths

@@ -99,9 +99,12 @@ def why_not(
 def heuristic(
     capability: tuple[int, int], x: Tensor, weight: Tensor, bias: Tensor, *rest: object
 ) -> Config:
-    """32 values a thread, four image rows of 64 pixels where there are 16 channels: the table is
-    then read a quarter as often. A heuristic; not yet measured."""
-    return Config(4, max(16, 1024 // pixel_rows.channels(weight.shape[0])), 4)
+    """One warp, which waits for no other, and 32 values a thread: four image rows of 16 pixels
+    where there are 16 channels, so that the table is read a quarter as often. With 64 values the
+    count is the same, but the registers come to 130. A heuristic; not yet measured."""
+    p = pixel_rows.channels(weight.shape[0])
+    block = max(16, 256 // p)
+    return Config(4, block, max(1, 4 * block * p // 1024))
 
 
 def key(x: Tensor, weight: Tensor, bias: Tensor, pos_x: Tensor, pos_y: Tensor, patch: int) -> str:
@@ -109,9 +112,16 @@ def key(x: Tensor, weight: Tensor, bias: Tensor, pos_x: Tensor, pos_y: Tensor, p
 
 
 def candidates(x: Tensor, weight: Tensor, *rest: object) -> list[Config]:
-    widest = 2048 // pixel_rows.channels(weight.shape[0])
-    tiles = ((2, widest), (4, widest // 2), (8, widest // 4), (4, widest), (8, widest // 2))
-    return [Config(rows, max(16, block), warps) for rows, block in tiles for warps in (4, 8)]
+    p = pixel_rows.channels(weight.shape[0])
+    wide = max(16, 512 // p)
+    tiles = ((4, wide // 2), (4, wide), (8, wide // 2), (4, 2 * wide), (8, wide))
+    # More than 64 values a thread take more than 128 registers; less than 16 are no wide stores.
+    return [
+        Config(rows, block, warps)
+        for rows, block in tiles
+        for warps in (1, 2, 4)
+        if 512 * warps <= rows * block * p <= 2048 * warps
+    ]
 
 
 def launch(

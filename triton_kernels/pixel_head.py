@@ -107,9 +107,12 @@ def why_not(
 
 
 def heuristic(capability: tuple[int, int], q: Tensor, *rest: object) -> Config:
-    """32 values a thread, which with 16 channels is two pixels and 64 registers: 32 warps on a
-    multiprocessor, each with 2 KB of tokens on their way. A heuristic; not yet measured."""
-    return Config(min(256, max(32, 4096 // pixel_rows.channels(q.shape[2]))), 4)
+    """One warp and 32 values a thread, two pixels of 16 channels: nobody waits at a barrier for
+    another warp, while a colour goes through shared memory on its way to its store. At least 32
+    pixels, whose row of the image is 128 bytes. A heuristic; not yet measured."""
+    p = pixel_rows.channels(q.shape[2])
+    block = max(32, min(64, 1024 // p))
+    return Config(block, max(1, block * p // 1024))
 
 
 def key(
@@ -126,10 +129,11 @@ def key(
 
 
 def candidates(q: Tensor, *rest: object) -> list[Config]:
-    most, p = heuristic((8, 0), q).block, pixel_rows.channels(q.shape[2])
-    blocks = [block for block in (most // 4, most // 2, most, 2 * most) if block >= 16]
+    p = pixel_rows.channels(q.shape[2])
+    least = heuristic((8, 0), q).block // 2
+    blocks = (least, 2 * least, 4 * least, 8 * least)
     # More than 64 values a thread take more than 128 registers.
-    return [Config(b, w) for b in blocks for w in (2, 4, 8) if b * p <= 64 * 32 * w]
+    return [Config(b, w) for b in blocks for w in (1, 2, 4) if b * p <= 64 * 32 * w]
 
 
 def launch(

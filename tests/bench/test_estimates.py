@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from bench.estimates import (
     throughputs,
     version,
 )
-from bench.sass import count, instructions, waits, widths
+from bench.sass import count, follow, instructions, waits, widths
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels" / "estimates.md"
 SASS = """
@@ -156,10 +157,79 @@ def test_the_page_is_what_is_counted(few):
             assert line in page
 
 
+CHOOSES = """
+.text.some_kernel:
+        /*0000*/               @!P0 EXIT ;
+.L_x_0:
+        /*0010*/              @!P0 BRA `(.L_x_1) ;
+        /*0020*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_s64) ;
+        /*0030*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*0040*/                   IMAD R2, R2, R2, RZ ;
+.L_x_2:
+        /*0050*/               @P0 BRA `(.L_x_4) ;
+        /*0060*/               @P1 BRA `(.L_x_3) ;
+        /*0070*/                   LDG.E.128 R4, desc[UR6][R2.64] ;
+        /*0080*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_s64) ;
+.L_x_3:
+        /*0090*/                   FADD R4, R4, R4 ;
+.L_x_4:
+        /*00a0*/              @!P2 BRA `(.L_x_0) ;
+        /*00b0*/                   EXIT ;
+$__internal_0_$__cuda_sm20_div_s64:
+        /*00c0*/                   FADD R3, R3, R3 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("taken", "ran"),
+    [
+        ([True], ["EXIT", "BRA", "IMAD", "BRA", "BRA", "EXIT"]),
+        ([False, True], ["EXIT", "BRA", "IMAD", "BRA", "BRA", "FADD", "BRA", "EXIT"]),
+        (
+            [False, False],
+            ["EXIT", "BRA", "IMAD", "BRA", "BRA", "LDG", "CALL", "FADD", "BRA", "EXIT"],
+        ),
+    ],
+)
+def test_what_runs(taken, ran):
+    """Slow paths never; of branches over loads what is asked for; once through the loop."""
+    found = follow(CHOOSES, taken)
+    assert [i.name for i in instructions(found)] == ran
+    with pytest.raises(ValueError, match=r"1 of . branches were not met"):
+        follow(CHOOSES, [*taken, True])
+    with pytest.raises(ValueError, match="more branches than decisions"):
+        follow(CHOOSES, taken[:-1])
+
+
+def test_cuda_norms():
+    """What runs of their code loads and stores a row once, its vectors once; the page has it."""
+    pytest.importorskip("triton")
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    from bench import estimates_cuda
+
+    found = list(estimates_cuda.estimates())
+    for e in found:
+        rows, vectors = {"rms_norm_modulate": (1, 3), "gated_residual_norm": (2, 4)}[e.case.op]
+        vectors -= e.case.site == "trunk"  # has no shift
+        written = 2 if e.case.op == "gated_residual_norm" else 1
+        # Two pieces a thread: 1536 = 2 * 8 * 96, and of 3840 the last 32 threads have one.
+        assert e.kernel.warps == {1536: 3, 3840: 8}[e.case.geometry.width]
+        assert e.kernel.sass.count("LDG.E.128") == 2 * (rows + vectors), e.case.label
+        assert e.kernel.sass.count("STG.E.128") == 2 * written, e.case.label
+        assert widths(e.kernel.sass) == ({16}, {16})
+        assert e.passage.ms > 1e3 * e.units["memory"]
+    page = PAGE.read_text()
+    if f"\n{version()}\n" in page and f"\n{estimates_cuda.version()}\n" in page:
+        for line in estimates_cuda.table(found).splitlines():
+            assert line in page
+
+
 def test_rewriting_keeps_the_text(few, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(PAGE.read_text())
-    text = rewrite(page, few)
+    text = rewrite(page, tables(few))
 
     def prose(text):
         return re.sub(r"(<!-- counted: \w+ -->\n).*?(?=<!-- end -->)", r"\1", text, flags=re.S)
@@ -168,8 +238,10 @@ def test_rewriting_keeps_the_text(few, tmp_path):
     for name, table in tables(few).items():
         assert f"{BEGIN.format(name)}\n{table}\n{END}" in text
     page.write_text("no tables")
-    with pytest.raises(ValueError, match="no line '<!-- counted: units -->' to put a table behind"):
-        rewrite(page, few)
+    with pytest.raises(
+        ValueError, match="no line '<!-- counted: version -->' to put a table behind"
+    ):
+        rewrite(page, tables(few))
 
 
 def test_the_page_has_every_case():

@@ -48,6 +48,9 @@ def library(source: str) -> ctypes.CDLL:
     out = Path(folder.name) / "library.so"
     # No fused multiplications but those the source asks for: the GPU's bits.
     flags = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"]
+    if os.environ.get("PIXELDIFF_SANITIZE"):  # what `make sanitize` sets
+        flags += [f"-fsanitize={os.environ['PIXELDIFF_SANITIZE']}", "-fno-sanitize-recover=all"]
+        flags += ["-O1", "-g1"]
     command = [compiler, *flags, "-I", str(ROOT / "csrc"), "-o", str(out), str(HERE / source)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     loaded = ctypes.CDLL(str(out))

@@ -306,6 +306,7 @@ def test_triton_compiles_ahead_of_time(target):
         (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
         aot.assert_lean(kernel)
         assert kernel.registers <= 128
+        assert kernel.warps == 1  # which waits for no other
         assert "st.global.v4.b32" in kernel.ptx  # the tokens
         assert "ld.global.v2.b32" in kernel.ptx  # the image, two pixels a thread
         assert "ld.global.v4.b32" in kernel.ptx  # the table

@@ -399,6 +399,7 @@ def test_triton_compiles_ahead_of_time(target):
         (kernel,) = aot.compile_launch(lambda args=args: module.launch(*args), target)
         aot.assert_lean(kernel)
         assert kernel.registers <= 128
+        assert kernel.warps == 1  # which waits for no other
         tokens = 2 * pixel * dtype.itemsize // 16  # loads of two pixels a thread
         assert kernel.ptx.count("ld.global.v4.b32") >= tokens
         assert kernel.ptx.count("ld.global.v2.b32") >= 6  # x and noise, two pixels a thread

@@ -401,7 +401,11 @@ class Block {
 
  private:
   friend class Thread;
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr size_t kStack = 128 << 10;  // every variable has its guards
+#else
   static constexpr size_t kStack = 64 << 10;
+#endif
   static constexpr uint32_t kStart = 5 << 10;  // not where a larger power of two would be
 
   struct OwnCopy {  // 16 bytes, by a thread itself
