@@ -416,7 +416,7 @@ if [ "${#results[@]}" -gt 0 ]; then
   if "$PYTHON" -c "import matplotlib" 2>/dev/null; then
     stage report 60 "$PYTHON" -m bench report "${results[@]}" -o "$OUT/report"
   fi
-else
+elif [ ! -e "$OUT/tune.json" ]; then
   echo "no stage measured anything; see the logs"
 fi
 echo
