@@ -164,6 +164,7 @@ sanitize() {
   shift 2
   found="$(PATH="$PATH:/usr/local/cuda/bin" command -v compute-sanitizer)" \
     || { echo "compute-sanitizer is absent"; return 3; }
+  "$found" --help 2>/dev/null | grep -A 3 -e '--kernel-' # of this version, should it refuse the filter
   # PyTorch keeps memory that it has freed, in which an access out of bounds would go unnoticed.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$found" --tool "$tool" --error-exitcode 9 \
     --kernel-name "kns=$filter" "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -m gpu "$@"
