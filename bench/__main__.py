@@ -28,7 +28,16 @@ from .machine import DTYPES, machine
 from .memory_command import memory, plans
 from .options import comma, json_option, resume_option, threads_option
 from .recorder import Recorder
-from .resume import DEVICE_LOST, TIME_UP, DeviceLost
+from .resume import (
+    DEVICE_LOST,
+    HANG_SECONDS,
+    TIME_UP,
+    DeviceLost,
+    Watch,
+    Watchdog,
+    unwatched,
+)
+from .schema import Row
 from .tiles_command import tiles
 from .variants import VARIANTS
 
@@ -98,8 +107,8 @@ def kernels(
         matrix=256 if quick else None,
     )
     recorder = Recorder(path)
-    before = recorder.resume(machine(where)) if resume else []
-    _finish(recorder, run(plan, before), show.kernels, resume=resume)
+    before, watch = _before(recorder, where, resume)
+    _finish(recorder, run(plan, before, watch), show.kernels, resume=resume)
 
 
 @main.command()
@@ -279,8 +288,8 @@ def tune(
         check_device(device), dtypes=dtypes or ("bf16",), tables=tables or TABLES, **options
     )
     recorder = Recorder(path)
-    before = recorder.resume(machine(plan.device)) if resume else []
-    _finish(recorder, run(plan, before), show.tiles, resume=resume)
+    before, watch = _before(recorder, plan.device, resume)
+    _finish(recorder, run(plan, before, watch), show.tiles, resume=resume)
 
 
 @main.command()
@@ -460,6 +469,15 @@ def summary(files: tuple[Path, ...]) -> None:
     from .schema import load
 
     show.summary([row for path in files for row in load(path)])
+
+
+def _before(recorder: Recorder, device: torch.device, resume: bool) -> tuple[list[Row], Watch]:
+    """What a command goes on with, and what watches over its first calls."""
+    if not resume:
+        return [], unwatched
+    before = recorder.resume(machine(device))
+    cuda = device.type == "cuda"
+    return before, Watchdog(HANG_SECONDS, recorder.add).around if cuda else unwatched
 
 
 def _finish(recorder: Recorder, measured, table: Callable, *, resume: bool = False) -> None:

@@ -21,6 +21,7 @@ from .accuracy import Judge
 from .machine import DTYPES, last_level_cache, machine
 from .resume import (
     DeviceLost,
+    Watch,
     by_case,
     case_of,
     check_not_lost,
@@ -29,6 +30,7 @@ from .resume import (
     limit_reached,
     losses,
     reason,
+    unwatched,
 )
 from .rivals import RIVALS, refusal
 from .schema import Memory, Row, Timing
@@ -71,12 +73,13 @@ class Plan:
     matrix: int | None = None
 
 
-def run(plan: Plan, before: Sequence[Row] = ()) -> Iterator[list[Row]]:
+def run(plan: Plan, before: Sequence[Row] = (), watch: Watch = unwatched) -> Iterator[list[Row]]:
     """The rows of one case after the other, as they are measured.
 
     Args:
         before: rows that there are already (`resume.rows_before`). Their cases are left out; one
             that a device was lost in is measured without what it was lost with.
+        watch: around first calls, see `resume.Watchdog`.
 
     Raises:
         DeviceLost: when the rows that say so have been yielded.
@@ -103,7 +106,7 @@ def run(plan: Plan, before: Sequence[Row] = ()) -> Iterator[list[Row]]:
                 else:
                     try:
                         yield guarded(
-                            functools.partial(measure, plan, case, name, top, losses(had)),
+                            functools.partial(measure, plan, case, name, top, losses(had), watch),
                             functools.partial(_row, plan, case, name, "-", {}, "failed"),
                             plan.device,
                         )
@@ -114,7 +117,12 @@ def run(plan: Plan, before: Sequence[Row] = ()) -> Iterator[list[Row]]:
 
 @torch.no_grad()
 def measure(
-    plan: Plan, case: Case, dtype: str, top: ceilings.Ceilings, without: Collection[str] = ()
+    plan: Plan,
+    case: Case,
+    dtype: str,
+    top: ceilings.Ceilings,
+    without: Collection[str] = (),
+    watch: Watch = unwatched,
 ) -> list[Row]:
     """One row for every implementation of one op in one place, interleaved, but those `without`.
 
@@ -142,7 +150,9 @@ def measure(
             row.status, row.reason = "refused", refusal
             continue
         try:
-            first = first_call(candidate, rotation, clock)
+            # What is compiled whole may take its time.
+            with (unwatched if candidate.name == COMPILED else watch)(row):
+                first = first_call(candidate, rotation, clock)
             with candidate.context():
                 row.accuracy = judge(candidate.call(*args))
                 row.memory = _memory(candidate, args, plan.device)

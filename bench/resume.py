@@ -3,8 +3,11 @@ happens where a kernel takes its process's device away."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Hashable, Iterable
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +20,13 @@ from .schema import Machine, Row
 # process has lost the device.
 TIME_UP, DEVICE_LOST = 75, 76
 LOST = "the device was lost: "
+HANG_SECONDS = 20.0  # for a first call: a Triton kernel takes a few to compile
+
+Watch = Callable[[Row], contextlib.AbstractContextManager]
 
 
 class DeviceLost(RuntimeError):
-    """An access out of bounds, or its like: nothing runs on the device in this process any more.
+    """After an access out of bounds or its like nothing runs on the device in this process.
 
     `rows` say what did it; the next process leaves that out.
     """
@@ -28,6 +34,43 @@ class DeviceLost(RuntimeError):
     def __init__(self, rows: list[Row]) -> None:
         super().__init__(rows[0].reason)
         self.rows = rows
+
+
+def unwatched(row: Row) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
+
+
+class Watchdog:
+    """Ends the process where a kernel never does: waiting for it, no signal reaches Python.
+
+    Args:
+        seconds: that a call may take.
+        save: is given the row that says so.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        save: Callable[[list[Row]], None],
+        end: Callable[[int], None] = os._exit,
+    ) -> None:
+        self._seconds, self._save, self._end = seconds, save, end
+
+    @contextlib.contextmanager
+    def around(self, row: Row) -> Iterator[None]:
+        """Around the first call of the implementation of this row."""
+        timer = threading.Timer(self._seconds, self._late, (row,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _late(self, row: Row) -> None:
+        reason = f"{LOST}its first call did not end in {self._seconds:g} s"
+        self._save([replace(row, status="failed", reason=reason)])
+        self._end(DEVICE_LOST)
 
 
 def limit_reached(seconds: float) -> str:

@@ -30,6 +30,7 @@ from .accuracy import Judge
 from .machine import DTYPES, ROOT, last_level_cache, machine
 from .resume import (
     DeviceLost,
+    Watch,
     by_case,
     case_of,
     check_not_lost,
@@ -38,6 +39,7 @@ from .resume import (
     limit_reached,
     losses,
     reason,
+    unwatched,
 )
 from .schema import Rates, Row
 from .shapes import Case, cases
@@ -82,12 +84,13 @@ def tunable() -> dict[str, ModuleType]:
     return found
 
 
-def run(plan: Plan, before: Sequence[Row] = ()) -> Iterator[list[Row]]:
+def run(plan: Plan, before: Sequence[Row] = (), watch: Watch = unwatched) -> Iterator[list[Row]]:
     """The rows of one case after the other; each op's table is written when its cases are done.
 
     Args:
         before: rows that there are already (`resume.rows_before`); their cases are not measured
             again, and count as measured now.
+        watch: around first calls, see `resume.Watchdog`.
 
     Raises:
         ValueError: an op that has nothing to tune, or a device that no Triton kernel runs on.
@@ -123,7 +126,9 @@ def run(plan: Plan, before: Sequence[Row] = ()) -> Iterator[list[Row]]:
                     left = [t for t in tiles if label(t) not in losses(had)]
                     try:
                         rows = guarded(
-                            functools.partial(measure, plan, case, dtype, modules[op], args, left),
+                            functools.partial(
+                                measure, plan, case, dtype, modules[op], args, left, watch
+                            ),
                             functools.partial(_without, plan, case, dtype, "failed"),
                             plan.device,
                         )
@@ -155,6 +160,7 @@ def measure(
     module: ModuleType,
     args: tuple[Any, ...],
     tiles: Sequence[Any],
+    watch: Watch = unwatched,
 ) -> list[Row]:
     """One row for every tile.
 
@@ -171,7 +177,8 @@ def measure(
         candidate = Candidate(label(tile), _launch(module, tile))
         row = rows[tile] = _row(plan, case, dtype, candidate.name)
         try:
-            first = first_call(candidate, rotation, clock)
+            with watch(row):
+                first = first_call(candidate, rotation, clock)
             row.accuracy = judge(candidate.call(*rotation.copies[0]))
             if row.accuracy.of_budget > 1:
                 raise ArithmeticError(f"its error is {row.accuracy.of_budget:.2g} of the budget")

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import types
 from dataclasses import replace
 
@@ -213,6 +214,32 @@ def test_a_kernel_that_takes_the_device_away_is_left_out_by_the_next_process(mon
     }
     third = process(first + second)
     assert first[0].site not in {r.site for r in third}
+
+
+def test_a_kernel_that_never_ends_is_recorded_and_ends_the_process(tmp_path, monkeypatch):
+    ended = threading.Event()
+
+    def launched(op, args):
+        if registry.forced_backend(op.name) == "triton":
+            assert ended.wait(60)  # as in the driver: no Python of this thread runs meanwhile
+        return op.reference(*args)
+
+    monkeypatch.setattr(registry, "_run", launched)
+    monkeypatch.setattr("bench.kernels._refusal", lambda *_: None)
+    recorder, codes = Recorder(tmp_path / "r.json", "command"), []
+
+    def end(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    watch = resume.Watchdog(1.0, recorder.add, end).around
+    (case,) = [c for c in cases("swiglu", (1024,), 16) if c.site == "text"]
+    measure(PLAN, case, "fp32", TOP, watch=watch)
+    assert codes == [resume.DEVICE_LOST]
+    (row,) = schema.load(tmp_path / "r.json")
+    assert (row.backend, row.site, row.status) == ("triton", "pid/text", "failed")
+    assert row.reason == "the device was lost: its first call did not end in 1 s"
+    assert resume.losses([row]) == {"triton"}
 
 
 def test_an_unknown_op_is_named():
