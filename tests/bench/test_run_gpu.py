@@ -323,7 +323,7 @@ def test_races_of_this_run_choose_the_backends(tmp_path):
     assert (out / "choose.log").read_text().split() == said
     os.utime(out / "kernels-short.json", (1, 1))
     (out / "choose.log").unlink()
-    start(out, "--resume", PYTHON=str(program), PIXELDIFF_COMMIT="abc", ONLY="environment")
+    start(out, "--resume", PYTHON=str(program), PIXELDIFF_COMMIT="abc", ONLY="environment choose")
     assert not (out / "choose.log").exists()
 
 
