@@ -22,6 +22,10 @@ TIME_UP, DEVICE_LOST = 75, 76
 LOST = "the device was lost: "
 HANG_SECONDS = 20.0  # for a first call: a Triton kernel takes a few to compile
 
+# What must be the same of the machine, as for a choice of backends; drivers differ from one
+# rented machine to the next.
+SAME = ("device", "device_name", "capability", "commit", "torch", "triton")
+
 Watch = Callable[[Row], contextlib.AbstractContextManager]
 
 
@@ -128,7 +132,8 @@ def reason(e: BaseException) -> str:
 def rows_before(path: Path, command: str, machine: Machine) -> list[Row]:
     """The rows of `path` that `command` would measure again just so; none if there is no file.
 
-    Only those of the same machine, versions and commit, and not those of what was left out.
+    Only those of a machine, versions and commit that are the `SAME`, and not those of what was left
+    out.
 
     Raises:
         SchemaError: the file is no result.
@@ -141,7 +146,8 @@ def rows_before(path: Path, command: str, machine: Machine) -> list[Row]:
     return [
         row
         for row in rows
-        if row.status != "skipped" and replace(row.machine, utc=machine.utc) == machine
+        if row.status != "skipped"
+        and all(getattr(row.machine, name) == getattr(machine, name) for name in SAME)
     ]
 
 

@@ -172,6 +172,7 @@ def test_a_run_goes_on_where_one_was_short_of_time(tmp_path):
     recorder = Recorder(path, json.loads(path.read_text())["command"])
     assert recorder.resume(here)
     assert Recorder(path, "python -m bench kernels --op swiglu").resume(here) == []
+    assert recorder.resume(replace(here, driver="580.1", utc="2026-01-02T03:04:05+00:00"))
     assert recorder.resume(replace(here, commit="abc")) == []
     with pytest.raises(ValueError, match="--json names"):
         Recorder(None).resume(here)
