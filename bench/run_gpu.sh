@@ -112,7 +112,9 @@ stage() {
 # pack: all of $OUT into $ARCHIVE, whole or not at all.
 pack() {
   if [ -n "${ARCHIVE:-}" ]; then
-    tar -czf "$ARCHIVE.part" --exclude='*.tar.gz*' -C "$OUT" . && mv "$ARCHIVE.part" "$ARCHIVE"
+    tar -czf "$ARCHIVE.part" --exclude='*.tar.gz*' -C "$OUT" .
+    # 1: something changed meanwhile, as the folder itself does where the archive lies in it.
+    [ $? -le 1 ] && mv "$ARCHIVE.part" "$ARCHIVE"
   fi
 }
 

@@ -267,6 +267,19 @@ def test_everything_in_one_file(said, tmp_path):
     assert (said.out / "kernels-short.log").exists()
 
 
+def test_the_file_may_lie_in_the_folder(said, tmp_path):
+    """tar then finds that the folder has changed as it read it, and says so by 1."""
+    tar = tmp_path / "tar"
+    tar.write_text('#!/bin/sh\nPATH="${PATH#*:}" tar "$@"\nexit 1\n')
+    tar.chmod(0o755)
+    archive = said.out / "results.tar.gz"
+    said(ONLY="kernels-short", ARCHIVE=str(archive))
+    with tarfile.open(archive) as f:
+        kept = {Path(n).name for n in f.getnames()}
+    assert "kernels-short.done" in kept
+    assert not any(".tar.gz" in name for name in kept)
+
+
 @pytest.mark.timeout(600)
 def test_dry_run(tmp_path):
     """One stage of a rehearsal as it is, and what becomes of its result."""
