@@ -103,6 +103,13 @@ stage() {
     124 | 130 | 137 | 143) state="stopped at $limit s (code $code)" ;;
     *) state="failed, code $code" ;;
   esac
+  # Of tests, how many. Where all were skipped nothing is proven, and the next call tries again.
+  local told
+  told="$(grep -oE '[0-9]+ (failed|passed|skipped|error).* in [0-9.]+s' "$OUT/$name.log" | tail -n 1)"
+  if [ "$code" -eq 0 ] && [ -n "$told" ] && [[ "$told" != *passed* ]]; then
+    state="nothing ran" && rm -f "$OUT/$name.done"
+  fi
+  state+="${told:+, $told}"
   if [ "$code" -ne 0 ] || [ "$name" = environment ]; then tail -n 25 "$OUT/$name.log"; fi
   SUMMARY+=("$(printf '%-22s %4s s  %s' "$name" "$took" "$state")")
   pack

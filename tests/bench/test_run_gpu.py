@@ -252,6 +252,23 @@ def test_a_process_that_lost_the_device_is_replaced(tmp_path):
     assert "an illegal memory access" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "state", "done"),
+    [
+        ("12 passed, 3 skipped in 4.20s", "ok, 12 passed, 3 skipped in 4.20s", True),
+        ("858 skipped in 72.35s (0:01:12)", "nothing ran, 858 skipped in 72.35s", False),
+    ],
+)
+def test_tests_that_are_all_skipped_prove_nothing(tmp_path, line, state, done):
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\ncase "$*" in *"-m pytest"*) echo "=== {line} ===" ;; esac\n')
+    program.chmod(0o755)
+    out = tmp_path / "out"
+    found = table(start(out, PYTHON=str(program), ONLY="tests-once"))["tests-once"]
+    assert found.split("s ", 1)[1] == state
+    assert (out / "tests-once.done").exists() is done
+
+
 def test_everything_in_one_file(said, tmp_path):
     archive = tmp_path / "results.tar.gz"
     only = {"ONLY": "kernels-short tests-once", "ARCHIVE": str(archive)}
