@@ -24,10 +24,20 @@ from .huge_command import huge
 from .kill_command import kill
 from .l2p_commands import convert, local_decoder
 from .large_files_command import files
-from .machine import DTYPES
+from .machine import DTYPES, machine
 from .memory_command import memory, plans
-from .options import comma, json_option, threads_option
+from .options import comma, json_option, resume_option, threads_option
 from .recorder import Recorder
+from .resume import (
+    DEVICE_LOST,
+    HANG_SECONDS,
+    TIME_UP,
+    DeviceLost,
+    Watch,
+    Watchdog,
+    unwatched,
+)
+from .schema import Row
 from .tiles_command import tiles
 from .variants import VARIANTS
 
@@ -50,6 +60,7 @@ def main() -> None:
 @click.option("--quick", is_flag=True, help="1024 at side / 16, three rounds: only that it runs")
 @click.option("--compile/--no-compile", "compiled", default=True, help="the compiled baseline")
 @click.option("--rivals", is_flag=True, help="also vendors' kernels, on a GPU: bench/rivals.py")
+@resume_option
 @threads_option
 @json_option
 @clean_errors
@@ -66,6 +77,7 @@ def kernels(
     quick: bool,
     compiled: bool,
     rivals: bool,
+    resume: bool,
     threads: int | None,
     path: Path | None,
 ) -> None:
@@ -94,7 +106,9 @@ def kernels(
         rivals=rivals,
         matrix=256 if quick else None,
     )
-    _finish(Recorder(path), run(plan), show.kernels)
+    recorder = Recorder(path)
+    before, watch = _before(recorder, where, resume)
+    _finish(recorder, run(plan, before, watch), show.kernels, resume=resume)
 
 
 @main.command()
@@ -253,9 +267,17 @@ def profile(
 @click.option("--seconds", default=3.0, show_default=True, help="for the samples of one case")
 @click.option("--limit", type=float, help="seconds for everything; unfinished ops keep their table")
 @click.option("--tables", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@resume_option
 @json_option
 @clean_errors
-def tune(device: str | None, dtypes: tuple[str, ...], tables: Path | None, path, **options) -> None:
+def tune(
+    device: str | None,
+    dtypes: tuple[str, ...],
+    tables: Path | None,
+    resume: bool,
+    path: Path | None,
+    **options: Any,
+) -> None:
     """Measure the tiles of the Triton kernels and rewrite their tables, triton_kernels/<op>.json.
 
     Takes minutes on a GPU; what is measured for one compute capability is kept for the others.
@@ -265,7 +287,9 @@ def tune(device: str | None, dtypes: tuple[str, ...], tables: Path | None, path,
     plan = Plan(
         check_device(device), dtypes=dtypes or ("bf16",), tables=tables or TABLES, **options
     )
-    _finish(Recorder(path), run(plan), show.tiles)
+    recorder = Recorder(path)
+    before, watch = _before(recorder, plan.device, resume)
+    _finish(recorder, run(plan, before, watch), show.tiles, resume=resume)
 
 
 @main.command()
@@ -456,13 +480,32 @@ def summary(files: tuple[Path, ...]) -> None:
     show.summary([row for path in files for row in load(path)])
 
 
-def _finish(recorder: Recorder, measured, table: Callable) -> None:
-    whole = recorder.record(measured, table)
+def _before(recorder: Recorder, device: torch.device, resume: bool) -> tuple[list[Row], Watch]:
+    """What a command goes on with, and what watches over its first calls."""
+    if not resume:
+        return [], unwatched
+    before = recorder.resume(machine(device))
+    cuda = device.type == "cuda"
+    return before, Watchdog(HANG_SECONDS, recorder.add).around if cuda else unwatched
+
+
+def _finish(recorder: Recorder, measured, table: Callable, *, resume: bool = False) -> None:
+    whole, lost = True, None
+    try:
+        whole = recorder.record(measured, table)
+    except DeviceLost as e:
+        lost = e
     if recorder.path is not None:
         show.console.print(f"{recorder.path}: {len(recorder.rows)} rows", markup=False)
     if not whole:
         show.console.print("interrupted; the rows above are kept")
         sys.exit(130)
+    if lost is not None:
+        show.console.print(f"{lost}; with --resume, run it again for the rest", markup=False)
+        sys.exit(DEVICE_LOST)
+    if resume and any(row.status == "skipped" for row in recorder.rows):
+        show.console.print("the time limit left some out; run it again for the rest")
+        sys.exit(TIME_UP)
 
 
 main.add_command(choose)

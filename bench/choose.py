@@ -263,7 +263,9 @@ def _decided(machine: Machine, races: Sequence[Race], now: Order, own: Order | N
     if absent:
         notes.append(f"{', '.join(absent)}, which the table lists, did not race")
     elif len(raced) < 2:
-        notes.append(f"nothing to choose from: {', '.join(raced) or 'no backend'} alone was timed")
+        notes.append(
+            f"nothing to choose from: {raced[0] + ' alone' if raced else 'nothing'} was timed"
+        )
     elif not whole:
         notes.append(f"no race has all of {', '.join(raced)}; time them in one run")
     else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,19 @@ from pixeldiff.ops.registry import OPS
 from . import ceilings
 from .accuracy import Judge
 from .machine import DTYPES, last_level_cache, machine
+from .resume import (
+    DeviceLost,
+    Watch,
+    by_case,
+    case_of,
+    check_not_lost,
+    guarded,
+    is_done,
+    limit_reached,
+    losses,
+    reason,
+    unwatched,
+)
 from .rivals import RIVALS, refusal
 from .schema import Memory, Row, Timing
 from .shapes import Case, cases
@@ -59,12 +73,21 @@ class Plan:
     matrix: int | None = None
 
 
-def run(plan: Plan) -> Iterator[list[Row]]:
-    """The rows of one case after the other, as they are measured."""
+def run(plan: Plan, before: Sequence[Row] = (), watch: Watch = unwatched) -> Iterator[list[Row]]:
+    """The rows of one case after the other, as they are measured.
+
+    Args:
+        before: rows that there are already (`resume.rows_before`). Their cases are left out; one
+            that a device was lost in is measured without what it was lost with.
+        watch: around first calls, see `resume.Watchdog`.
+
+    Raises:
+        DeviceLost: when the rows that say so have been yielded.
+    """
     unknown = sorted(set(plan.ops) - OPS.keys())
     if unknown:
         raise ValueError(f"no op {unknown[0]!r}; ops are {', '.join(sorted(OPS))}")
-    start = time.perf_counter()
+    start, known = time.perf_counter(), by_case(before)
     for name in plan.dtypes:
         top, rows = ceilings.measure(
             plan.device, name, DTYPES[name], rounds=plan.rounds, side=plan.matrix
@@ -73,26 +96,39 @@ def run(plan: Plan) -> Iterator[list[Row]]:
         for op in plan.ops or tuple(sorted(OPS)):
             for case in cases(op, plan.sizes, plan.scale):
                 late = plan.limit is not None and time.perf_counter() - start > plan.limit
+                had = known.get(case_of(_row(plan, case, name, "-", {}, "skipped", "")), [])
+                if is_done(had):
+                    continue
                 if op not in WORK:
                     yield [_row(plan, case, name, "-", {}, "skipped", "no entry in bench/work.py")]
                 elif late:
-                    reason = f"the time limit of {plan.limit:g} s was reached"
-                    yield [_row(plan, case, name, "-", {}, "skipped", reason)]
+                    yield [_row(plan, case, name, "-", {}, "skipped", limit_reached(plan.limit))]
                 else:
-                    yield _guarded(plan, case, name, top)
-
-
-def _guarded(plan: Plan, case: Case, dtype: str, top: ceilings.Ceilings) -> list[Row]:
-    try:
-        return measure(plan, case, dtype, top)
-    except (RuntimeError, MemoryError, ArithmeticError) as e:  # of the case: memory, overflow
-        _free(plan.device)
-        return [_row(plan, case, dtype, "-", {}, "failed", reason(e))]
+                    try:
+                        yield guarded(
+                            functools.partial(measure, plan, case, name, top, losses(had), watch),
+                            functools.partial(_row, plan, case, name, "-", {}, "failed"),
+                            plan.device,
+                        )
+                    except DeviceLost as e:
+                        yield e.rows
+                        raise
 
 
 @torch.no_grad()
-def measure(plan: Plan, case: Case, dtype: str, top: ceilings.Ceilings) -> list[Row]:
-    """One row for every implementation of one op in one place, interleaved."""
+def measure(
+    plan: Plan,
+    case: Case,
+    dtype: str,
+    top: ceilings.Ceilings,
+    without: Collection[str] = (),
+    watch: Watch = unwatched,
+) -> list[Row]:
+    """One row for every implementation of one op in one place, interleaved, but those `without`.
+
+    Raises:
+        DeviceLost: with one of them; only its row is there.
+    """
     op, work = OPS[case.op], WORK[case.op]
     args = arguments(case.op, plan.device, DTYPES[dtype], case.geometry)
     shape = shape_of(case)
@@ -105,6 +141,8 @@ def measure(plan: Plan, case: Case, dtype: str, top: ceilings.Ceilings) -> list[
     rows: list[Row] = []
     ready: list[tuple[Candidate, Row, float]] = []
     for candidate in _candidates(case.op, plan):
+        if candidate.name in without:
+            continue
         row = _row(plan, case, dtype, candidate.name, shape, "measured", None)
         rows.append(row)
         refusal = _refusal(case.op, candidate.name, args)
@@ -112,13 +150,15 @@ def measure(plan: Plan, case: Case, dtype: str, top: ceilings.Ceilings) -> list[
             row.status, row.reason = "refused", refusal
             continue
         try:
-            first = first_call(candidate, rotation, clock)
+            # What is compiled whole may take its time.
+            with (unwatched if candidate.name == COMPILED else watch)(row):
+                first = first_call(candidate, rotation, clock)
             with candidate.context():
                 row.accuracy = judge(candidate.call(*args))
                 row.memory = _memory(candidate, args, plan.device)
         except Exception as e:  # whatever a candidate raises is its row's reason
             row.status, row.reason = "failed", reason(e)
-            _free(plan.device)
+            check_not_lost(plan.device, row)
             continue
         ready.append((candidate, row, first))
 
@@ -224,13 +264,3 @@ def _row(
         reason=reason,
         machine=machine(plan.device),
     )
-
-
-def reason(e: BaseException) -> str:
-    text = (str(e).strip() or type(e).__name__).splitlines()[0]
-    return f"{type(e).__name__}: {text}"[:300]
-
-
-def _free(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -35,3 +35,9 @@ def json_option(f: Callable) -> Callable:
     return click.option(
         "--json", "path", type=click.Path(path_type=Path), help="file to write, kept up to date"
     )(f)
+
+
+def resume_option(f: Callable) -> Callable:
+    return click.option(
+        "--resume", is_flag=True, help="go on with --json; exit status 75 if time was short"
+    )(f)

@@ -25,8 +25,8 @@ from pixeldiff.models.pid.decoder import PRECISIONS
 from . import ceilings, forward, models, trace
 from .calls import Call, Calls, Numbers
 from .ceilings import Ceilings, gb_s, tflop_s
-from .kernels import reason
 from .machine import machine
+from .resume import reason
 from .schema import Kernel, Profile, Rates, Row
 from .timing import summarise
 

@@ -49,11 +49,14 @@ for argument in "$@"; do
       exit 2 ;;
   esac
 done
+PYTHON="${PYTHON:-python3}"
 # Not installed, only on the path: the package then finds its Triton kernels through a link.
-if [ "$DRY" -eq 0 ] && [ ! -e pixeldiff/triton_kernels ]; then
+installed() {
+  timeout 10 "$PYTHON" -c 'import importlib.metadata as m; m.version("pixeldiff")' >/dev/null 2>&1
+}
+if [ ! -e pixeldiff/triton_kernels ] && { [ "$DRY" -eq 0 ] || ! installed; }; then
   ln -s ../triton_kernels pixeldiff/triton_kernels
 fi
-PYTHON="${PYTHON:-python3}"
 OUT="${OUT:-bench/results}"
 mkdir -p "$OUT" || exit 1
 OUT="$(cd "$OUT" && pwd)"
@@ -82,16 +85,31 @@ stage() {
   [ "$limit" -gt "$left" ] && limit=$left
   echo "== $name (at most $limit s)"
   rm -f "$OUT/$name.done"
+  [ "$RESUME" -eq 1 ] || rm -f "$OUT/$name.json" # or it would be gone on with
   # TERM first: the benchmarks then keep their rows and end their workers. Tests get INT, and say
   # what had failed by then.
-  timeout --signal="${SIGNAL:-TERM}" --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
-  code=$?
+  : >"$OUT/$name.log"
+  while true; do
+    timeout --signal="${SIGNAL:-TERM}" --kill-after=10 "$((limit - (SECONDS - started)))" "$@" \
+      >>"$OUT/$name.log" 2>&1
+    code=$?
+    # 76: a kernel took the process's device away; the next one leaves that kernel out.
+    [ "$code" -eq 76 ] && [ "$((limit - (SECONDS - started)))" -ge "$LEAST" ] || break
+  done
   local took=$((SECONDS - started)) state=ok
   case $code in
     0) [ "$keep" -eq 0 ] || echo "$what" >"$OUT/$name.done" ;;
+    75 | 76) state="not finished: --resume goes on with it" ;;
     124 | 130 | 137 | 143) state="stopped at $limit s (code $code)" ;;
     *) state="failed, code $code" ;;
   esac
+  # Of tests, how many. Where all were skipped nothing is proven, and the next call tries again.
+  local told
+  told="$(grep -oE '[0-9]+ (failed|passed|skipped|error).* in [0-9.]+s' "$OUT/$name.log" | tail -n 1)"
+  if [ "$code" -eq 0 ] && [ -n "$told" ] && [[ "$told" != *passed* ]]; then
+    state="nothing ran" && rm -f "$OUT/$name.done"
+  fi
+  state+="${told:+, $told}"
   if [ "$code" -ne 0 ] || [ "$name" = environment ]; then tail -n 25 "$OUT/$name.log"; fi
   SUMMARY+=("$(printf '%-22s %4s s  %s' "$name" "$took" "$state")")
   pack
@@ -101,7 +119,9 @@ stage() {
 # pack: all of $OUT into $ARCHIVE, whole or not at all.
 pack() {
   if [ -n "${ARCHIVE:-}" ]; then
-    tar -czf "$ARCHIVE.part" --exclude='*.tar.gz*' -C "$OUT" . && mv "$ARCHIVE.part" "$ARCHIVE"
+    tar -czf "$ARCHIVE.part" --exclude='*.tar.gz*' -C "$OUT" .
+    # 1: something changed meanwhile, as the folder itself does where the archive lies in it.
+    [ $? -le 1 ] && mv "$ARCHIVE.part" "$ARCHIVE"
   fi
 }
 
@@ -138,7 +158,9 @@ build() {
     arch="$("$PYTHON" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9))')" \
       || return 3
   fi
-  PATH="/usr/local/cuda/bin:$PATH" PIXELDIFF_REQUIRE_EXT=1 \
+  # CMake and ninja may be there as packages of an environment that nobody has activated.
+  PATH="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):/usr/local/cuda/bin:$PATH" \
+    PIXELDIFF_REQUIRE_EXT=1 \
     PIXELDIFF_BUILD_CUDA="$([ "$DRY" -eq 1 ] && echo 0 || echo auto)" \
     PIXELDIFF_CUDA_ARCHS="${arch/auto/}" CMAKE_BUILD_PARALLEL_LEVEL="${JOBS:-$(nproc)}" \
     "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m pixeldiff.cli info
@@ -151,6 +173,7 @@ sanitize() {
   shift 2
   found="$(PATH="$PATH:/usr/local/cuda/bin" command -v compute-sanitizer)" \
     || { echo "compute-sanitizer is absent"; return 3; }
+  "$found" --help 2>/dev/null | grep -A 3 -e '--kernel-' # of this version, should it refuse the filter
   # PyTorch keeps memory that it has freed, in which an access out of bounds would go unnoticed.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$found" --tool "$tool" --error-exitcode 9 \
     --kernel-name "kns=$filter" "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -m gpu "$@"
@@ -195,7 +218,7 @@ tests() {
     stage "$name" 240 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu --collect-only "$@"
   else
     SIGNAL=INT stage "$name" "$limit" "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -m gpu \
-      ${XDIST:-} "$@"
+      ${HANGS:+--timeout $((limit / 2)) $HANGS} ${XDIST:-} "$@"
   fi
 }
 
@@ -217,7 +240,7 @@ kernels() {
     limit=240
     set -- "${KEPT[@]}" --device cpu --quick --no-compile --dtype bf16 --limit "${DRY_LIMIT:-30}"
   fi
-  stage "$name" "$limit" "$PYTHON" -m bench kernels --json "$OUT/$name.json" "$@"
+  stage "$name" "$limit" "$PYTHON" -m bench kernels --resume --json "$OUT/$name.json" "$@"
 }
 
 decode() {
@@ -259,8 +282,13 @@ profiled() {
 
 CONFIG="${CONFIG:-flux-2k}" SIZE="${SIZE:-2048}"
 stage environment 60 bash -c environment
+# has MODULE: whether tests that really run can use it.
+has() { [ "$DRY" -eq 0 ] && "$PYTHON" -c "import $1" 2>/dev/null >&2; }
 # Most of a test's time is compilation: on as many processes as the memory of the largest allows.
-XDIST="$([ "$DRY" -eq 1 ] || ! "$PYTHON" -c "import xdist" 2>/dev/null || echo "-n 6 --dist loadfile")"
+XDIST="$(has xdist && echo "-n 6 --dist loadfile")"
+# A kernel that never ends holds its process inside the driver, where no signal reaches Python: only
+# a thread can end it.
+HANGS="$(has pytest_timeout && echo "--timeout-method thread")"
 if [ "$DRY" -eq 0 ] || [ -n "${DRY_BUILD:-}" ]; then
   stage build 110 bash -c build
 fi
@@ -268,11 +296,11 @@ case "$PART" in
   "")
     # If the machine goes away, the most telling results are there: that the kernels are right, what
     # an image takes, and where it goes.
-    tests once 50 tests/kernels/test_every_kernel.py
+    XDIST="${XDIST/loadfile/load}" tests once 50 tests/kernels/test_every_kernel.py
     decode short 85 --device cuda --config flux-2k --size 2048 --new-size 1024 --images 5 \
       --compare reference,upstream --timeout 45
     profiled short 55 --device cuda --config flux-2k --size 2048
-    kernels short 100 --device cuda --dtype bf16 --sizes 2048 --seconds 0.5 --limit 85
+    kernels short 100 --device cuda --dtype bf16 --sizes 2048 --seconds 0.5 --limit 85 --no-compile
     tests models 130 tests --ignore tests/kernels
     ;;
   --tests)
@@ -328,6 +356,8 @@ case "$PART" in
     decode "$CONFIG-4096" 130 --device cuda --config "$CONFIG" --size 4096 --new-size 0 \
       --images 2 --compare reference,upstream --timeout 60
     profiled "$CONFIG" 55 --device cuda --config "$CONFIG" --size 2048
+    # What torch.compile makes of each op: seconds for each of fifty, so that it takes several calls.
+    kernels compiled 50 --device cuda --dtype bf16 --sizes 2048 --seconds 0.3 --limit 40
     ;;
   --compile)
     # A network takes a minute and more to compile; those that take turns do so one after the other.
@@ -370,10 +400,11 @@ case "$PART" in
       mkdir -p "$OUT/tables"
       TRITON_INTERPRET=1 stage tune 240 "$PYTHON" -m bench tune --device cpu --op add_silu \
         --scale 64 --sizes 2048 --rounds 3 --seconds 0.1 --limit 60 --tables "$OUT/tables" \
-        --json "$OUT/tune.json"
+        --resume --json "$OUT/tune.json"
     else
-      stage tune 380 "$PYTHON" -m bench tune --seconds 0.4 --sizes 2048,4096 --limit 360 \
-        --json "$OUT/tune.json"
+      # Hundreds of tiles, a second or more to compile each: two calls.
+      stage tune 400 "$PYTHON" -m bench tune --seconds 0.4 --sizes 2048,4096 --limit 380 \
+        --resume --json "$OUT/tune.json"
       mkdir -p "$OUT/tables" && cp triton_kernels/*.json "$OUT/tables/"
     fi
     ;;
@@ -382,8 +413,9 @@ esac
 shopt -s nullglob
 races=()
 for file in "$OUT"/kernels-*.json; do
-  # Of this run, or of the one it goes on with; not of others.
-  if [ "$file" -nt "$OUT/environment.log" ] || { [ "$RESUME" -eq 1 ] && [ -e "${file%.json}.done" ]; }; then
+  # Of this run, or of the one it goes on with; not of others, nor of other sources.
+  done_by="$([ "$RESUME" -eq 0 ] || cat "${file%.json}.done" 2>/dev/null)"
+  if [ "$file" -nt "$OUT/environment.log" ] || [[ "$done_by" == "${PIXELDIFF_COMMIT:-} "* ]]; then
     races+=("$file")
   fi
 done
@@ -397,7 +429,7 @@ if [ "${#results[@]}" -gt 0 ]; then
   if "$PYTHON" -c "import matplotlib" 2>/dev/null; then
     stage report 60 "$PYTHON" -m bench report "${results[@]}" -o "$OUT/report"
   fi
-else
+elif [ ! -e "$OUT/tune.json" ]; then
   echo "no stage measured anything; see the logs"
 fi
 echo

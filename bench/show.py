@@ -193,10 +193,11 @@ def summary(rows: list[Row]) -> None:
             continue
         size = r.shape.get("size", r.shape.get("width"))
         scale = r.shape.get("scale", 1)
+        tiled = f" in {r.shape['tile']}" if "tile" in r.shape else ""
         percent = "" if r.rates is None or r.rates.percent is None else f"{r.rates.percent:.0f}"
         table.add_row(
             r.name,
-            f"{r.site.split('/')[-1]} {size}" + (f"/{scale}" if scale > 1 else ""),
+            f"{r.site.split('/')[-1]} {size}" + (f"/{scale}" if scale > 1 else "") + tiled,
             r.dtype,
             r.backend,
             number(r.timing.median_ms),

@@ -9,11 +9,12 @@ heuristic's own tile is among the candidates and keeps its place unless another 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +28,19 @@ from pixeldiff.out_files import written_whole
 
 from .accuracy import Judge
 from .machine import DTYPES, ROOT, last_level_cache, machine
+from .resume import (
+    DeviceLost,
+    Watch,
+    by_case,
+    case_of,
+    check_not_lost,
+    guarded,
+    is_done,
+    limit_reached,
+    losses,
+    reason,
+    unwatched,
+)
 from .schema import Rates, Row
 from .shapes import Case, cases
 from .timing import Candidate, Rotation, clock_for, first_call, interleave
@@ -70,11 +84,17 @@ def tunable() -> dict[str, ModuleType]:
     return found
 
 
-def run(plan: Plan) -> Iterator[list[Row]]:
+def run(plan: Plan, before: Sequence[Row] = (), watch: Watch = unwatched) -> Iterator[list[Row]]:
     """The rows of one case after the other; each op's table is written when its cases are done.
+
+    Args:
+        before: rows that there are already (`resume.rows_before`); their cases are not measured
+            again, and count as measured now.
+        watch: around first calls, see `resume.Watchdog`.
 
     Raises:
         ValueError: an op that has nothing to tune, or a device that no Triton kernel runs on.
+        DeviceLost: when the rows that say so have been yielded.
     """
     modules = tunable()
     for name in plan.ops:
@@ -85,35 +105,71 @@ def run(plan: Plan) -> Iterator[list[Row]]:
     if refusal is not None:
         raise ValueError(f"tune: device {plan.device}: a Triton kernel {refusal}")
     major, minor = launching.capability(torch.empty(0, device=plan.device))
-    start = time.perf_counter()
+    start, known = time.perf_counter(), by_case(before)
     for op in plan.ops or tuple(modules):
         measured: dict[str, list[Mapping[Any, float]]] = {}
         defaults: dict[str, Any] = {}
         for dtype in plan.dtypes:
             for case in cases(op, plan.sizes, plan.scale):
-                if plan.limit is not None and time.perf_counter() - start > plan.limit:
+                had = known.get(case_of(_row(plan, case, dtype, "-")), [])
+                late = plan.limit is not None and time.perf_counter() - start > plan.limit
+                if late and not is_done(had):
+                    yield [_without(plan, case, dtype, "skipped", limit_reached(plan.limit))]
                     return
                 args = arguments(op, plan.device, DTYPES[dtype], case.geometry)
                 if modules[op].why_not(*args) is not None:
                     continue
                 key = modules[op].key(*args)
                 defaults.setdefault(key, modules[op].heuristic((major, minor), *args))
-                rows, times = measure(plan, case, dtype, modules[op], args, defaults[key])
-                measured.setdefault(key, []).append(times)
-                yield rows
+                tiles = tiles_of(modules[op], args, defaults[key])
+                if not is_done(had):
+                    left = [t for t in tiles if label(t) not in losses(had)]
+                    try:
+                        rows = guarded(
+                            functools.partial(
+                                measure, plan, case, dtype, modules[op], args, left, watch
+                            ),
+                            functools.partial(_without, plan, case, dtype, "failed"),
+                            plan.device,
+                        )
+                    except DeviceLost as e:
+                        yield e.rows
+                        raise
+                    yield rows
+                    had = [*had, *rows]
+                measured.setdefault(key, []).append(times_of(had, tiles))
         chosen = {k: best(runs, defaults[k]) for k, runs in measured.items()}
         update(plan.tables / f"{op}.json", f"{major}.{minor}", chosen)
 
 
+def tiles_of(module: ModuleType, args: tuple[Any, ...], default: Any) -> list[Any]:
+    return list(dict.fromkeys([default, *module.candidates(*args)]))
+
+
+def times_of(rows: Sequence[Row], tiles: Sequence[Any]) -> dict[Any, float]:
+    """ms of every tile that ran and was right."""
+    found = {row.backend: row.timing.median_ms for row in rows if row.timing is not None}
+    return {tile: found[label(tile)] for tile in tiles if label(tile) in found}
+
+
 @torch.no_grad()
 def measure(
-    plan: Plan, case: Case, dtype: str, module: ModuleType, args: tuple[Any, ...], default: Any
-) -> tuple[list[Row], dict[Any, float]]:
-    """One row for every tile, and the time of each that ran and was right."""
+    plan: Plan,
+    case: Case,
+    dtype: str,
+    module: ModuleType,
+    args: tuple[Any, ...],
+    tiles: Sequence[Any],
+    watch: Watch = unwatched,
+) -> list[Row]:
+    """One row for every tile.
+
+    Raises:
+        DeviceLost: with one of them; only its row is there.
+    """
     op = case.op
     judge = Judge(op, WORK[op], args, OPS[op].reference)
     rotation, clock = Rotation(args, last_level_cache(plan.device)), clock_for(plan.device)
-    tiles = list(dict.fromkeys([default, *module.candidates(*args)]))
     rows: dict[Any, Row] = {}
     ready: dict[Any, Candidate] = {}
     firsts: dict[Any, float] = {}
@@ -121,28 +177,27 @@ def measure(
         candidate = Candidate(label(tile), _launch(module, tile))
         row = rows[tile] = _row(plan, case, dtype, candidate.name)
         try:
-            first = first_call(candidate, rotation, clock)
+            with watch(row):
+                first = first_call(candidate, rotation, clock)
             row.accuracy = judge(candidate.call(*rotation.copies[0]))
             if row.accuracy.of_budget > 1:
                 raise ArithmeticError(f"its error is {row.accuracy.of_budget:.2g} of the budget")
         except Exception as e:  # a tile that does not fit the device is one tile fewer
             row.status, row.accuracy = "failed", None
-            row.reason = f"{type(e).__name__}: {str(e).strip() or 'no reason'}".splitlines()[0][
-                :300
-            ]
+            row.reason = reason(e)
+            check_not_lost(plan.device, row)
             continue
         ready[tile], firsts[tile] = candidate, first
     timings = interleave(
         list(ready.values()), rotation, clock, rounds=plan.rounds, seconds=plan.seconds
     )
     work = WORK[op].bytes(args), WORK[op].flops(args)
-    times = {}
     for tile, candidate in ready.items():
         rows[tile].timing = timing = timings[candidate.name]
-        timing.first_ms, times[tile] = firsts[tile], timing.median_ms
+        timing.first_ms = firsts[tile]
         gb_s, tflop_s = work[0] / timing.median_ms / 1e6, work[1] / timing.median_ms / 1e9
         rows[tile].rates = Rates(*work, gb_s, tflop_s)
-    return list(rows.values()), times
+    return list(rows.values())
 
 
 def _launch(module: ModuleType, tile: Any) -> Any:
@@ -199,3 +254,9 @@ def _row(plan: Plan, case: Case, dtype: str, name: str) -> Row:
         status="measured",
         machine=machine(plan.device),
     )
+
+
+def _without(plan: Plan, case: Case, dtype: str, status: str, why: str) -> Row:
+    row = _row(plan, case, dtype, "-")
+    row.status, row.reason = status, why
+    return row

@@ -123,3 +123,28 @@ def measured(tmp_path, monkeypatch):
     yield put
     monkeypatch.undo()
     choice.forget()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A kernel that reads or writes out of bounds takes its process's device away: every later test
+    would fail there. With pytest-xdist the process ends with the one that did it, which is reported
+    as the crash of a worker, and a new one does the rest."""
+    report = yield
+    if call.excinfo is not None and "PYTEST_XDIST_WORKER" in os.environ and _device_is_lost():
+        with item.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"{item.nodeid} lost the device:\n{report.longreprtext}", file=sys.stderr)
+            sys.stderr.flush()
+        os._exit(1)
+    return report
+
+
+def _device_is_lost() -> bool:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

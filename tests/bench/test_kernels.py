@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
+import threading
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from bench import schema
+from bench import resume, schema
 from bench.__main__ import main
 from bench.ceilings import Ceilings
 from bench.kernels import Plan, measure, run
+from bench.machine import machine
 from bench.recorder import Recorder
+from bench.resume import TIME_UP
 from bench.shapes import cases
 from bench.timing import summarise
 from bench.work import WORK, Work
@@ -141,6 +147,100 @@ def test_the_time_limit_leaves_rows_that_say_so():
     rows = [r for batch in run(plan) for r in batch if r.kind == "kernel"]
     assert {r.status for r in rows} == {"skipped"}
     assert rows[0].reason == "the time limit of 0 s was reached"
+
+
+def test_a_run_goes_on_where_one_was_short_of_time(tmp_path):
+    path = tmp_path / "r.json"
+    arguments = ["kernels", "--quick", "--no-compile", "--op", "swiglu,rms_norm", "--device", "cpu"]
+    arguments += ["--resume", "--json", str(path)]
+
+    def went_on(*more: str) -> list[schema.Row]:
+        done = CliRunner().invoke(main, [*arguments, *more])
+        assert done.exit_code == (TIME_UP if more else 0), done.output
+        return [r for r in schema.load(path) if r.kind == "kernel"]
+
+    short = went_on("--limit", "0")
+    assert {(r.name, r.status) for r in short} == {("swiglu", "skipped"), ("rms_norm", "skipped")}
+    whole = went_on()
+    assert "skipped" not in {r.status for r in whole}
+    utc = machine(CPU).utc
+    again = went_on()  # nothing is left to measure
+    assert [r.timing for r in again] == [r.timing for r in whole]
+    assert all(r.machine.utc <= utc for r in again)
+    # Of other sources or another machine nothing is kept.
+    here = machine(CPU)
+    recorder = Recorder(path, json.loads(path.read_text())["command"])
+    assert recorder.resume(here)
+    assert Recorder(path, "python -m bench kernels --op swiglu").resume(here) == []
+    assert recorder.resume(replace(here, driver="580.1", utc="2026-01-02T03:04:05+00:00"))
+    assert recorder.resume(replace(here, commit="abc")) == []
+    with pytest.raises(ValueError, match="--json names"):
+        Recorder(None).resume(here)
+    # A case of which rows are there is left out.
+    case = [r for r in whole if (r.name, r.site) == ("swiglu", "pid/image")]
+    sites = {r.site for rows in run(replace(PLAN, ops=("swiglu",)), case) for r in rows}
+    assert sites == {"", "pid/text", "l2p/trunk"}
+
+
+def test_a_kernel_that_takes_the_device_away_is_left_out_by_the_next_process(monkeypatch):
+    """Nothing runs after it in its process; in the next one the rest of its case does."""
+    lost = []
+
+    def launched(op, args):
+        if registry.forced_backend(op.name) == "triton":
+            lost.append(True)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return op.reference(*args)
+
+    monkeypatch.setattr(registry, "_run", launched)
+    monkeypatch.setattr("bench.kernels._refusal", lambda *_: None)
+    monkeypatch.setattr(resume, "_is_lost", lambda device: bool(lost))
+
+    def process(before: list[schema.Row]) -> list[schema.Row]:
+        lost.clear()
+        rows = []
+        with contextlib.suppress(resume.DeviceLost):
+            for some in run(replace(PLAN, ops=("swiglu",)), before):
+                rows += [r for r in some if r.kind == "kernel"]
+        return rows
+
+    first = process([])
+    assert [(r.backend, r.status) for r in first] == [("triton", "failed")]
+    assert first[0].reason.startswith("the device was lost: RuntimeError: CUDA error: an illegal")
+    second = process(first)
+    assert {r.backend: (r.site, r.status) for r in second} == {
+        "eager": (first[0].site, "measured"),
+        "cpu": (first[0].site, "measured"),
+        "triton": ("pid/text", "failed"),  # breaks in the next of its places
+    }
+    third = process(first + second)
+    assert first[0].site not in {r.site for r in third}
+
+
+def test_a_kernel_that_never_ends_is_recorded_and_ends_the_process(tmp_path, monkeypatch):
+    ended = threading.Event()
+
+    def launched(op, args):
+        if registry.forced_backend(op.name) == "triton":
+            assert ended.wait(60)  # as in the driver: no Python of this thread runs meanwhile
+        return op.reference(*args)
+
+    monkeypatch.setattr(registry, "_run", launched)
+    monkeypatch.setattr("bench.kernels._refusal", lambda *_: None)
+    recorder, codes = Recorder(tmp_path / "r.json", "command"), []
+
+    def end(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    watch = resume.Watchdog(1.0, recorder.add, end).around
+    (case,) = [c for c in cases("swiglu", (1024,), 16) if c.site == "text"]
+    measure(PLAN, case, "fp32", TOP, watch=watch)
+    assert codes == [resume.DEVICE_LOST]
+    (row,) = schema.load(tmp_path / "r.json")
+    assert (row.backend, row.site, row.status) == ("triton", "pid/text", "failed")
+    assert row.reason == "the device was lost: its first call did not end in 1 s"
+    assert resume.losses([row]) == {"triton"}
 
 
 def test_an_unknown_op_is_named():

@@ -197,6 +197,78 @@ def test_what_came_to_its_end_is_left_out(said):
     assert limits(said(ONLY=only)).keys() == {*only.split()}
 
 
+def test_a_stage_that_asks_for_it_is_run_again(tmp_path):
+    """76: at once, as long as there is time. 75: by the next --resume."""
+    out, program = tmp_path / "out", tmp_path / "python"
+    program.write_text(
+        '#!/bin/sh\ncase "$*" in *"bench kernels"*) echo "$@" >>"$CALLS"; '
+        'exit "$(sed -n "$(wc -l <"$CALLS")p" "$CODES")" ;; esac\n'
+    )
+    program.chmod(0o755)
+    calls, codes = tmp_path / "calls", tmp_path / "codes"
+    given = {"PYTHON": str(program), "CALLS": str(calls), "CODES": str(codes)}
+
+    def state(text: str) -> tuple[str, int]:
+        codes.write_text(text)
+        calls.write_text("")
+        done = start(out, "--resume", ONLY="kernels-short", **given)
+        return table(done)["kernels-short"].split("s ", 1)[-1], len(calls.read_text().splitlines())
+
+    assert state("76\n76\n75\n") == ("not finished: --resume goes on with it", 3)
+    assert "--resume --json" in calls.read_text()
+    assert state("76\n0\n") == ("ok", 2)
+    assert state("0\n")[1] == 0  # done before
+    # Without --resume nothing is gone on with.
+    (out / "kernels-short.json").write_text("{}")
+    codes.write_text("0\n")
+    start(out, ONLY="kernels-short", **given)
+    assert not (out / "kernels-short.json").exists()
+
+
+def test_a_process_that_lost_the_device_is_replaced(tmp_path):
+    """By pytest-xdist: the test that lost it fails, those after it run in another process."""
+    pytest.importorskip("xdist")
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_kernels.py").write_text(
+        "import pytest, torch\n"
+        "lost = []\n"
+        "def synchronize(*_):\n"
+        "    if lost:\n"
+        "        raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "torch.cuda.synchronize, torch.cuda.is_initialized = synchronize, lambda: True\n"
+        "@pytest.mark.parametrize('i', range(9))\n"
+        "def test_it(i):\n"
+        "    if i == 2:\n"
+        "        lost.append(i)\n"
+        "    synchronize()\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "1", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--rootdir", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert "1 failed, 8 passed" in done.stdout, done.stdout
+    assert "crashed while running" in done.stdout
+    assert "test_it[2] lost the device" in done.stderr
+    assert "an illegal memory access" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "state", "done"),
+    [
+        ("12 passed, 3 skipped in 4.20s", "ok, 12 passed, 3 skipped in 4.20s", True),
+        ("858 skipped in 72.35s (0:01:12)", "nothing ran, 858 skipped in 72.35s", False),
+    ],
+)
+def test_tests_that_are_all_skipped_prove_nothing(tmp_path, line, state, done):
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\ncase "$*" in *"-m pytest"*) echo "=== {line} ===" ;; esac\n')
+    program.chmod(0o755)
+    out = tmp_path / "out"
+    found = table(start(out, PYTHON=str(program), ONLY="tests-once"))["tests-once"]
+    assert found.split("s ", 1)[1] == state
+    assert (out / "tests-once.done").exists() is done
+
+
 def test_everything_in_one_file(said, tmp_path):
     archive = tmp_path / "results.tar.gz"
     only = {"ONLY": "kernels-short tests-once", "ARCHIVE": str(archive)}
@@ -212,6 +284,19 @@ def test_everything_in_one_file(said, tmp_path):
     assert (said.out / "kernels-short.log").exists()
 
 
+def test_the_file_may_lie_in_the_folder(said, tmp_path):
+    """tar then finds that the folder has changed as it read it, and says so by 1."""
+    tar = tmp_path / "tar"
+    tar.write_text('#!/bin/sh\nPATH="${PATH#*:}" tar "$@"\nexit 1\n')
+    tar.chmod(0o755)
+    archive = said.out / "results.tar.gz"
+    said(ONLY="kernels-short", ARCHIVE=str(archive))
+    with tarfile.open(archive) as f:
+        kept = {Path(n).name for n in f.getnames()}
+    assert "kernels-short.done" in kept
+    assert not any(".tar.gz" in name for name in kept)
+
+
 @pytest.mark.timeout(600)
 def test_dry_run(tmp_path):
     """One stage of a rehearsal as it is, and what becomes of its result."""
@@ -221,7 +306,9 @@ def test_dry_run(tmp_path):
     rows = schema.load(tmp_path / "kernels-short.json")
     assert any(r.status == "measured" for r in rows)
     assert "summary" in done.stdout
-    assert all(state.endswith("s ok") for state in table(done).values()), done.stdout
+    states = table(done)
+    assert states.pop("kernels-short").endswith("s not finished: --resume goes on with it")
+    assert all(state.endswith("s ok") for state in states.values()), done.stdout
 
 
 def test_a_stage_that_hangs_costs_only_itself(tmp_path):
@@ -249,7 +336,7 @@ def test_races_of_this_run_choose_the_backends(tmp_path):
     program = tmp_path / "python"
     program.write_text(
         '#!/bin/sh\necho "$@"\n'
-        'case "$*" in *"bench kernels --json"*) sleep 0.01; echo "{}" >"$5" ;; esac\n'
+        'case "$*" in *"bench kernels --resume --json"*) sleep 0.01; echo "{}" >"$6" ;; esac\n'
     )
     program.chmod(0o755)
     done = start(out, PYTHON=str(program))
@@ -259,11 +346,15 @@ def test_races_of_this_run_choose_the_backends(tmp_path):
         *("-m", "bench", "choose", str(out / "kernels-short.json")),
         *("--tables", str(out / "tables" / "measured")),
     ]
-    # One that goes on takes those that it leaves out, too.
+    # One that goes on takes those that it leaves out, too, if they are of the same sources.
     os.utime(out / "kernels-short.json", (1, 1))
     done = start(out, "--resume", PYTHON=str(program))
     assert "done before" in done.stdout
     assert (out / "choose.log").read_text().split() == said
+    os.utime(out / "kernels-short.json", (1, 1))
+    (out / "choose.log").unlink()
+    start(out, "--resume", PYTHON=str(program), PIXELDIFF_COMMIT="abc", ONLY="environment choose")
+    assert not (out / "choose.log").exists()
 
 
 def test_wrong_usage(tmp_path):

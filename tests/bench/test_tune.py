@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from bench import schema
+from bench.resume import LOST
+from bench.schema import Row
 from bench.tune import best, update
 
 pytest.importorskip("triton")
@@ -98,6 +100,44 @@ def table(tmp_path, monkeypatch):
     configs.table.cache_clear()
     yield lambda op, entries: (tmp_path / f"{op}.json").write_text(json.dumps(entries))
     configs.table.cache_clear()
+
+
+def test_a_run_goes_on_where_one_was_short_of_time(tmp_path):
+    """What was measured before counts as measured now: the table is the same."""
+    result, folder = tmp_path / "r.json", tmp_path / "tables"
+    folder.mkdir()
+    given = (folder, "--device", "cpu", "--op", "pixel_embed", "--sizes", "256,512", "--resume")
+    given += ("--scale", "16", "--rounds", "3", "--seconds", "0", "--json", str(result))
+    done = tune(*given, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    whole, table = schema.load(result), (folder / "pixel_embed.json").read_text()
+    assert {r.shape["size"] for r in whole} == {256, 512}
+    (folder / "pixel_embed.json").unlink()
+    command = json.loads(result.read_text())["command"]
+    # As it was when its time was up after the first size.
+    first = [r for r in whole if r.shape["size"] == 256]
+    left = Row(**{**vars(first[0]), "status": "skipped", "reason": "late", "timing": None})
+    schema.save(result, [*first, left], command)
+    done = tune(*given, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    rows = schema.load(result)
+    assert [r.timing for r in rows if r.shape["size"] == 256] == [r.timing for r in first]
+    assert sorted(r.backend for r in rows) == sorted(r.backend for r in whole)
+    assert json.loads((folder / "pixel_embed.json").read_text()).keys() == json.loads(table).keys()
+    # What the device was lost with is not tried again, the other tiles are.
+    lost = Row(**{**vars(first[0]), "status": "failed", "timing": None, "accuracy": None})
+    lost.reason = f"{LOST}CUDA error"
+    schema.save(result, [lost], command)
+    assert tune(*given, TRITON_INTERPRET="1").returncode == 0
+    rows = [r for r in schema.load(result) if r.shape["size"] == 256]
+    assert [r.backend for r in rows].count(lost.backend) == 1
+    assert sorted(r.backend for r in rows) == sorted(r.backend for r in first)
+    assert lost.backend != " ".join(
+        f"{k}={v}"
+        for k, v in json.loads((folder / "pixel_embed.json").read_text())["8.0"]
+        .popitem()[1]
+        .items()
+    )
 
 
 def test_a_launch_takes_its_tile_from_the_table(table):
