@@ -400,9 +400,8 @@ def test_a_fade_keeps_the_grain_of_flat_pictures(demo, mode):
     """Gradients around a border are those of the same tiles cut off there, which lose nothing.
 
     Not those of one piece: the grain, a third of a grey level, is the network's own pattern, whose
-    strength depends on all that it sees. Tiles cut off differ from one piece by as much as tiles
-    that fade, up to 20 % of the energy. The tiles are as long as trained ones, and as low as can be
-    decoded in a test.
+    strength depends on all that it sees: tiles cut off differ from one piece as much as tiles that
+    fade. The tiles are as long as trained ones, and as low as can be decoded in a test.
     """
     latent, middle = encoded(from_pil(across(384))[:, :, :128]), 768
     options = {"tile": (16, 32), "tile_mode": mode}
