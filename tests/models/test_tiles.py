@@ -51,18 +51,25 @@ def test_tiles_cover_the_image_and_share_the_overlap(layout):
             assert (len(starts) - 2) * (tile - overlap) + tile < size
 
 
-def test_a_fade_is_a_raised_cosine_in_the_middle_of_what_two_share():
+def test_a_fade_is_a_raised_cosine_over_a_quarter_of_the_overlap_where_two_share_most():
     layout = Layout((12, 30), (12, 18), (0, 4), 1, 8)
     left, right = (layout.window(tile)[0].double() for tile in layout.tiles)
     assert layout.starts == ((0,), (0, 12))
-    at = (torch.arange(32, dtype=torch.float64) + 0.5) / 32
-    fade = torch.sin(at * torch.pi / 2) ** 2  # over 32 of the 48 pixels that both have
-    assert left[:104].eq(1).all()
-    assert right[:8].eq(0).all()
-    torch.testing.assert_close(right[8:40], fade, rtol=0, atol=WINDOW_STEP / 2)
-    assert torch.equal(left[104:136], 1 - right[8:40])
-    assert left[136:].eq(0).all()
-    assert right[40:].eq(1).all()
+    at = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
+    fade = torch.sin(at * torch.pi / 2) ** 2  # over 8 of the 48 pixels that both have
+    assert left[:116].eq(1).all()
+    assert right[:20].eq(0).all()
+    torch.testing.assert_close(right[20:28], fade, rtol=0, atol=WINDOW_STEP / 2)
+    assert torch.equal(left[116:124], 1 - right[20:28])
+    assert left[124:].eq(0).all()
+    assert right[28:].eq(1).all()
+
+
+def test_the_shortest_overlap_still_fades():
+    layout = Layout((1, 5), (1, 3), (0, 1), 1, 1)
+    left, right = (layout.window(tile)[0] for tile in layout.tiles)
+    assert left.tolist() == [1, 1, 0.5]
+    assert right.tolist() == [0.5, 1, 1]
 
 
 def test_without_overlap_one_tile_counts_alone():

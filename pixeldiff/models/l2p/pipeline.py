@@ -341,7 +341,8 @@ class L2PPipeline:
                 tile's own, no tile attends to another, and each is given the whole prompt, so that
                 from noise alone a picture may show its subject more than once. Start from `image`
                 to keep a composition. Always without CUDA graphs.
-            overlap: of tiles, in pixels, at most a third of a tile; default an eighth.
+            overlap: of tiles, in pixels, at most a third of a tile; default an eighth. They
+                fade into each other over a quarter of it.
             callback: told after each step (`StepInfo`); returning False stops.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": x, "x0": x0})
                 after each step, x the state (B, 3, H, W) in pixels; returning a dict with "latents"

@@ -394,7 +394,8 @@ class PiDDecoder:
                 was trained for, where the image is larger than that; None, in one piece. Other
                 pixels than in one piece: within a tile positions are the tile's own, as if it were
                 a whole image, and no tile attends to another. Always without CUDA graphs.
-            overlap: of tiles, in latent cells, at most a third of a tile; default an eighth.
+            overlap: of tiles, in latent cells, at most a third of a tile; default an eighth. They
+                fade into each other over a quarter of it.
             tile_mode: "sync" blends the tiles after every network call, so that there are no seams;
                 "independent" samples each tile to its end alone and blends once.
             tile_batch: tiles in one network call: a little faster, more memory. Equal pixels up to

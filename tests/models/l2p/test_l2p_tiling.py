@@ -37,12 +37,12 @@ def pipe(net):
 
 def spans(size: int, tile: int, overlap: int = 16) -> list[tuple[slice, torch.Tensor]]:
     """Two tiles that fade in the middle of what they share."""
-    second = size - tile
-    first_pixel = (second + tile) // 2 - overlap // 2
-    fade = torch.sin((torch.arange(overlap) + 0.5) / overlap * torch.pi / 2) ** 2
+    second, length = size - tile, overlap // 4
+    first_pixel = (second + tile) // 2 - length // 2
+    fade = torch.sin((torch.arange(length) + 0.5) / length * torch.pi / 2) ** 2
     right = torch.zeros(size)
-    right[first_pixel : first_pixel + overlap] = (fade * 2048).round() / 2048
-    right[first_pixel + overlap :] = 1
+    right[first_pixel : first_pixel + length] = (fade * 2048).round() / 2048
+    right[first_pixel + length :] = 1
     parts = slice(0, tile), slice(second, size)
     return [(part, w[part]) for part, w in zip(parts, (1 - right, right), strict=True)]
 

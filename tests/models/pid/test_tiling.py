@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from tiny_pid import CONFIG, tiny_caption, tiny_latent, tiny_net
 
 from pixeldiff.errors import SizeError, UntrainedSizeWarning
@@ -18,6 +19,7 @@ from pixeldiff.models.pid.samplers import sample_student, student_times
 from pixeldiff.models.pid.tile_layout import tile_layout, trained_tile
 from pixeldiff.models.pid.variants import SamplingSettings, variant, variants
 from pixeldiff.models.tile_noise import SquareNoise
+from pixeldiff.sources import demo_asset, demo_autoencoder, read_picture
 
 CELL = CONFIG.pixels_per_latent_cell
 LATENT = (7, 9)
@@ -50,15 +52,15 @@ def pixels(decoder, latent=None, **options):
 
 
 def windows(size: int, tile: int) -> list[tuple[slice, slice, torch.Tensor]]:
-    """(cells, pixels, weights) of two tiles that fade over a cell in the middle of what they
-    share."""
-    second = size - tile
-    fade = torch.sin((torch.arange(CELL) + 0.5) / CELL * torch.pi / 2) ** 2
+    """(cells, pixels, weights) of two tiles that fade over a quarter of a cell, in the middle of
+    what they share."""
+    second, length = size - tile, CELL // 4
+    fade = torch.sin((torch.arange(length) + 0.5) / length * torch.pi / 2) ** 2
     fade = (fade * 2048).round() / 2048
-    first_pixel = (second + tile) * CELL // 2 - CELL // 2
+    first_pixel = (second + tile) * CELL // 2 - length // 2
     right = torch.zeros(size * CELL)
-    right[first_pixel : first_pixel + CELL] = fade
-    right[first_pixel + CELL :] = 1
+    right[first_pixel : first_pixel + length] = fade
+    right[first_pixel + length :] = 1
     spans = [(0, tile), (second, size)]
     found = []
     for (a, b), weights in zip(spans, (1 - right, right), strict=True):
@@ -324,44 +326,88 @@ def test_a_tile_beyond_training_warns_an_image_beyond_it_does_not(net, monkeypat
 # --- with a network that decodes pictures
 
 
+def across(size: int) -> Image.Image:
+    """A square that brightens from column to column."""
+    return Image.linear_gradient("L").resize((size, size)).rotate(90).convert("RGB")
+
+
 def pictures() -> dict[str, torch.Tensor]:
     """(1, 3, 192, 192): flat, textured, and text."""
-    from PIL import Image, ImageDraw
-
-    from pixeldiff.sources import demo_asset, read_picture
-
-    flat = Image.linear_gradient("L").resize((192, 192)).convert("RGB")
     photo = read_picture(demo_asset("picture.png")).resize((384, 384)).crop((0, 180, 192, 372))
     page = Image.new("RGB", (192, 192), (240, 236, 225))
     pen = ImageDraw.Draw(page)
     for line in range(12):
         pen.text((4, 16 * line + 2), "tiles that overlap fade into one", fill=(20, 20, 60))
-    return {k: from_pil(v) for k, v in {"flat": flat, "textured": photo, "text": page}.items()}
+    kinds = {"flat": across(192), "textured": photo, "text": page}
+    return {k: from_pil(v) for k, v in kinds.items()}
 
 
-def energy(image: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of neighbouring columns of the 8-bit picture, by column."""
-    return torch.from_numpy(to_uint8(image)).float().diff(dim=2).square().mean((0, 1, 3))
+def encoded(picture: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return demo_autoencoder().encode(picture)
+
+
+def energy(image: torch.Tensor, *, down: bool = False) -> torch.Tensor:
+    """Mean squared difference of neighbouring columns of the 8-bit picture, by column; or that of
+    neighbouring rows."""
+    eight_bit = torch.from_numpy(to_uint8(image)).float()
+    return eight_bit.diff(dim=1 if down else 2).square().mean((0, 1, 3))
+
+
+def share_around(middle: int, energy: torch.Tensor) -> float:
+    """Of the 128 columns around it, all that two tiles of the tests below share at least, over the
+    rest."""
+    border = torch.zeros(len(energy), dtype=torch.bool)
+    border[middle - 64 : middle + 64] = True
+    return (energy[border].mean() / energy[~border].mean()).item()
+
+
+def line_at(middle: int, image: torch.Tensor) -> float:
+    """The difference across it over that across the 16 borders of patches nearest to it: within
+    patches differences are other ones."""
+    borders = energy(image)[middle - 1 - 8 * 16 : middle + 8 * 16 : 16]
+    assert len(borders) == 17
+    return (16 * borders[8] / (borders.sum() - borders[8])).item()
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return PiDDecoder.from_pretrained("demo", device="cpu")
 
 
 @modes
 @pytest.mark.parametrize("kind", ["flat", "textured", "text"])
-def test_no_seams(kind, mode):
-    """Where tiles meet, gradients are what they are elsewhere, beside those of one piece."""
-    from pixeldiff.sources import demo_autoencoder
-
-    decoder = PiDDecoder.from_pretrained("demo", device="cpu")
-    with torch.no_grad():
-        latent = demo_autoencoder().encode(pictures()[kind])
-    tiled = pixels(decoder, latent, tile=(16, 16), overlap=4, tile_mode=mode)
-    whole = pixels(decoder, latent, tile=None, overlap=None)
-    border = torch.zeros(tiled.shape[-1] - 1, dtype=torch.bool)
-    layout = tile_layout(decoder.net.config, None, (24, 24), (16, 16), 4)
-    for first, second in itertools.pairwise(layout.starts[1]):
-        middle = (first + 16 + second) * 16
-        border[middle - 64 : middle + 64] = True
-    share = [energy(i)[border].mean() / energy(i)[~border].mean() for i in (tiled, whole)]
-    excess = (share[0] / share[1] - 1).item()
-    # Two tiles' faint grain, a third of a grey level, averages out where they fade.
-    assert (-0.15 if kind == "flat" else -0.02) < excess < 0.02
+def test_no_seams(demo, kind, mode):
+    """Where tiles meet there is no line, and gradients are what they are elsewhere, beside those of
+    one piece. How much grain a flat picture has depends on what a tile sees: see the next test."""
+    latent, middle = encoded(pictures()[kind]), 384
+    options = {"tile": (16, 16), "overlap": 4, "tile_mode": mode}
+    tiled = pixels(demo, latent, **options)
+    whole = pixels(demo, latent, tile=None, overlap=None)
+    line = line_at(middle, tiled) / line_at(middle, whole)
+    assert line < 1.1
     assert (tiled - whole).abs().mean() < 1 / 127.5
+    if kind == "flat":
+        cut = pixels(demo, latent, **{**options, "overlap": 0})
+        assert line_at(middle, cut) / line_at(middle, whole) > 1.1
+    else:
+        share, expected = (share_around(middle, energy(image)) for image in (tiled, whole))
+        assert abs(share / expected - 1) < 0.02
+
+
+@modes
+def test_a_fade_keeps_the_grain_of_flat_pictures(demo, mode):
+    """Gradients around a border are those of the same tiles cut off there, which lose nothing.
+
+    Not those of one piece: the grain, a third of a grey level, is the network's own pattern, whose
+    strength depends on all that it sees: tiles cut off differ from one piece as much as tiles that
+    fade. The tiles are as long as trained ones, and as low as can be decoded in a test.
+    """
+    latent, middle = encoded(from_pil(across(384))[:, :, :128]), 768
+    options = {"tile": (16, 32), "tile_mode": mode}
+    layouts = [tile_layout(demo.net.config, None, (16, 48), (16, 32), n) for n in (4, 0)]
+    assert layouts[0].starts == layouts[1].starts
+    faded, cut = (pixels(demo, latent, **options, overlap=overlap) for overlap in (4, 0))
+    for down in (False, True):
+        shares = [share_around(middle, energy(image, down=down)) for image in (faded, cut)]
+        assert abs(shares[0] / shares[1] - 1) < 0.02
