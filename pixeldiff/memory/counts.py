@@ -15,8 +15,8 @@ from .live import Allocation
 from .op_memory import OpMemory
 
 META = torch.device("meta")
-# What writing row by row takes beside a band, and for each pixel of the width: as measured of a PNG;
-# a TIFF takes less.
+# What writing row by row takes beside a band, and for each pixel of the width: as measured of a
+# PNG; a TIFF takes less.
 WRITER, WRITER_WIDTH = 6_000_000, 2_200
 BAND = 7_000_000  # of `images.uint8_bands`: 2^18 pixels in fp32 twice, and in 8 bits
 

@@ -22,8 +22,8 @@ _fixed = False  # of this process
 
 LARGE = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX on 64 bits
 # Heap bytes for each byte that lived in it at most, by what is run. Fitted to the measurements of
-# `python -m bench memory --kept`; they scatter by 0.2 from network to network and by 0.1 from run to
-# run.
+# `python -m bench memory --kept`; they scatter by 0.2 from network to network and by 0.1 from run
+# to run.
 PID_WHOLE, PID_WHOLE_16_BITS, PID_SYNC = 1.42, 1.27, 1.38
 REFERENCE = 1.5  # the ops' definitions in plain PyTorch
 PID_INDEPENDENT = 1.8  # tile by tile all of a decode, the latent's branch too

@@ -38,7 +38,7 @@ CASES = [
     Case("l2p", "demo", 512, precision="bf16"),
     Case("l2p", "demo", 512, options={"decoder_memory": 20_000_000}),
 ]
-KEPT = [dataclasses.replace(case, returned=False) for case in (CASES[0], CASES[2], CASES[5])]
+KEPT = [Case("pid", "demo", 1024, returned=False), Case("l2p", "demo", 1024, returned=False)]
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 GLIBC = platform.libc_ver()[0] == "glibc"
 ON_GPU = [dataclasses.replace(case, device="cuda", precision="bf16") for case in CASES]
@@ -59,6 +59,14 @@ def test_estimate_beside_the_resident_set_of_a_host(case):
     if not UNDER <= found.off <= OVER:
         found = measured(case, 3)
     assert UNDER <= found.off <= OVER, f"{found}"
+
+
+@pytest.mark.skipif(not GLIBC, reason="freed memory is given back by glibc alone")
+def test_giving_freed_memory_back_leaves_less_resident():
+    case = Case("l2p", "demo", 1024, options={"decoder_memory": 50_000_000})
+    returned, kept = (measured(dataclasses.replace(case, returned=r)) for r in (True, False))
+    assert returned.peak < 0.8 * kept.peak
+    assert returned.estimate["activations"] == kept.estimate["activations"]
 
 
 @pytest.mark.gpu
