@@ -14,7 +14,7 @@ struct LocalDecoderDownArgs {
   DType x_dtype;     // bf16: a pixel's channels side by side; f32: a plane for each channel
   Picture x;         // B images of Ci; pixels of a row side by side
   int64_t x_plane;   // elements from a channel of x to the next; of bf16 1
-  Taps weight;       // (Co, Ci, 3, 3)
+  Taps weight;       // (Co, Ci, 3, 3); Co 16, of f32 also 3
   const void* bias;  // (Co,) contiguous
   void* skip;        // (B, 2*rows, 2*columns, Co) contiguous
   void* pooled;      // (B, rows, columns, Co) contiguous
@@ -28,13 +28,14 @@ inline void check_args(const LocalDecoderDownArgs& a) {
   if (wrong(a.B, 1 << 20) || wrong(a.rows, 1 << 28) || wrong(a.columns, 1 << 28) ||
       a.B * (a.columns / 64 + 1) > 1 << 20)
     refuse("sizes must be positive, and at most 2^20 strips of 128 columns of x");
-  if (a.Ci != 3 || a.Co != 16) refuse("x must have 3 channels, weight 16 rows");
   // Its kernel finds weights in 32 bits.
   for (const int64_t stride :
        {a.weight.stride_n, a.weight.stride_c, a.weight.stride_r, a.weight.stride_s})
     if (stride < 0 || stride > 1 << 24) refuse("strides of weight must be at most 2^24 elements");
   const bool planes = a.x_dtype == DType::f32;
   if (!planes && a.x_dtype != DType::bf16) refuse("x must be bf16 or f32");
+  if (a.Ci != 3 || (a.Co != 16 && !(planes && a.Co == 3)))
+    refuse("x must have 3 channels, weight 16 rows, or 3 where x is f32");
   if (a.x.stride_w != (planes ? 1 : 3) || (!planes && a.x_plane != 1) ||
       a.columns % (planes ? 2 : 4))
     refuse(

@@ -62,8 +62,9 @@ def local_decoder_down(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor,
         run; says why.
 
     Backends: triton, cuda on request (capability 8.0 and later, bf16 weights, 3 channels to 16, of
-    x in bf16 side by side or of an fp32 image channels first), cpu (fp32, bf16, fp16; fewer than
-    128 channels on a side), reference. Gradients: through the reference.
+    x in bf16 side by side or of an fp32 image channels first; of such an image to 3 too), cpu
+    (fp32, bf16, fp16; fewer than 128 channels on a side), reference. Gradients: through the
+    reference.
     Cost: 18*B*H*W*Ci*Co FLOPs; B*H*W*(Ci*sizeof(x) + 1.25*Co*sizeof(weight)) bytes. At full
     resolution (3 or 16 channels) bandwidth-bound.
     Source: L2P (arXiv 2605.12013), encoder half of the local decoder.

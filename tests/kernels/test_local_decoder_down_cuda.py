@@ -31,7 +31,10 @@ bf16, fp32 = torch.bfloat16, torch.float32
 each_backend = pytest.mark.parametrize(
     "where", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 )
-each_kind = pytest.mark.parametrize("planes", [False, True], ids=["packed", "planes"])
+# Whether x is in planes of fp32, and channels of the result.
+KINDS = {"packed": (False, 16), "planes": (True, 16), "planes-to-3": (True, 3)}
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+PACKED, PLANES, TO_THREE = KINDS.values()
 # (B, H, W). A strip is 128 columns wide, a ring holds 4 times two rows.
 SHAPES = {
     "two-strips": (2, 6, 136),
@@ -42,9 +45,10 @@ SHAPES = {
 }
 
 
-def given_to(planes, shape, std=1.0, seed=0):
+def given_to(kind, shape, std=1.0, seed=0):
     """x as the kernel takes it, a weight and a bias."""
-    x, weight, bias = arguments(bf16, (*shape, 3, 16), std)
+    planes, channels = kind
+    x, weight, bias = arguments(bf16, (*shape, 3, channels), std)
     if planes:
         draw = Draw(seed=seed)
         x = draw(shape[0], 3, *shape[1:], std=std).permute(0, 2, 3, 1)
@@ -82,29 +86,29 @@ def check_both(got, args, rule=assert_within_twice_eager_or_spacing):
 @each_kind
 @pytest.mark.parametrize("std", [1.0, 1e-3])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_matches_oracle(shape, std, planes, where):
-    args = given_to(planes, shape, std)
+def test_matches_oracle(shape, std, kind, where):
+    args = given_to(kind, shape, std)
     check_both(run(where, args), args)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.booleans(),
+    st.sampled_from([*KINDS.values()]),
     st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 40)),
     st.integers(1, 7),
     st.integers(0, 2**63 - 1),
 )
-def test_random_sizes_in_random_orders(planes, size, slots, seed):
+def test_random_sizes_in_random_orders(kind, size, slots, seed):
     """Segments of one row and of many, neighbours in the same strip and in others."""
     images, rows, columns = size
-    shape = (images, 2 * rows, columns * (4 if planes else 8))
-    args = given_to(planes, shape, seed=seed)
+    shape = (images, 2 * rows, columns * (4 if kind[0] else 8))
+    args = given_to(kind, shape, seed=seed)
     check_both(run("emulated", args, slots=slots, seed=seed), args)
 
 
 @each_kind
-def test_neither_order_nor_division_changes_a_bit(planes):
-    args = given_to(planes, (1, 22, 40))
+def test_neither_order_nor_division_changes_a_bit(kind):
+    args = given_to(kind, (1, 22, 40))
     want = run("emulated", args)
     for seed, slots in ((1, 1), (2, 6), (3, 30)):
         for y, other in zip(run("emulated", args, seed=seed, slots=slots), want, strict=True):
@@ -114,7 +118,7 @@ def test_neither_order_nor_division_changes_a_bit(planes):
 @each_backend
 def test_both_kinds_agree(where):
     """To the order in which nine values are summed."""
-    x, weight, bias = given_to(False, (2, 6, 136))
+    x, weight, bias = given_to(PACKED, (2, 6, 136))
     planes = x.float().permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     for a, b in zip(run(where, (x, weight, bias)), run(where, (planes, weight, bias)), strict=True):
         torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-5)
@@ -122,11 +126,12 @@ def test_both_kinds_agree(where):
 
 @each_backend
 @each_kind
-def test_strided(planes, where):
+def test_strided(kind, where):
     """Part of larger images, from another row and column on, one image twice; weights channels
     last, a spread bias."""
-    x, weight, bias = args = given_to(planes, (2, 6, 40))
+    x, weight, bias = args = given_to(kind, (2, 6, 40))
     want = run(where, args)
+    planes, _ = kind
     wide = torch.full((2, 3, 13, 56) if planes else (2, 13, 56, 3), torch.nan).to(x.dtype)
     wide = wide.permute(0, 2, 3, 1) if planes else wide
     rest = (
@@ -145,9 +150,9 @@ def test_strided(planes, where):
 
 @each_backend
 @each_kind
-def test_pooled_is_the_maximum_of_the_skip_as_stored(planes, where):
+def test_pooled_is_the_maximum_of_the_skip_as_stored(kind, where):
     """Of results far below zero too, whose order is another one than that of the sums."""
-    x, weight, bias = given_to(planes, (2, 6, 136))
+    x, weight, bias = given_to(kind, (2, 6, 136))
     for shifted in (bias, bias - 4):
         skip, pooled = run(where, (x, weight, shifted))
         assert_bitwise(pooled, skip.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).amax((2, 4)))
@@ -156,10 +161,10 @@ def test_pooled_is_the_maximum_of_the_skip_as_stored(planes, where):
 @each_backend
 @each_kind
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-def test_not_finite(value, planes, where):
+def test_not_finite(value, kind, where):
     """Each channel of pixels everywhere in a strip and at its borders: in nine pixels and in their
     squares, and not in those that find it in a word of theirs."""
-    args = given_to(planes, (1, 12, 136))
+    args = given_to(kind, (1, 12, 136))
     x, weight, bias = args
     places = ((0, 0), (3, 7), (6, 14), (1, 31), (4, 32), (9, 127), (11, 128), (7, 135))
     for i, (row, column) in enumerate(places):
@@ -178,34 +183,36 @@ def test_not_finite(value, planes, where):
 @each_backend
 @each_kind
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
-def test_not_finite_weights(value, planes, where):
+def test_not_finite_weights(value, kind, where):
     """A product meets none but with the value that it is the weight of: an infinity makes
     infinities, and where a lane has no weight of its own it has none of another's. Not at the
     edges, where it meets zeros."""
     for tap, channel in product(range(9), range(3)):
-        x, weight, bias = args = given_to(planes, (1, 4, 16))
-        weight[5, channel, tap // 3, tap % 3] = value
+        x, weight, bias = args = given_to(kind, (1, 4, 16))
+        n = 5 % len(weight)
+        weight[n, channel, tap // 3, tap % 3] = value
         want, _ = eager(x.to(bf16).float(), weight.float(), bias.float())
         skip, _ = run(where, args)
         inside = (slice(None), slice(1, -1), slice(1, -1))
         check_not_finite_like(skip[inside], want[inside].to(bf16))
-        assert not want[..., 5].isfinite().all()
+        assert not want[..., n].isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("planes", "shape", "strides"),
+    ("kind", "shape", "strides"),
     [
-        (False, (2, 2, 8, 3), (2**31, 24, 3, 1)),
-        (False, (1, 4, 8, 3), (0, 2**30 + 8, 3, 1)),
-        (True, (2, 2, 8, 3), (2**30, 8, 1, 16)),
-        (True, (1, 2, 8, 3), (0, 8, 1, 2**29)),
-        (True, (1, 4, 8, 3), (0, 2**28 + 8, 1, 8)),
+        (PACKED, (2, 2, 8, 3), (2**31, 24, 3, 1)),
+        (PACKED, (1, 4, 8, 3), (0, 2**30 + 8, 3, 1)),
+        (PLANES, (2, 2, 8, 3), (2**30, 8, 1, 16)),
+        (PLANES, (1, 2, 8, 3), (0, 8, 1, 2**29)),
+        (PLANES, (1, 4, 8, 3), (0, 2**28 + 8, 1, 8)),
+        (TO_THREE, (1, 2, 8, 3), (0, 8, 1, 2**29)),
     ],
-    ids=["images", "rows", "images-of-planes", "planes", "rows-of-planes"],
+    ids=["images", "rows", "images-of-planes", "planes", "rows-of-planes", "planes-to-3"],
 )
-def test_offsets_past_two_to_the_31(planes, shape, strides):
+def test_offsets_past_two_to_the_31(kind, shape, strides):
     """In bytes or elements."""
-    near, weight, bias = given_to(planes, shape[:3])
+    near, weight, bias = given_to(kind, shape[:3])
     count = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     far = torch.empty(count, dtype=near.dtype)  # pages that are not touched cost nothing
     far = far.as_strided(shape, strides).copy_(near)
@@ -233,7 +240,7 @@ def test_fragments_are_b():
         assert lib.down_fragment_at(k + side, channel) == (lane * 4 + word) * 2 + side
 
 
-@each_kind
+@pytest.mark.parametrize("planes", [False, True], ids=["packed", "planes"])
 def test_every_value_once(planes):
     values = [library(SOURCE).down_value(planes, k) for k in range(16)]
     assert sorted(v for v in values if 0 <= v < 9) == list(range(9))
@@ -244,7 +251,7 @@ def test_packed_words():
     left one 6 bytes before, in the row's own bytes; what 8 lanes of four neighbours read at once
     are 25 words side by side."""
     lib = library(SOURCE)
-    _, _, row, *_ = integers(lib.down_tile, 0, count=7)
+    _, _, row, *_ = integers(lib.down_tile, *PACKED, count=7)
     for square in range(64):
         at = lib.down_at(0, square, 0)
         assert at % 4 == 0
@@ -263,7 +270,7 @@ def test_words_of_planes():
     """A lane reads the four pixels around a square's of its channel: the value of tap t is the t-th
     for the left pixel, the next for the right one. At most two lanes to a bank."""
     lib = library(SOURCE)
-    _, _, row, part, *_ = integers(lib.down_tile, 1, count=7)
+    _, _, row, part, *_ = integers(lib.down_tile, *PLANES, count=7)
     for square, channel in product(range(64), range(3)):
         at = lib.down_at(1, square, channel)
         assert at == channel * part + 16 + 4 * (2 * square - 1)
@@ -275,11 +282,35 @@ def test_words_of_planes():
     assert max(words.count(word) for word in words) <= 2
 
 
-@each_kind
-def test_copies(planes):
-    """Every piece of a stage once, to a place of its own; neighbours in banks of their own."""
+def test_values_of_a_square_are_columns():
+    """PTX ISA, m16n8k16: a lane's two words of B are of column groupID, its accumulators of columns
+    2 threadID_in_group and the next. Of three channels column n is the n-th of the six values of a
+    square; the maximum of a lane's first and its partner's second one is that of a channel."""
     lib = library(SOURCE)
-    stage, shared, row, part, columns, threads, _ = integers(lib.down_tile, planes, count=7)
+    found = {}
+    for lane, i in product(range(32), range(2)):
+        found[lane, i] = integers(lib.down_packed_result, lane, i, count=7)
+        weight, channel, left, partner, skip_at, pooled_at, real = found[lane, i]
+        assert weight == lane // 4 % 3
+        n = lane % 4 * 2 + i
+        assert real == (n < 6)
+        if real:
+            assert (channel, bool(left)) == (n % 3, n < 3)
+            assert skip_at + 2 * i == 2 * n
+    for lane in range(32):
+        channel, left, partner, _, pooled_at, real = found[lane, 0][1:]
+        assert partner // 4 == lane // 4
+        if real:
+            other = found[partner, 1]
+            assert (other[1], other[2], other[6]) == (channel, not left, 1)
+            assert pooled_at == 2 * channel
+
+
+@each_kind
+def test_copies(kind):
+    """Every piece of a stage once, to a place of its own; neighbours in banks of their own."""
+    lib, (planes, _) = library(SOURCE), kind
+    stage, shared, row, part, columns, threads, _ = integers(lib.down_tile, *kind, count=7)
     count = lib.down_copies(planes, None)
     assert count % threads == 0
     found = (ctypes.c_int * (5 * count))()
@@ -300,8 +331,8 @@ BLOCK, MULTIPROCESSOR = 48, 100
 
 
 @each_kind
-def test_shared_memory_fits(planes):
-    _, shared, *_, blocks = integers(library(SOURCE).down_tile, planes, count=7)
+def test_shared_memory_fits(kind):
+    _, shared, *_, blocks = integers(library(SOURCE).down_tile, *kind, count=7)
     assert shared + 128 <= BLOCK * 1024
     assert blocks * (shared + 128 + 1024) <= MULTIPROCESSOR * 1024
 
@@ -336,13 +367,13 @@ FAULTS = {
 
 @each_kind
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_faults_are_noticed(fault, planes):
+def test_faults_are_noticed(fault, kind):
     """In some order of a few: by the emulator, or because the result is wrong."""
-    kind, which = fault
-    args = given_to(planes, (1, 40, 40))
+    what, which = fault
+    args = given_to(kind, (1, 40, 40))
     for seed in range(16):
         try:
-            got = run("emulated", args, seed=seed, fault=kind, which=which, slots=1)
+            got = run("emulated", args, seed=seed, fault=what, which=which, slots=1)
             check_both(got, args, assert_within_twice_eager)
         except (EmulatorError, AssertionError):
             return
@@ -359,9 +390,9 @@ WRONG = {
 
 @each_kind
 @pytest.mark.parametrize("changed", WRONG.values(), ids=WRONG)
-def test_other_weights_and_rows_are_noticed(changed, planes):
+def test_other_weights_and_rows_are_noticed(changed, kind):
     """Read, as the taps of a larger tensor, from the wrong place."""
-    x, weight, bias = given_to(planes, (1, 6, 40))
+    x, weight, bias = given_to(kind, (1, 6, 40))
     larger = torch.zeros(4 * weight.numel()).to(bf16)
     larger[: weight.numel()] = weight.flatten()
     inside = larger[: weight.numel()].view_as(weight)
@@ -377,8 +408,8 @@ def test_other_weights_and_rows_are_noticed(changed, planes):
 
 
 def test_why_not():
-    packed, weight, _ = given_to(False, (2, 4, 24))
-    planes, *_ = given_to(True, (2, 4, 24))
+    packed, weight, _ = given_to(PACKED, (2, 4, 24))
+    planes, *_ = given_to(PLANES, (2, 4, 24))
 
     def of(x, weight=weight):
         return backend.why_not_call(x, weight)
@@ -390,9 +421,15 @@ def test_why_not():
         "torch.bfloat16"
     )
     assert "got torch.bfloat16 and torch.float16" in of(packed.half())
-    assert of(packed, torch.zeros(8, 3, 3, 3).to(bf16)) == "takes 3 channels to 16, got 3 to 8"
+    to_three = torch.zeros(3, 3, 3, 3).to(bf16)
+    assert of(planes, to_three) is None
+    words = "takes 3 channels to 16, or to 3 of x in float32, got "
+    assert of(packed, to_three) == words + "3 to 3 of x in torch.bfloat16"
+    for x in (packed, planes):
+        eight = torch.zeros(8, 3, 3, 3).to(bf16)
+        assert of(x, eight) == f"{words}3 to 8 of x in {x.dtype}"
     four = torch.zeros(1, 2, 8, 4).to(bf16)
-    assert of(four, torch.zeros(16, 4, 3, 3).to(bf16)) == "takes 3 channels to 16, got 4 to 16"
+    assert of(four, torch.zeros(16, 4, 3, 3).to(bf16)) == f"{words}4 to 16 of x in torch.bfloat16"
     words = "needs x in torch.bfloat16 with pixels and their channels side by side, in a multiple "
     for x in (packed[:, :, :12], planes.to(bf16), packed.transpose(1, 2), packed[:, :, ::3]):
         assert of(x) == words + (
@@ -420,12 +457,15 @@ def test_why_not():
 
 
 SIDE = "pixels of a row of x must be side by side, of f32 channel by channel, and a multiple of"
+CHANNELS = "x must have 3 channels, weight 16 rows, or 3 where x is f32"
 REFUSED = {
     "no images": ({"B": 0}, "sizes must be positive, and at most 2^20 strips of 128 columns of x"),
     "no rows": ({"rows": 0}, "sizes must be positive, and at most 2^20 strips of 128 columns"),
     "strips": ({"columns": 1 << 27}, "sizes must be positive, and at most 2^20 strips of 128"),
-    "channels": ({"Ci": 4}, "x must have 3 channels, weight 16 rows"),
-    "out": ({"Co": 8}, "x must have 3 channels, weight 16 rows"),
+    "channels": ({"Ci": 4}, CHANNELS),
+    "out": ({"Co": 8}, CHANNELS),
+    "out of bf16": ({"Co": 3}, CHANNELS),
+    "out of planes": ({"x_dtype": 0, "Co": 8}, CHANNELS),
     "fp16": ({"x_dtype": 2}, "x must be bf16 or f32"),
     "columns": ({"columns": 6}, SIDE),
     "pixels": ({"x.stride_w": 4}, SIDE),
@@ -449,11 +489,11 @@ REFUSED = {
 def test_launch_refuses(changed, message):
     """What the launch checks before it starts anything."""
     with pytest.raises(EmulatorError, match=f"^{re.escape(message)}"):
-        local_decoder_down(*given_to(False, (2, 4, 8)), changed=changed)
+        local_decoder_down(*given_to(PACKED, (2, 4, 8)), changed=changed)
 
 
 def test_on_request_only():
-    args = given_to(False, SHAPES["least"])
+    args = given_to(PACKED, SHAPES["least"])
     assert ("cuda", None) not in explain(OP, *args)[:1]
     assert any(name == "cuda" and reason for name, reason in explain(OP, *args))
 
@@ -463,45 +503,61 @@ def test_on_request_only():
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_machine_code(arch):
-    """No spills; the registers of the blocks that share a multiprocessor; every product, copy and
-    store of a step by its own instruction."""
+    """No spills; the registers of the blocks that share a multiprocessor; every product, copy,
+    exchange and store of a step by its own instruction."""
     kernels, _ = compiled_for(arch, "local_decoder_down.cu")
-    names = [f"local_decoder_down_kernel<{planes}>" for planes in ("false", "true")]
+    names = [f"local_decoder_down_kernel<{kind}>" for kind in ("false, 16", "true, 16", "true, 3")]
     assert sorted(kernel.name for kernel in kernels) == names
     for kernel in kernels:
-        planes = kernel.name.endswith("<true>")
-        *_, threads, blocks = integers(library(SOURCE).down_tile, planes, count=7)
+        planes, channels = kind = KINDS[dict(zip(names, KINDS, strict=True))[kernel.name]]
+        *_, threads, blocks = integers(library(SOURCE).down_tile, *kind, count=7)
         assert (kernel.stack, kernel.spills) == (0, 0)
-        assert blocks == 5
+        assert blocks == (5 if channels == 16 else 7)
         assert kernel.registers * threads * blocks <= 65536
 
         def count(pattern, code=kernel.sass):
             return len(re.findall(rf"\b{pattern}", code))
 
-        # Of two rows: three rows of taps, two pixels, two products each.
-        assert count(r"HMMA\.16816\.F32\.BF16") == count("HMMA") == 2 * 3 * 2 * 2
+        # Of two rows: three rows of taps, two pixels, two products each; of three channels one.
+        products = 2 * 3 * 2 * (2 if channels == 16 else 1)
+        assert count(r"HMMA\.16816\.F32\.BF16") == count("HMMA") == products
         assert count(r"LDS R\d") == 2 * (8 if planes else 10)
         assert count(r"LDGSTS\.E\.BYPASS[.A-Z0-9]*\.128") == count("LDGSTS") > 0
         assert count("BAR") == 1
-        # Of 32 values: 2^x and 1 / x.
-        assert count(r"MUFU\.EX2") == 32
-        assert count(r"MUFU\.RCP") >= 32
-        # 8 bytes for each of eight pixels and two squares.
-        assert count(r"STG\.E\.64") == count("STG") == 10
+        # Of 32 values, or two words in each half of two rows: 2^x and 1 / x.
+        values = 32 if channels == 16 else 8
+        assert count(r"MUFU\.EX2") == values
+        assert count(r"MUFU\.RCP") >= values
         # Two values at once; a NaN stays (test_not_finite).
-        assert 8 <= count("HMNMX2") + 2 * count("VHMNMX") <= 12
+        most = count("HMNMX2") + 2 * count("VHMNMX")
+        if channels == 16:
+            # 8 bytes for each of eight pixels and two squares.
+            assert count(r"STG\.E\.64") == count("STG") == 10
+            assert count("SHFL") == 0
+            assert 8 <= most <= 12
+        else:
+            # 4 bytes in each half of two rows, 2 in each half of a row of squares.
+            assert (count("STG"), count(r"STG\.E desc|STG\.E \["), count(r"STG\.E\.U16")) == (
+                6,
+                4,
+                2,
+            )
+            assert count("SHFL") == 2
+            assert most == 4
 
 
 # --- on a GPU
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("planes", "side"), [(False, 4096), (False, 5120), (True, 4096)])
-def test_released_shapes_on_gpu(side, planes):
+@pytest.mark.parametrize(
+    ("kind", "side"), [(PACKED, 4096), (PACKED, 5120), (PLANES, 4096), (TO_THREE, 8192)]
+)
+def test_released_shapes_on_gpu(side, kind):
     """Parts of it: the corners, and what is far from them."""
     launch, device = launcher(OP, "cuda")
-    _, *weights = on(device, given_to(planes, SHAPES["least"]))
-    if planes:
+    _, *weights = on(device, given_to(kind, SHAPES["least"]))
+    if kind[0]:
         x = torch.randn(1, 3, side, side, device=device).permute(0, 2, 3, 1)
     else:
         x = torch.randn(1, side, side, 3, device=device, dtype=bf16)
@@ -526,11 +582,11 @@ def test_released_shapes_on_gpu(side, planes):
 
 @pytest.mark.gpu
 @each_kind
-def test_like_triton_on_gpu(planes):
+def test_like_triton_on_gpu(kind):
     """Everywhere, at a size that is a multiple of little."""
     launch, device = launcher(OP, "cuda")
     triton, _ = launcher(OP, "triton-gpu")
-    args = tuple(as_it_lies(a, device) for a in given_to(planes, (2, 334, 520)))
+    args = tuple(as_it_lies(a, device) for a in given_to(kind, (2, 334, 520)))
     if reason := backend.why_not(*args):
         pytest.skip(reason)
     with guarded_outputs():
@@ -541,9 +597,9 @@ def test_like_triton_on_gpu(planes):
 
 @pytest.mark.gpu
 @each_kind
-def test_captured_on_gpu(planes):
+def test_captured_on_gpu(kind):
     launch, device = launcher(OP, "cuda")
-    args = tuple(as_it_lies(a, device) for a in given_to(planes, (1, 64, 96)))
+    args = tuple(as_it_lies(a, device) for a in given_to(kind, (1, 64, 96)))
     if reason := backend.why_not(*args):
         pytest.skip(reason)
     check_captures(launch, *args)

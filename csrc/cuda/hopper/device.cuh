@@ -195,6 +195,10 @@ class Device {
   __device__ __forceinline__ float shuffle_xor(float x, int lanes) const {
     return __shfl_xor_sync(0xffffffff, x, lanes);
   }
+  // What that lane of the warp has.
+  __device__ __forceinline__ uint32_t shuffle(uint32_t x, int lane) const {
+    return __shfl_sync(0xffffffff, x, lane);
+  }
   __device__ __forceinline__ bool any(bool x) const { return __any_sync(0xffffffff, x); }
   __device__ __forceinline__ uint32_t ballot(bool x) const { return __ballot_sync(0xffffffff, x); }
 
@@ -310,6 +314,10 @@ class Device {
   __device__ __forceinline__ uint32_t load(const uint32_t* p) const { return __ldg(p); }
   __device__ __forceinline__ void store(char* p, uint32_t value) const {
     *reinterpret_cast<uint32_t*>(p) = value;
+  }
+  // The lower two bytes.
+  __device__ __forceinline__ void store_low(char* p, uint32_t value) const {
+    *reinterpret_cast<uint16_t*>(p) = static_cast<uint16_t>(value);
   }
   __device__ __forceinline__ void store(float* p, float value) const { *p = value; }
   // 1 or 4 values of 4 bytes at once, at a multiple of their size; loads of what nobody writes.

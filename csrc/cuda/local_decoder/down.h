@@ -5,15 +5,16 @@
 //
 // A block walks down its strip, a row of squares a step. A product sums over the nine values of a
 // row of taps; its rows are the left or the right pixels of a warp's 16 squares, so that the pool
-// is a maximum of what a lane has. In step s rows 2s + 1 and 2s + 2 of x have arrived. A fragment
-// of them is read once and multiplied for the three rows of the result that it reaches: the one
-// above, which is then complete, its own and the next, which takes over the sums of the first.
-// Copies are three steps ahead, and one barrier a step says that they are there and that what they
-// overwrite is no longer read.
+// is a maximum of what a lane has, or next to it (down_result.h). In step s rows 2s + 1 and 2s + 2
+// of x have arrived. A fragment of them is read once and multiplied for the three rows of the
+// result that it reaches: the one above, which is then complete, its own and the next, which takes
+// over the sums of the first. Copies are three steps ahead, and one barrier a step says that they
+// are there and that what they overwrite is no longer read.
 #pragma once
 
 #include "../hopper/fragment.h"
 #include "../local_decoder_down.h"
+#include "down_result.h"
 #include "down_tile.h"
 #include "packed.h"
 #include "products.h"
@@ -31,20 +32,25 @@ struct DownParams {
   char* pooled;
 };
 
-template <class M, bool kPlanes>
+template <class M, bool kPlanes, int kChannels>
 struct Down {
-  using Tile = DownTile<kPlanes>;
+  using Tile = DownTile<kPlanes, kChannels>;
+  using Result = DownResult<kChannels>;
   using Segment = Schedule::Segment;
+  static constexpr int kSums = 2 * Result::kChannels;   // accumulators of a product
+  static constexpr int kPairs = Result::kChannels / 2;  // words of a lane's results
+  static constexpr int kSkipBytes = 2 * kChannels * 2;  // of two pixels in a row
+  static constexpr int kPooledBytes = kChannels * 2;
 
   M& m;
   const DownParams& p;
 
-  uint32_t weights[3][4];  // of a row of taps
-  float shift[4];          // of this lane's channels
+  uint32_t weights[3][Result::kWords];  // of a row of taps
+  float shift[Result::kChannels];       // of this lane's channels
   // Of the left and the right pixels of a row of the result, by its number modulo 2: one has two
   // rows of taps at the start of a step, the other one.
-  float sums[2][2][8];
-  uint32_t larger[2][2];  // of a square's upper pixels, four channels of each half
+  float sums[2][2][kSums];
+  uint32_t larger[2][kPairs];  // of a square's upper pixels, in each half
 
   // Where this thread's copies come from, in the row that is copied next, and go to in a stage;
   // whether there is something.
@@ -128,8 +134,8 @@ struct Down {
               stride_r = static_cast<int>(p.weight.stride_r),
               stride_s = static_cast<int>(p.weight.stride_s);
     PIXELDIFF_UNROLL
-    for (int word = 0; word < 4; ++word) {
-      const int channel = fragment_channel(lane(), word), k = fragment_k(lane(), word);
+    for (int word = 0; word < Result::kWords; ++word) {
+      const int channel = Result::weight_channel(lane(), word), k = fragment_k(lane(), word);
       PIXELDIFF_UNROLL
       for (int row = 0; row < 3; ++row) {
         float both[2];
@@ -146,9 +152,10 @@ struct Down {
       }
     }
     PIXELDIFF_UNROLL
-    for (int i = 0; i < 4; ++i) shift[i] = load(p.bias + 2 * (lane() % 4 * 4 + i));
+    for (int i = 0; i < Result::kChannels; ++i)
+      shift[i] = load(p.bias + 2 * Result::channel(lane(), i));
     PIXELDIFF_UNROLL
-    for (int i = 0; i < 32; ++i) sums[i / 16][i / 8 % 2][i % 8] = 0.0f;
+    for (int i = 0; i < 4 * kSums; ++i) sums[i / kSums / 2][i / kSums % 2][i % kSums] = 0.0f;
   }
 
   // --- products
@@ -190,10 +197,11 @@ struct Down {
     add_row(1, values, sums[1 - kRow]);
     if (s >= at.first) store<kRow>(sums[kRow]);
     PIXELDIFF_UNROLL
-    for (int i = 0; i < 16; ++i) sums[kRow][i / 8][i % 8] = shift[accumulator_channel(i % 8)];
+    for (int i = 0; i < 2 * kSums; ++i)
+      sums[kRow][i / kSums][i % kSums] = shift[Result::sum_channel(i % kSums)];
     add_row(0, values, sums[kRow]);
   }
-  PIXELDIFF_DEVICE void add_row(int row, const uint32_t (&values)[2][4], float (&to)[2][8]) {
+  PIXELDIFF_DEVICE void add_row(int row, const uint32_t (&values)[2][4], float (&to)[2][kSums]) {
     PIXELDIFF_UNROLL
     for (int b = 0; b < 2; ++b) add(m, to[b], values[b], weights[row]);
   }
@@ -203,34 +211,63 @@ struct Down {
   PIXELDIFF_DEVICE void find_results(const Segment& at) {
     const int64_t column = at.column + first_square() + hopper::accumulator_row(0, lane(), 0);
     const int64_t row = static_cast<int64_t>(at.image) * p.schedule.rows + at.first;
-    const int channels = lane() % 4 * 8;
-    skip = p.skip + (2 * row * p.schedule.columns + column) * (2 * kOut * 2) + channels;
-    pooled = p.pooled + (row * p.schedule.columns + column) * (kOut * 2) + channels;
-    for (int half = 0; half < 2; ++half) inside[half] = column + 8 * half < p.schedule.columns;
+    skip = p.skip + (2 * row * p.schedule.columns + column) * kSkipBytes + Result::skip_at(lane());
+    pooled =
+        p.pooled + (row * p.schedule.columns + column) * kPooledBytes + Result::pooled_at(lane());
+    for (int half = 0; half < 2; ++half)
+      inside[half] = Result::has_values(lane()) && column + 8 * half < p.schedule.columns;
   }
 
-  // Four channels of both pixels in each half of a row of squares; of the lower ones also of the
-  // squares. To be called for one row after the other.
+  // In each half of a row of squares; of the lower one also of the squares. To be called for one
+  // row after the other.
   template <int kRow>
-  PIXELDIFF_DEVICE void store(const float (&from)[2][8]) {
+  PIXELDIFF_DEVICE void store(const float (&from)[2][kSums]) {
     PIXELDIFF_UNROLL
     for (int half = 0; half < 2; ++half) {
-      uint32_t left[2], right[2];
-      activate(m, from[0], half, left);
-      activate(m, from[1], half, right);
-      PIXELDIFF_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        const uint32_t both = m.max_bf16(left[n], right[n]);
-        larger[half][n] = kRow == 0 ? both : m.max_bf16(larger[half][n], both);
-      }
-      if (!inside[half]) continue;
-      m.store(skip + half * 8 * (2 * kOut * 2), left[0], left[1]);
-      m.store(skip + half * 8 * (2 * kOut * 2) + kOut * 2, right[0], right[1]);
-      if (kRow == 1) m.store(pooled + half * 8 * (kOut * 2), larger[half][0], larger[half][1]);
+      if constexpr (kChannels == kOut)
+        store_wide<kRow>(from, half);
+      else
+        store_packed<kRow>(from, half);
     }
     const int64_t columns = p.schedule.columns;
-    skip += columns * (2 * kOut * 2);
-    if (kRow == 1) pooled += columns * (kOut * 2);
+    skip += columns * kSkipBytes;
+    if (kRow == 1) pooled += columns * kPooledBytes;
+  }
+
+  // Four channels of both pixels.
+  template <int kRow>
+  PIXELDIFF_DEVICE void store_wide(const float (&from)[2][kSums], int half) {
+    uint32_t left[2], right[2];
+    activate(m, from[0], half, left);
+    activate(m, from[1], half, right);
+    PIXELDIFF_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      const uint32_t both = m.max_bf16(left[n], right[n]);
+      larger[half][n] = kRow == 0 ? both : m.max_bf16(larger[half][n], both);
+    }
+    if (!inside[half]) return;
+    m.store(skip + half * 8 * kSkipBytes, left[0], left[1]);
+    m.store(skip + half * 8 * kSkipBytes + kPooledBytes, right[0], right[1]);
+    if (kRow == 1) m.store(pooled + half * 8 * kPooledBytes, larger[half][0], larger[half][1]);
+  }
+
+  // Two of a square's six values. The maximum of a lane's first one and of that in the other pixel,
+  // which another lane has, is of the square.
+  template <int kRow>
+  PIXELDIFF_DEVICE void store_packed(const float (&from)[2][kSums], int half) {
+    float x[2];
+    PIXELDIFF_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const float left = from[0][2 * half + i], right = from[1][2 * half + i];
+      x[i] = silu(m, Result::is_left(lane(), i) ? left : right);
+    }
+    const uint32_t both = m.template pack<true>(x[0], x[1]);
+    if (inside[half]) m.store(skip + half * 8 * kSkipBytes, both);
+    larger[half][0] = kRow == 0 ? both : m.max_bf16(larger[half][0], both);
+    if (kRow == 0) return;
+    const uint32_t other = m.shuffle(larger[half][0], Result::partner(lane()));
+    const uint32_t most = m.max_bf16(larger[half][0], other >> 16);
+    if (inside[half]) m.store_low(pooled + half * 8 * kPooledBytes, most);
   }
 };
 

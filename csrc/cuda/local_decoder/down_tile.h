@@ -3,19 +3,22 @@
 #pragma once
 
 #include "packed.h"
+#include "products.h"
 
 namespace pixeldiff::local_decoder {
 
-template <bool planes>
+template <bool planes, int channels>
 struct DownTile {
   static constexpr bool kPlanes = planes;
+  static constexpr int kChannels = channels;  // of the result
   // A block walks down a strip of squares, a row of them a step. A warp has 16, whose pixels in one
   // column are the rows of a product.
   static constexpr int kSquares = 16;
   static constexpr int kWarps = 4;
   static constexpr int kColumns = kWarps * kSquares;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kBlocks = 5;  // of a multiprocessor, as registers allow
+  // Of a multiprocessor, as registers allow.
+  static constexpr int kBlocks = channels == kOut ? 5 : 7;
 
   // A row of a strip, in one plane or three, as it lies in the image from the 16 bytes before the
   // strip's first pixel to the 16 behind its last. Behind a packed one are as many again: what

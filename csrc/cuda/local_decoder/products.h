@@ -35,6 +35,13 @@ PIXELDIFF_DEVICE void add(M& m, float (&to)[8], const uint32_t (&values)[4],
   m.template multiply<true>(&to[4], values, weights[2], weights[3]);
 }
 
+// The same of 8 channels.
+template <class M>
+PIXELDIFF_DEVICE void add(M& m, float (&to)[4], const uint32_t (&values)[4],
+                          const uint32_t (&weights)[2]) {
+  m.template multiply<true>(to, values, weights[0], weights[1]);
+}
+
 template <class M>
 PIXELDIFF_DEVICE float silu(M& m, float x) {
   constexpr float kLog2e = 1.4426950408889634f;

@@ -1,5 +1,5 @@
-"""local_decoder_down of three channels to 16, from capability 8.0 on; the kernel in
-csrc/cuda/local_decoder_down.cu."""
+"""local_decoder_down of three channels to 16, or of an fp32 image to three, from capability 8.0 on;
+the kernel in csrc/cuda/local_decoder_down.cu."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ... import native
 from .joint_attention import why_not_capability
 from .local_decoder_up import ALIGNMENT, MAX_SIDE, MAX_STRIPS, strides
 
-CHANNELS, OUT = 3, 16  # of x and of the result
+CHANNELS, OUT = 3, 16  # of x and of the result; of planes also as many as of x
 STRIP = 128  # columns of x that a block has
 MAX_WEIGHT_STRIDE = 1 << 24
 
@@ -43,14 +43,18 @@ def why_not_call(x: Tensor, weight: Tensor) -> str | None:
             f"got {tuple(weight.stride())}; call .contiguous()"
         )
     images, height, width, before = x.shape
-    if (before, weight.shape[0]) != (CHANNELS, OUT):
-        return f"takes {CHANNELS} channels to {OUT}, got {before} to {weight.shape[0]}"
+    planes, after = x.dtype == torch.float32, weight.shape[0]
+    if before != CHANNELS or (after != OUT and not (planes and after == CHANNELS)):
+        return (
+            f"takes {CHANNELS} channels to {OUT}, or to {CHANNELS} of x in float32, "
+            f"got {before} to {after} of x in {x.dtype}"
+        )
     if max(height, width) > MAX_SIDE or images * (width // STRIP + 1) > MAX_STRIPS:
         return f"takes at most 2^20 strips of {STRIP} columns of x, got {tuple(x.shape)}"
     if x.numel() and x.data_ptr() % ALIGNMENT:
         return f"needs x to start at a multiple of {ALIGNMENT} bytes"
     *outer, pixel = strides(x)
-    if planes := x.dtype == torch.float32:
+    if planes:
         outer.append(x.stride(3))
         apart, how = pixel != 1 or width % 4, "a row's pixels of a channel side by side"
         columns = 4
@@ -68,8 +72,8 @@ def why_not_call(x: Tensor, weight: Tensor) -> str | None:
 
 def launch(
     x: Tensor,  # (B, H, W, 3)
-    weight: Tensor,  # (16, 3, 3, 3)
-    bias: Tensor,  # (16,)
+    weight: Tensor,  # (Co, 3, 3, 3)
+    bias: Tensor,  # (Co,)
 ) -> tuple[Tensor, Tensor]:
     images, height, width, before = x.shape
     rows, columns, after = height // 2, width // 2, weight.shape[0]

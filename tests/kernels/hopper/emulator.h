@@ -246,6 +246,7 @@ class Thread {
   void named_sync(int barrier, int threads);
   void named_arrive(int barrier, int threads);
   float shuffle_xor(float x, int lanes);
+  uint32_t shuffle(uint32_t x, int lane) { return collect(x)[lane]; }
   bool any(bool x) { return ballot(x) != 0; }
   uint32_t ballot(bool x);
 
@@ -294,6 +295,7 @@ class Thread {
   }
   void store(char* p, uint32_t a, uint32_t b) const;
   void store(char* p, uint32_t value) const;
+  void store_low(char* p, uint32_t value) const { store_all(p, &value, 2); }  // little endian
   void store(float* p, float value) const;
   template <int n>
   void load_floats(const float* p, float* to) const {
