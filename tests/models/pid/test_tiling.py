@@ -396,6 +396,21 @@ def test_no_seams(demo, kind, mode):
 
 
 @modes
+def test_plain_colours_have_as_much_grain_where_tiles_meet(demo, mode):
+    """Gradients around a border over those elsewhere in the same picture, on the whole. One colour
+    alone may have 3 % more or less, in one piece too."""
+    colours = [(128, 128, 128), (50, 50, 50), (215, 215, 215), (120, 170, 220), (220, 180, 150)]
+    middle, shares = 768, []
+    for colour in colours:
+        latent = encoded(from_pil(Image.new("RGB", (384, 128), colour)))
+        tiled = pixels(demo, latent, tile=(16, 32), overlap=4, tile_mode=mode)
+        inside = energy(tiled)[64:-64]  # not at the picture's own edges
+        shares.append(share_around(middle - 64, inside))
+    assert abs(sum(shares) / len(shares) - 1) < 0.02
+    assert all(abs(share - 1) < 0.04 for share in shares)
+
+
+@modes
 def test_a_fade_keeps_the_grain_of_flat_pictures(demo, mode):
     """Gradients around a border are those of the same tiles cut off there, which lose nothing.
 
