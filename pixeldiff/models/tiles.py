@@ -23,8 +23,8 @@ from ..errors import SizeError
 from .lengths import pair_of_multiples
 
 OVERLAP = 8  # one part in so many of a tile, where nothing is said
-# One part in so many of the overlap. Over a quarter, a grey ramp in tiles of the trained size keeps
-# its gradients' energy within the overlap to 2 %; over a half it can lose 3 %, over all of it 7 %.
+# One part in so many of the overlap: a grey ramp in tiles of the trained size then keeps its
+# gradients' energy within the overlap to 2 %, which it does not over all of it.
 FADE = 4
 # Windows are multiples of it: products of two are exact in fp32, and so is their sum, which is 1.
 # A step of a fade is then off by 2e-4 of the difference between two tiles.
