@@ -155,7 +155,8 @@ def test_what_parts_measure(said):
         for size in (1024, 2048, 4096):
             assert {(config, size, v) for v in ("reference", "upstream")} <= decodes
     assert {v for _, _, v in decodes} == VARIANTS.keys() - {
-        *("pixeldiff", "pixeldiff+compile", "reference-fp32", "upstream+accelerate")
+        *("pixeldiff", "pixeldiff+compile", "reference-fp32", "upstream+accelerate"),
+        "pixeldiff+returned",  # a matter of CPUs
     }
     assert {("1k", "reference"), ("4k", "reference"), ("8k", "reference")} <= forwards
     assert ("4k", "source") in forwards
