@@ -69,7 +69,7 @@ class Case:
         threads: of PyTorch.
         held_out: whether no constant of the estimate was ever chosen by it.
         returned: whether its process gives freed memory back at once, as the command line does
-            under `--memory`.
+            within a tight `--memory`.
     """
 
     system: str

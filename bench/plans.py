@@ -23,7 +23,7 @@ DEVICES = {
 
 def tables() -> str:
     """Markdown: of each size and device a row for each budget."""
-    return_freed_memory()  # as the commands do
+    return_freed_memory()  # as the commands do within a tight budget
     parts = []
     for (device, precision), budgets in DEVICES.items():
         for size in SIZES:

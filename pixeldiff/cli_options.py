@@ -33,13 +33,13 @@ def parsed_tile(_ctx, _param, value: str | None) -> tuple[int, int] | str | None
 
 def keep_within(value: str | None) -> None:
     """Raises ValueError, before anything is loaded, unless it is an amount of memory or None. With
-    one, this process gives memory that it frees back to the system."""
-    from .memory import return_freed_memory
+    one that is tight, this process will give memory that it frees back to the system."""
     from .memory.budget import parsed_bytes
+    from .memory.heap import allow_returning
 
     if value is not None:
         parsed_bytes("--memory", value)
-        return_freed_memory()
+        allow_returning()
 
 
 def caption_option(

@@ -48,12 +48,12 @@ def plan(
 
     Nothing is loaded: released models are known by their shapes. On a GPU the memory is the
     allocator's, beside which the CUDA context takes about half a gigabyte; on a CPU it is that of a
-    process that gives freed memory back at once, as `decode --memory` and `generate --memory` do.
+    process that gives freed memory back at once, as `decode` and `generate` do in a tight --memory.
     """
     from .memory import plan as planned
     from .memory import return_freed_memory
 
-    return_freed_memory()  # as the command that is planned for does
+    return_freed_memory()  # as the command that is planned for does within a tight budget
     asked: dict[str, Any] = {"device": device, "batch": batch}
     asked |= {"precision": precision} if precision else {}
     asked |= {"steps": steps} if steps else {}

@@ -25,7 +25,7 @@ def _kept_memory():
     yield
     heap = sys.modules.get("pixeldiff.memory.heap")
     if heap is not None:
-        heap._fixed = False
+        heap._fixed = heap._allowed = False
 
 
 def golden_root() -> Path:

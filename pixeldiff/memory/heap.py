@@ -18,7 +18,8 @@ import os
 _M_MMAP_THRESHOLD = -3  # of mallopt
 MAPPED = 128 << 10  # bytes from which a block is mapped, and given back when it is freed
 _MAPPED_AT_MOST = 1 << 20  # tensors below are not what memory goes to
-_fixed = False  # of this process
+_fixed = _allowed = False  # of this process
+ROOMY = 1.25  # of what a heap that keeps it is estimated to take: these estimates scatter
 
 LARGE = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX on 64 bits
 # Heap bytes for each byte that lived in it at most, by what is run. Fitted to the measurements of
@@ -38,7 +39,8 @@ def return_freed_memory() -> bool:
     Decodes and images on a CPU then have less resident, which `estimate_memory` and `memory=` take
     into account: up to a third less in small networks. Fresh pages cost time in return, most where
     little is computed per byte. For a process that is yours, before it loads a network; nothing in
-    this package calls it but the command line under `--memory`. Pixels stay the same.
+    this package calls it but the command line, under a `--memory` that is tight. Pixels stay the
+    same.
 
     Returns:
         Whether it holds: glibc alone knows it.
@@ -47,6 +49,19 @@ def return_freed_memory() -> bool:
     mallopt = _mallopt()
     _fixed = _fixed or (mallopt is not None and mallopt(_M_MMAP_THRESHOLD, MAPPED) == 1)
     return _fixed
+
+
+def allow_returning() -> None:
+    """Let a budget decide: `return_freed_memory` where a decode or an image under `memory=` would
+    not have a quarter more than it needs otherwise."""
+    global _allowed
+    _allowed = True
+
+
+def return_if_tight(peak: int, budget: int) -> None:
+    """Where it was allowed, and an estimate of `peak` bytes leaves little of a budget."""
+    if _allowed and not _fixed and ROOMY * peak > budget:
+        return_freed_memory()
 
 
 def returns_freed_memory() -> bool:

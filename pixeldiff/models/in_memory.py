@@ -58,11 +58,15 @@ def in_memory(call: Callable) -> Callable:
 
 
 def _planned(self: Any, memory: Any, args: tuple, options: dict[str, Any]) -> Any:
-    from ..memory import Plan, plan
+    from ..memory import Plan, estimate_memory, parsed_bytes, plan
+    from ..memory.heap import return_if_tight
 
     if isinstance(memory, Plan):
         return memory
     model, size, asked, tiles = self.memory_question(args, options)
+    if asked["device"] == "cpu":
+        budget = parsed_bytes("memory", memory)
+        return_if_tight(estimate_memory(model, size, **asked).peak, budget)
     return plan(model, size, memory, tiles=tiles, loaded=True, **asked)
 
 
