@@ -37,10 +37,9 @@ def return_freed_memory() -> bool:
     """Have the C library give freed tensors back to the system at once, in all of this process.
 
     Decodes and images on a CPU then have less resident, which `estimate_memory` and `memory=` take
-    into account: up to a third less in small networks. Fresh pages cost time in return, most where
-    little is computed per byte. For a process that is yours, before it loads a network; nothing in
-    this package calls it but the command line, under a `--memory` that is tight. Pixels stay the
-    same.
+    into account; how much less, and what fresh pages cost in time, is in docs/memory.md. For a
+    process that is yours, before it loads a network; nothing in this package calls it but the
+    command line, under a `--memory` that is tight. Pixels stay the same.
 
     Returns:
         Whether it holds: glibc alone knows it.

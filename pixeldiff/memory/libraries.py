@@ -29,4 +29,6 @@ QWEN3_4B = 4_022_468_096 * 2
 def products_on_cpu(count: int) -> int:
     """Bytes that oneDNN keeps for matrix products of so many shapes in 16 bits, where it has any
     for this processor."""
-    return PRODUCT_CPU * count if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 0
+    # A PyTorch that was built without oneDNN has no such question to ask.
+    has = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return PRODUCT_CPU * count if has else 0

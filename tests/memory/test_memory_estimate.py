@@ -323,6 +323,13 @@ def test_where_the_c_library_cannot_it_is_not_said_to(monkeypatch):
     assert not heap.returns_freed_memory()
 
 
+def test_a_pytorch_without_onednn_compiles_no_products(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert libraries.products_on_cpu(20) == 0
+    assert estimate_pid(CONFIG, 256, precision="bf16").peak > 0
+
+
 def test_matrix_products_of_other_shapes_take_memory_in_16_bits(monkeypatch):
     """An uneven last group of tiles has products of its own."""
     monkeypatch.setattr(libraries, "products_on_cpu", lambda count: 1000 * count)
